@@ -1,0 +1,60 @@
+"""Compile kernels for a GPU that need not be there, and read what the compiler made of them. Imports Triton, not torch."""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes: registers a thread, spilled bytes a thread, shared memory a program in bytes."""
+
+    registers: int
+    spilled: int
+    shared: int
+
+
+def compile_kernel(kernel, arch: str, arguments: dict, config, options: dict):
+    """Compile a @triton.jit kernel. `arguments` maps each parameter to a type ("*bf16", "i32", a tuple of types) or, for those
+    fixed at compile time, to ("constexpr", value); config gives warps and stages. Pointers are taken to be 16-byte aligned."""
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        kind = arguments[name]
+        if isinstance(kind, tuple) and kind[0] == "constexpr":
+            constants[(index,)] = kind[1]
+            kind = "constexpr"
+        elif isinstance(kind, str) and kind.startswith("*"):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        signature[name] = kind
+    source = ASTSource(kernel, signature, constants, attributes)
+    launch = dict(num_warps=config.num_warps, num_stages=config.num_stages)
+    return triton.compile(source, target=TARGETS[arch], options={**launch, **options})
+
+
+def resources(compiled, arch: str) -> Resources:
+    """Read them from the cubin (cuobjdump of the Triton wheel) or from the AMDGCN text."""
+    if arch.startswith("gfx"):
+        text = compiled.asm["amdgcn"]
+        vgprs, spills = (int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count"))
+        return Resources(vgprs, 4 * spills, compiled.metadata.shared)
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([cuobjdump, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    # Triton kernels have no stack of their own: what is on it was spilled.
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text).groups())
+    return Resources(registers, stack + local, compiled.metadata.shared)

@@ -1,0 +1,49 @@
+"""All causal and window geometry. Query i sees key j where i + shift - LEFT <= j <= i + shift + RIGHT.
+
+LEFT and RIGHT are run-time numbers, or None for an unbounded side, which then costs nothing. Causal is RIGHT = 0. `shift`
+is 0 where the first query is aligned with the first key, or keys - queries where the last ones are.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def key_range(start_m, end_m, n_k, shift, LEFT, RIGHT, BLOCK_N: tl.constexpr):
+    """The keys that queries [start_m, end_m) need: (lo, full_lo, full_hi, hi).
+
+    [lo, hi) holds exactly the keys below n_k that at least one of the queries sees. Cut into tiles of BLOCK_N from lo, the
+    tiles of [full_lo, full_hi) are whole and seen by all of the queries; those of [lo, full_lo) and [full_hi, hi) are not.
+    lo <= full_lo <= full_hi, and full_hi <= hi unless full_lo = full_hi: then the tile before it is cut by hi. An empty
+    range has lo >= hi.
+    """
+    lo = 0
+    hi = n_k
+    all_lo = 0
+    all_hi = n_k
+    if LEFT is not None:
+        lo = tl.maximum(start_m + shift - LEFT, 0)
+        all_lo = tl.maximum(end_m - 1 + shift - LEFT, lo)
+    if RIGHT is not None:
+        hi = tl.minimum(end_m + shift + RIGHT, n_k)
+        all_hi = tl.minimum(start_m + shift + RIGHT + 1, n_k)
+    full_lo = lo + (all_lo - lo + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    full_hi = full_lo + tl.maximum(all_hi - full_lo, 0) // BLOCK_N * BLOCK_N
+    return lo, full_lo, full_hi, hi
+
+
+@triton.jit
+def query_range(start_n, end_n, n_q, shift, LEFT, RIGHT, BLOCK_M: tl.constexpr):
+    """The queries that keys [start_n, end_n) are seen by, as key_range: key j is seen by j - shift - RIGHT <= i <= j - shift + LEFT."""
+    return key_range(start_n, end_n, n_q, -shift, RIGHT, LEFT, BLOCK_M)
+
+
+@triton.jit
+def visible(offs_m, offs_n, n_k, shift, LEFT, RIGHT):
+    """True where query offs_m sees key offs_n; the two index tensors broadcast against each other."""
+    keep = (offs_n < n_k) & (offs_m >= 0)
+    if LEFT is not None:
+        keep = keep & (offs_n >= offs_m + shift - LEFT)
+    if RIGHT is not None:
+        keep = keep & (offs_n <= offs_m + shift + RIGHT)
+    return keep

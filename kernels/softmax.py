@@ -1,0 +1,48 @@
+"""Online softmax in base 2: exp2 is one instruction, and scale * log2(e) folds into the multiply-add before it.
+
+Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); Dao et al., "FlashAttention" (2022).
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def fold_scale(q, scale):
+    """(q', c) with c > 0 and c * (q' . k) = scale * log2(e) * (q . k): the row maximum and the -inf of masked scores survive
+    a positive factor only, so the sign (or the zero) of scale moves into q."""
+    sign = tl.where(scale > 0, 1.0, tl.where(scale < 0, -1.0, 0.0))
+    return (q.to(tl.float32) * sign).to(q.dtype), tl.where(scale == 0, 1.0, tl.abs(scale)) * LOG2E
+
+
+@triton.jit
+def step(s, m_i, l_i, c):
+    """Take in a tile of scores s [BLOCK_M, BLOCK_N] (masked = -inf) times c.
+
+    m_i, l_i [BLOCK_M]: running maximum and sum. Returns p, the factor alpha for what was accumulated so far, m_i, l_i.
+    """
+    m_new = tl.maximum(m_i, tl.max(s, 1) * c)
+    m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)  # no key yet: keep -inf - -inf from making NaN
+    p = tl.math.exp2(s * c - m_ref[:, None])
+    alpha = tl.math.exp2(m_i - m_ref)
+    return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def finish(acc, m_i, l_i):
+    """Normalise acc [BLOCK_M, BLOCK_DV]; returns it and lse (natural logarithm). A row that saw no key gives 0 and -inf."""
+    l_safe = tl.where(l_i == 0.0, 1.0, l_i)
+    return acc / l_safe[:, None], (m_i + tl.math.log2(l_safe)) * LN2
+
+
+@triton.jit
+def load_lse(LSE, rows, lo, hi, MASKED: tl.constexpr):
+    """lse of rows in base 2, for exp2(s * c - lse). Rows outside [lo, hi) and rows that saw no key get +inf: all p are 0."""
+    if MASKED:
+        lse = tl.load(LSE + rows, mask=(rows >= lo) & (rows < hi), other=float("inf"))
+    else:
+        lse = tl.load(LSE + rows)
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)

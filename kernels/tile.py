@@ -1,0 +1,90 @@
+"""Where a program's rows are, and bounds-checked loads and stores of them.
+
+A tensor is addressed by its pointer and a tuple of strides (batch, head, row, column). `VEC` says what the compiler may
+assume of them: with VEC = v > 0 the last dimension has stride 1 and the other strides are given in units of v elements, so
+that loads vectorise whatever the sequence length (a stride that is a plain run-time number would not, and specialising on
+it would recompile for new lengths). With VEC = 0 all four strides are in elements and free. A stride s arrives as 2 s + 3, a number
+that Triton's JIT never specialises on.
+Addresses are int64: tensors beyond 2**31 elements are ordinary.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def locate(tiles, heads):
+    """Of a one-dimensional grid over (batch, head, tile), tile fastest: this program's tile, batch and head."""
+    pid = tl.program_id(0)
+    bh = pid // tiles
+    return pid % tiles, bh // heads, bh % heads
+
+
+@triton.jit
+def length(LENGTHS, b, n):
+    """How many rows of sequence b exist: n, or LENGTHS[b] (clamped to 0..n) where lengths are given."""
+    if LENGTHS is None:
+        return n
+    else:
+        return tl.minimum(tl.maximum(tl.load(LENGTHS + b).to(tl.int32), 0), n)
+
+
+@triton.jit
+def _stride(stride, dim: tl.constexpr, VEC: tl.constexpr):
+    """The stride of a dimension in elements."""
+    s = (stride[dim] - 3) // 2
+    if VEC > 0:
+        s = s * VEC
+    return s
+
+
+@triton.jit
+def head(ptr, stride, b, h, VEC: tl.constexpr):
+    """Pointer to row 0 of head h in batch b."""
+    return ptr + b * _stride(stride, 0, VEC).to(tl.int64) + h * _stride(stride, 1, VEC).to(tl.int64)
+
+
+@triton.jit
+def _pointers(ptr, stride, start, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr):
+    row = _stride(stride, 2, VEC)
+    ptr += start * row.to(tl.int64)
+    rows = tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, BLOCK_D)[None, :]
+    if VEC > 0:  # within a tile int32 suffices (layout.kernel_strides sees to it) and saves registers
+        return ptr + (rows * row.to(tl.int32) + cols)
+    else:
+        return ptr + (rows * row.to(tl.int64) + cols * _stride(stride, 3, VEC).to(tl.int64))
+
+
+@triton.jit
+def _mask(start, lo, hi, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    rows = start + tl.arange(0, ROWS)
+    keep = ((rows >= lo) & (rows < hi))[:, None]
+    if D < BLOCK_D:
+        keep = keep & (tl.arange(0, BLOCK_D) < D)[None, :]
+    return keep
+
+
+@triton.jit
+def load(
+    ptr, stride, start, lo, hi,
+    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Rows [start, start + ROWS) of an (N, D) matrix as [ROWS, BLOCK_D]. Columns beyond D are 0; so are rows outside [lo, hi)
+    where MASKED, and they are not read. Without MASKED the caller knows that every row is inside."""
+    pointers = _pointers(ptr, stride, start, ROWS, BLOCK_D, VEC)
+    if MASKED:
+        return tl.load(pointers, mask=_mask(start, lo, hi, ROWS, D, BLOCK_D), other=0.0)
+    elif D < BLOCK_D:
+        return tl.load(pointers, mask=(tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def store(
+    ptr, stride, start, hi, value, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr
+):  # fmt: skip
+    """Write value [ROWS, BLOCK_D] to rows from start and below hi, columns below D, in the pointer's dtype."""
+    pointers = _pointers(ptr, stride, start, ROWS, BLOCK_D, VEC)
+    tl.store(pointers, value.to(ptr.dtype.element_ty), mask=_mask(start, start, hi, ROWS, D, BLOCK_D))

@@ -1,0 +1,10 @@
+"""Everything but the mapping of folders to packages is in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+# Device code and benchmarks live beside the package in the checkout and inside it when installed: `kernels` is also the name
+# of a package that transformers looks for, so it must never be a top-level one.
+setup(
+    packages=[*find_packages(include=["tfkern", "tfkern.*"]), "tfkern.kernels", "tfkern.bench"],
+    package_dir={"tfkern.kernels": "kernels", "tfkern.bench": "bench"},
+)

@@ -1,0 +1,87 @@
+"""Every case by every backend in every dtype, forward and backward, against the float64 oracle."""
+
+import pytest
+import torch
+
+import tfkern
+from tfkern import configs, reference, testing
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def assert_within_budget(errors):
+    assert all(e.ok for e in errors), "\n" + "\n".join(map(str, errors))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["portable", "eager"])
+@pytest.mark.parametrize("case", testing.CASES, ids=str)
+def test_case(case, backend, dtype, device):
+    assert_within_budget(testing.check(case, DTYPES[dtype], backend, device))
+
+
+@pytest.mark.parametrize("name", ["gqa-everything", "window-lower-right", "padded-window", "causal-tall", "full"])
+@pytest.mark.parametrize("tiles", [(16, 64), (64, 16), (32, 128)], ids=lambda t: f"{t[0]}x{t[1]}")
+def test_any_tiles(name, tiles, device):
+    """The result does not hang on one choice of tiles: edges fall elsewhere with each."""
+    case = next(c for c in testing.CASES if c.name == name)
+    with configs.override(**dict.fromkeys(configs.KERNELS, configs.TileConfig(*tiles))):
+        assert_within_budget(testing.check(case, torch.float32, "portable", device))
+
+
+@pytest.mark.parametrize("backend", ["portable", "eager"])
+def test_same_inputs_same_bits(backend, device):
+    case = next(c for c in testing.CASES if c.name == "gqa-everything")
+    inputs = testing.make_inputs(case, torch.bfloat16, device)
+
+    def run():
+        options = dict(inputs.options, backend=backend)
+        return testing.results(tfkern.attention, inputs.tensors, inputs.do, inputs.dlse, options)
+
+    first = run()
+    for _ in range(5):
+        again = run()
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_eager_is_exact_in_float64():
+    for case in testing.CASES:
+        inputs = testing.make_inputs(case, torch.float64)
+        rest = inputs.do, inputs.dlse, inputs.options
+        found = testing.results(tfkern.attention, inputs.tensors, *rest)
+        truth = testing.results(reference.attention, inputs.clean, *rest)
+        for name in found:
+            torch.testing.assert_close(found[name], truth[name], rtol=1e-12, atol=1e-12, msg=lambda m, c=case: f"{c}: {m}")
+
+
+@pytest.mark.parametrize("options", [{}, dict(is_causal=True), dict(window=(2, 1), scale=-0.4)], ids=str)
+@pytest.mark.parametrize("n", [(4, 4), (3, 6)], ids=str)
+def test_gradcheck(options, n):
+    shapes = (1, 2, n[0], 3), (1, 2, n[1], 3), (1, 2, n[1], 3)
+    q, k, v = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
+
+    def function(q, k, v):
+        return tfkern.attention(q, k, v, return_lse=True, **options)
+
+    assert torch.autograd.gradcheck(function, (q, k, v))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_kernel_lse_is_float32_exact_for_16_bit_inputs(dtype, device):
+    """Stricter than the budget, which goes by what PyTorch makes of lse in the inputs' dtype."""
+    case = next(c for c in testing.CASES if c.name == "gqa-everything")
+    inputs = testing.make_inputs(case, DTYPES[dtype], device)
+    rest = inputs.do, inputs.dlse, dict(inputs.options)
+    found = testing.results(tfkern.attention, inputs.tensors, *rest[:2], dict(rest[2], backend="portable"))["lse"]
+    truth, plain = (
+        testing.results(reference.attention, [x.to(d) for x in inputs.clean], *rest)["lse"] for d in (torch.float64, torch.float32)
+    )
+    assert_within_budget([testing.compare("lse", found, truth, [plain])])
+
+
+def test_oracle_against_pytorch():
+    """The oracle itself against an independent one: PyTorch's attention in float64."""
+    q, k, v = (torch.randn(2, 3, 33, 8, dtype=torch.float64) for _ in range(3))
+    for causal in (False, True):
+        want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=0.3)
+        torch.testing.assert_close(reference.attention(q, k, v, is_causal=causal, scale=0.3), want)

@@ -1,0 +1,61 @@
+"""The backends, their order, and the choice between them.
+
+A backend is a module with `unsupported(problem) -> list[str]` (the reasons why it can't do it; empty: it can),
+`forward(problem, q, k, v, key_lengths) -> (out, lse)` and `backward(problem, do, dlse, q, k, v, key_lengths, out, lse) ->
+(dq, dk, dv)`; dlse may be None.
+"""
+
+import functools
+import os
+from types import ModuleType
+
+from tfkern.backends import eager, portable
+from tfkern.problem import Problem
+
+BACKENDS: dict[str, ModuleType] = {"portable": portable, "eager": eager}
+
+
+class UnsupportedError(RuntimeError):
+    """No backend, or not the one asked for, can do the problem. The message gives each one's reasons."""
+
+
+def order(device_type: str) -> tuple[str, ...]:
+    """The names to try, first to last. TFKERN_BACKENDS (comma-separated) replaces the default."""
+    if names := os.environ.get("TFKERN_BACKENDS"):
+        chosen = tuple(name.strip() for name in names.split(","))
+        if unknown := [name for name in chosen if name not in BACKENDS]:
+            raise ValueError(f"TFKERN_BACKENDS names {unknown}; the backends are {list(BACKENDS)}")
+        return chosen
+    # On a CPU the Triton kernels run only in the interpreter, which is there to test them, not for speed.
+    return ("eager", "portable") if device_type == "cpu" else ("portable", "eager")
+
+
+def choose(problem: Problem, name: str | None = None) -> ModuleType:
+    """The backend for a problem: the one named, or the first in the order that supports it. UnsupportedError where none does."""
+    return BACKENDS[_choose(problem, name, order(problem.device.type))]
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(problem: Problem, name: str | None, names: tuple[str, ...]) -> str:
+    if name is not None:
+        if name not in BACKENDS:
+            raise ValueError(f"backend must be None or one of {list(BACKENDS)}, but is {name!r}")
+        names = (name,)
+    for candidate in names:
+        if not BACKENDS[candidate].unsupported(problem):
+            return candidate
+    raise UnsupportedError("\n".join(["no backend can do this problem:", *_reasons(problem, names)]))
+
+
+def explain(problem: Problem, name: str | None = None) -> str:
+    """The choice for a problem as text: the backend, the ones passed over with their reasons, and the problem itself."""
+    try:
+        chosen = _choose(problem, name, order(problem.device.type))
+    except UnsupportedError as error:
+        return str(error)
+    names = (name,) if name else order(problem.device.type)
+    return "\n".join([f"{chosen} runs {problem}", *_reasons(problem, names[: names.index(chosen)])])
+
+
+def _reasons(problem: Problem, names) -> list[str]:
+    return [f"  {name}: {reason}" for name in names for reason in BACKENDS[name].unsupported(problem)]

@@ -1,0 +1,99 @@
+"""Tile sizes by architecture, kernel, element size and head-dim class. Plain data: imports neither torch nor Triton.
+
+Source of every row: compiled with Triton 3.7.1 for its architecture and chosen as the largest tiles that do not spill
+(`python bench/compile_gate.py` prints registers, spills and shared memory). Nothing here has been timed on a GPU yet.
+"""
+
+import contextlib
+import contextvars
+from dataclasses import dataclass
+
+KERNELS = ("flash_fwd", "flash_bwd_dq", "flash_bwd_dkdv")
+ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
+HEAD_DIM_CLASSES = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """block_m queries by block_n keys at a time, by num_warps warps, loads pipelined over num_stages."""
+
+    block_m: int
+    block_n: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+# Asymmetric on purpose: in the interpreter, which only tests use, a mix-up of the two block sizes must show.
+_INTERPRETER = {
+    "flash_fwd": TileConfig(64, 32),
+    "flash_bwd_dq": TileConfig(64, 32),
+    "flash_bwd_dkdv": TileConfig(32, 64),
+}
+
+_overrides: contextvars.ContextVar[dict[str, TileConfig]] = contextvars.ContextVar("tile_config_overrides", default={})
+
+
+def head_dim_class(head_dim: int) -> int:
+    """The padded head dim that kernels compute with: the next power of two, at least 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def tile_config(arch: str, kernel: str, itemsize: int, block_d: int) -> TileConfig:
+    """The tiles for one launch. arch is "sm_NN", "gfx…" or "interpreter"; block_d a head-dim class; itemsize 2 or 4 bytes."""
+    if kernel in (override := _overrides.get()):
+        return override[kernel]
+    if arch == "interpreter":
+        return _INTERPRETER[kernel]
+    return _TABLE[table_arch(arch)][kernel, itemsize][block_d]
+
+
+def table_arch(arch: str) -> str:
+    """The architecture whose rows serve `arch`. Rows of sm_80 need at most 99 KiB of shared memory and so fit every NVIDIA chip."""
+    if arch.startswith("gfx"):
+        return "gfx942"
+    return "sm_90" if arch in ("sm_90", "sm_100", "sm_103") else "sm_80"
+
+
+@contextlib.contextmanager
+def override(**configs: TileConfig):
+    """Within the block, the kernels named by keyword use the given tiles: `with override(flash_fwd=TileConfig(32, 16)): …`."""
+    if unknown := configs.keys() - set(KERNELS):
+        raise ValueError(f"no kernel is called {sorted(unknown)}; the kernels are {KERNELS}")
+    token = _overrides.set({**_overrides.get(), **configs})
+    try:
+        yield
+    finally:
+        _overrides.reset(token)
+
+
+def _rows(*configs: TileConfig) -> dict[int, TileConfig]:
+    return dict(zip(HEAD_DIM_CLASSES, configs, strict=True))
+
+
+C = TileConfig
+_TABLE = {
+    "sm_80": {
+        ("flash_fwd", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 32, 4, 2), C(128, 64, 8, 2), C(64, 32, 8, 2)),
+        ("flash_fwd", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 1), C(32, 32, 4, 2), C(32, 16, 8, 2)),
+        ("flash_bwd_dq", 2): _rows(C(64, 64, 4, 2), C(64, 64, 4, 2), C(128, 64, 8, 2), C(128, 32, 8, 2), C(64, 32, 8, 1)),
+        ("flash_bwd_dq", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2), C(32, 16, 4, 2), C(16, 16, 4, 2)),
+        ("flash_bwd_dkdv", 2): _rows(C(64, 64, 4, 2), C(64, 64, 4, 1), C(32, 128, 8, 1), C(32, 64, 8, 2), C(16, 32, 8, 2)),
+        ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 1), C(32, 32, 4, 1), C(32, 32, 8, 1), C(16, 32, 8, 1), C(16, 16, 8, 2)),
+    },
+    "sm_90": {
+        ("flash_fwd", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 64, 8, 2), C(128, 32, 8, 2)),
+        ("flash_fwd", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2), C(16, 16, 4, 1), C(32, 16, 8, 2)),
+        ("flash_bwd_dq", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 64, 8, 2), C(128, 32, 8, 2), C(64, 32, 8, 2)),
+        ("flash_bwd_dq", 4): _rows(C(32, 32, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2), C(16, 16, 4, 2), C(16, 16, 4, 2)),
+        ("flash_bwd_dkdv", 2): _rows(C(64, 64, 4, 2), C(64, 64, 4, 2), C(64, 128, 8, 1), C(32, 64, 8, 1), C(16, 32, 8, 2)),
+        ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 1), C(32, 32, 4, 1), C(32, 32, 8, 2), C(16, 32, 8, 2), C(16, 16, 8, 2)),
+    },
+    "gfx942": {
+        ("flash_fwd", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 64, 8, 2), C(128, 32, 8, 1)),
+        ("flash_fwd", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2), C(32, 32, 4, 2), C(32, 16, 8, 2)),
+        ("flash_bwd_dq", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 64, 8, 2), C(128, 32, 8, 1), C(32, 32, 4, 1)),
+        ("flash_bwd_dq", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2), C(32, 32, 4, 2), C(16, 16, 4, 2)),
+        ("flash_bwd_dkdv", 2): _rows(C(64, 64, 4, 1), C(64, 64, 4, 1), C(32, 128, 8, 1), C(16, 64, 4, 2), C(16, 32, 8, 1)),
+        ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 2), C(32, 32, 4, 2), C(32, 32, 4, 1), C(16, 32, 8, 1), C(16, 16, 4, 1)),
+    },
+}  # fmt: skip

@@ -1,0 +1,1 @@
+"""Reference models, each in one file that reads beside its paper. Each takes the attention function as an argument."""

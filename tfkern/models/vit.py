@@ -1,0 +1,83 @@
+"""ViT. Dosovitskiy et al., "An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale" (2021).
+
+An image is cut into patches, each a token, with a class token before them and learned positions; an encoder of pre-norm blocks
+with exact GELU; the class is read off the class token.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tfkern.functional import attention as fused_attention
+from tfkern.nn import SelfAttention
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Sizes; the defaults are ViT-B/16's at 224 x 224 pixels and 1000 classes, 86,567,656 parameters and 197 tokens."""
+
+    image: int = 224
+    patch: int = 16
+    channels: int = 3
+    classes: int = 1000
+    layers: int = 12
+    heads: int = 12
+    width: int = 768
+    dropout: float = 0.0  # after the embeddings and each residual branch
+    eps: float = 1e-6
+
+    @property
+    def patches(self) -> int:
+        return (self.image // self.patch) ** 2
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, c: ViTConfig, attention: Callable[..., Tensor]):
+        super().__init__()
+        self.norm_1 = nn.LayerNorm(c.width, eps=c.eps)
+        self.attn = SelfAttention(c.width, c.heads, attention=attention)
+        self.norm_2 = nn.LayerNorm(c.width, eps=c.eps)
+        self.mlp = nn.Sequential(nn.Linear(c.width, 4 * c.width), nn.GELU(), nn.Linear(4 * c.width, c.width))
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attn(self.norm_1(x)))
+        return x + self.dropout(self.mlp(self.norm_2(x)))
+
+
+class ViT(nn.Module):
+    """Images to logits of their classes. `attention` has the arguments of tfkern.attention."""
+
+    def __init__(self, config: ViTConfig | None = None, attention: Callable[..., Tensor] = fused_attention):
+        super().__init__()
+        self.config = c = config or ViTConfig()
+        if c.image % c.patch:
+            raise ValueError(f"image must be a multiple of patch, but they are {c.image} and {c.patch}")
+        self.embed = nn.Conv2d(c.channels, c.width, kernel_size=c.patch, stride=c.patch)  # one linear map of each patch
+        self.class_token = nn.Parameter(torch.zeros(1, 1, c.width))
+        self.positions = nn.Parameter(torch.empty(1, 1 + c.patches, c.width))
+        self.dropout = nn.Dropout(c.dropout)
+        self.blocks = nn.ModuleList(Block(c, attention) for _ in range(c.layers))
+        self.norm = nn.LayerNorm(c.width, eps=c.eps)
+        self.head = nn.Linear(c.width, c.classes)
+        nn.init.trunc_normal_(self.positions, std=0.02)
+        self.apply(_init)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, channels, image, image) -> logits (B, classes)."""
+        x = self.embed(images).flatten(2).transpose(1, 2)  # (B, patches, C)
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], 1)
+        x = self.dropout(x + self.positions)  # (B, 1 + patches, C)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)[:, 0])
+
+
+def _init(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
