@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
 """Compile every kernel that tfkern/configs.py can choose, without a GPU, and hold it to its bound of spilled bytes.
 
-usage: compile_gate.py [--arch sm_90 …] [--kernel flash_fwd …] [--dtype bf16 …] [--variant plain …] [--json FILE]
+usage: compile_gate.py [--arch sm_90 …] [--kernel flash_fwd …] [--dtype bf16 …] [--variant plain …] [--json FILE] [--bounds]
 
 Needs Triton alone, not torch, so that one venv per Triton version is enough. Ends 1 if a kernel does not compile, spills more
-than SPILLS allows, or wants more shared memory than its architecture has.
+bytes than bench/spills.json allows it (none, if it is not there), or wants more shared memory than its architecture has.
+--bounds raises missing bounds to what was found, instead of failing: for a new kernel or a new Triton. Bounds already there
+may only fall.
 """
 
 import argparse
 import importlib
 import json
+import math
 import sys
 import time
 import types
@@ -21,21 +24,13 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 
 # Variants by which optional arguments are there (the rest are numbers at run time and change nothing that is compiled), and
-# by memory layout: "odd" has a head dim between two classes, "strided" a last dim that is not dense.
+# by memory layout: "odd" has a head dim between two classes (10, 20, 40, 80, 160), "strided" a last dim that is not dense.
 ALL = {"LEFT", "RIGHT", "KEY_LENGTHS", "DLSE"}
-VARIANTS = {
-    "plain": set(),
-    "causal": {"RIGHT"},
-    "padded": {"KEY_LENGTHS"},
-    "all": ALL,
-    "odd": ALL,
-    "strided": ALL,
-}
+VARIANTS = {"plain": set(), "causal": {"RIGHT"}, "padded": {"KEY_LENGTHS"}, "all": ALL, "odd": ALL, "strided": ALL}
 FP32_TENSORS = {"LSE", "DLSE", "DELTA"}
 OPTIONAL = {"LEFT": "i32", "RIGHT": "i32", "KEY_LENGTHS": "*i64", "DLSE": "*fp32"}
 
-# Bytes a thread may spill, where no smaller tile avoids it. These may only fall.
-SPILLS: dict[tuple[str, str, str, int], int] = {}
+SPILLS = Path(__file__).with_name("spills.json")
 
 
 def load(name: str):
@@ -51,9 +46,10 @@ def load(name: str):
 
 def arguments(kernel, dtype: str, head_dim: int, config, variant: str) -> dict:
     """The kernel's parameters as aot.compile_kernel wants them; head_dim is also the head dim of V."""
-    dim = head_dim - 3 if variant == "odd" else head_dim
+    dim = head_dim * 5 // 8 if variant == "odd" else head_dim
+    vec = 0 if variant == "strided" else math.gcd(dim, 16)
     constants = dict(
-        D=dim, DV=dim, BLOCK_D=head_dim, BLOCK_DV=head_dim, PRECISION="ieee", VEC={"odd": 1, "strided": 0}.get(variant, 16),
+        D=dim, DV=dim, BLOCK_D=head_dim, BLOCK_DV=head_dim, VEC=vec, PRECISION="ieee",
         BLOCK_M=config.block_m, BLOCK_N=config.block_n,
     )  # fmt: skip
     kinds = {}
@@ -85,7 +81,11 @@ def jobs(args):
                         yield arch, kernel, dtype, head_dim, config, variant
 
 
-def run(arch, kernel, dtype, head_dim, config, variant) -> dict:
+def name(row: dict) -> str:
+    return " ".join(str(row[key]) for key in ("arch", "kernel", "dtype", "head_dim", "variant"))
+
+
+def run(arch, kernel, dtype, head_dim, config, variant, bounds: dict[str, int]) -> dict:
     """Compile one and return its row of the table; `problem` is None where all is well."""
     aot = importlib.import_module("aot")
     function = getattr(load("tfkern.kernels.flash_fwd" if kernel == "flash_fwd" else "tfkern.kernels.flash_bwd"), kernel)
@@ -97,7 +97,7 @@ def run(arch, kernel, dtype, head_dim, config, variant) -> dict:
     except Exception as error:  # whatever the compiler throws is the finding
         return {**row, "problem": f"does not compile: {error!r}"}
     row.update(vars(found), seconds=round(time.perf_counter() - start, 2), problem=None)
-    bound = SPILLS.get((arch, kernel, dtype, head_dim), 0)
+    bound = bounds.get(name(row), 0)
     if found.spilled > bound:
         row["problem"] = f"spills {found.spilled} bytes, {bound} allowed"
     elif found.shared > SHARED[arch]:
@@ -113,15 +113,23 @@ def main() -> int:
     parser.add_argument("--head-dim", nargs="+", type=int)
     parser.add_argument("--variant", nargs="+", default=["plain", "all"], choices=list(VARIANTS))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--bounds", action="store_true")
     args = parser.parse_args()
+    bounds = json.loads(SPILLS.read_text())
     rows = []
     for job in jobs(args):
-        rows.append(row := run(*job))
+        row = run(*job, bounds)
+        if args.bounds and row.get("spilled") and name(row) not in bounds:
+            bounds[name(row)] = row["spilled"]
+            row["problem"] = None
+        rows.append(row)
         c = row["config"]
         tiles = f"{c['block_m']}x{c['block_n']} w{c['num_warps']} s{c['num_stages']}"
         found = f"{row.get('registers', '-'):>4} regs {row.get('spilled', '-'):>5} B spilled {row.get('shared', '-'):>7} B shared"
         where = f"{row['arch']:7} {row['kernel']:15} {row['dtype']} D{row['head_dim']:<4}{row['variant']:7}{tiles:16}"
         print(where, found, f"{row.get('seconds', '-')} s", row["problem"] or "", flush=True)
+    if args.bounds:
+        SPILLS.write_text(json.dumps(bounds, indent=0, sort_keys=True) + "\n")
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
     failed = sum(row["problem"] is not None for row in rows)

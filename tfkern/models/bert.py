@@ -4,6 +4,8 @@ An encoder of post-norm blocks with learned positions and segments, exact GELU, 
 masked-language-model head tied to the token embedding.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -60,7 +62,7 @@ class BERT(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c, attention) for _ in range(c.layers))
         self.pooler = nn.Linear(c.width, c.width) if pooler else None
-        self.apply(_init)
+        self.apply(functools.partial(_init, std=0.02 * math.sqrt(768 / c.width)))
 
     def forward(self, ids: Tensor, key_lengths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         """ids (B, N) integers, N <= context -> (B, N, C). key_lengths (B,): how many tokens of each row are no padding;
@@ -90,15 +92,16 @@ class MaskedLM(nn.Module):
         c = self.config = self.bert.config
         self.transform = nn.Sequential(nn.Linear(c.width, c.width), nn.GELU(), nn.LayerNorm(c.width, eps=c.eps))
         self.bias = nn.Parameter(torch.zeros(c.vocab_size))
-        self.transform.apply(_init)
+        self.transform.apply(functools.partial(_init, std=0.02 * math.sqrt(768 / c.width)))
 
     def forward(self, ids: Tensor, key_lengths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         x = self.transform(self.bert(ids, key_lengths, segments))
         return F.linear(x, self.bert.tokens.weight, self.bias)
 
 
-def _init(module: nn.Module) -> None:
+def _init(module: nn.Module, std: float) -> None:
+    """The original's 0.02 at its width of 768, and the same variance of outputs at others."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)

@@ -3,6 +3,7 @@
 A decoder of pre-norm blocks with learned positions, tanh-approximated GELU, and an output head tied to the token embedding.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,10 +55,11 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c, attention) for _ in range(c.layers))
         self.norm = nn.LayerNorm(c.width)
-        self.apply(_init)
+        std = 0.02 * math.sqrt(768 / c.width)
+        self.apply(functools.partial(_init, std=std))
         for block in self.blocks:  # the residual stream sums 2 * layers branches: keep its variance
             for last in (block.attn.proj, block.mlp[-1]):
-                nn.init.normal_(last.weight, std=0.02 / math.sqrt(2 * c.layers))
+                nn.init.normal_(last.weight, std=std / math.sqrt(2 * c.layers))
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, N) integers, N <= context -> logits (B, N, vocab_size)."""
@@ -85,8 +87,9 @@ class GPT(nn.Module):
         return ids
 
 
-def _init(module: nn.Module) -> None:
+def _init(module: nn.Module, std: float) -> None:
+    """The original's 0.02 at its width of 768, and the same variance of outputs at others."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)

@@ -1,0 +1,40 @@
+# Two commands for a fresh clone: `make demo` and `make test`. Each makes or reuses .venv with the pinned versions.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= auto
+# A mark that the environment is that of these files; any change to them installs anew.
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint gate bench bench-suite install clean
+install: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "tfkern needs Python 3.10 or newer; name one: make PYTHON=python3.12 …")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install -q pip; }
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo,test]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/tfkern demo $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/pytest tests -q -n $(WORKERS) $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Every kernel and variant compiled by the pinned Triton; `make test` compiles the plain and the full variants of them.
+gate: $(STAMP)
+	$(BIN)/python bench/compile_gate.py --variant odd strided
+
+bench: $(STAMP)
+	$(BIN)/tfkern bench $(ARGS)
+
+bench-suite: $(STAMP)
+	$(BIN)/pytest bench --benchmark-only -q $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info tfkern-out

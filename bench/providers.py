@@ -1,0 +1,100 @@
+"""Who is timed: tfkern by each backend, PyTorch's attention pinned to each of its own, FlexAttention, and the naive formula.
+
+A provider is made for one shape and device and gives a function (q, k, v) -> out, or raises Unavailable with the reason, which
+becomes a row of the results: nobody is left out in silence.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import tfkern
+from tfkern import reference
+from tfkern.backends import BACKENDS
+from tfkern.bench.shapes import Shape
+from tfkern.problem import Problem
+
+NAIVE_BYTES = 8 * 2**30  # more N x N scores than this are not tried
+
+
+class Unavailable(RuntimeError):
+    """This provider can't be timed here; the message says why."""
+
+
+def _tfkern(name: str, shape: Shape, dtype: torch.dtype, device: torch.device):
+    example = torch.empty(1, 1, 1, shape.head_dim, dtype=dtype, device=device)
+    if reasons := BACKENDS[name].unsupported(Problem.build(example, example, example)):
+        raise Unavailable("; ".join(reasons))
+    if name == "portable" and device.type == "cpu":
+        raise Unavailable("Triton's interpreter is for checking, not for timing")
+    return functools.partial(tfkern.attention, is_causal=shape.is_causal, backend=name)
+
+
+def _sdpa(kind: SDPBackend | None, shape: Shape, dtype: torch.dtype, device: torch.device):
+    def run(q, k, v):
+        if kind is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=shape.is_causal)
+        with sdpa_kernel(kind):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=shape.is_causal)
+
+    probe = [torch.empty(1, 1, 16, shape.head_dim, dtype=dtype, device=device) for _ in range(3)]
+    try:
+        run(*probe)
+    except RuntimeError as error:
+        raise Unavailable(str(error).splitlines()[0]) from None
+    return run
+
+
+@functools.cache
+def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _flex(shape: Shape, dtype: torch.dtype, device: torch.device):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    if device.type != "cuda":
+        raise Unavailable("compiled FlexAttention has no backward on a CPU")
+    mask = None
+    if shape.is_causal:
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, shape.length, shape.length, device=device)
+    return lambda q, k, v: _compiled_flex()(q, k, v, block_mask=mask)
+
+
+def _naive(shape: Shape, dtype: torch.dtype, device: torch.device):
+    if (size := shape.batch * shape.heads * shape.length**2 * dtype.itemsize) > NAIVE_BYTES:
+        raise Unavailable(f"its scores would take {size / 2**30:.0f} GiB")
+    return functools.partial(reference.attention, is_causal=shape.is_causal)
+
+
+def _flash_attn_3(shape: Shape, dtype: torch.dtype, device: torch.device):
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        raise Unavailable("the package flash_attn_interface is not installed")
+    if device.type != "cuda":
+        raise Unavailable("runs on Hopper GPUs only")
+    from flash_attn_interface import flash_attn_func
+
+    def run(q, k, v):
+        out = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=shape.is_causal)
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+    return run
+
+
+PROVIDERS: dict[str, Callable[[Shape, torch.dtype, torch.device], Callable]] = {
+    **{f"tfkern {name}": functools.partial(_tfkern, name) for name in BACKENDS},
+    "sdpa default": functools.partial(_sdpa, None),
+    "sdpa flash": functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION),
+    "sdpa cudnn": functools.partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
+    "sdpa efficient": functools.partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION),
+    "sdpa math": functools.partial(_sdpa, SDPBackend.MATH),
+    "flex": _flex,
+    "flash-attn 3": _flash_attn_3,
+    "naive": _naive,
+}

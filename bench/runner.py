@@ -1,0 +1,106 @@
+"""Verify, then time: forward, and forward with backward. A provider whose results are wrong is not timed."""
+
+import dataclasses
+import datetime
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+import tfkern
+from tfkern import reference, testing
+from tfkern.bench.providers import PROVIDERS, Unavailable
+from tfkern.bench.shapes import CPU_SHAPES, GPU_SHAPES, Shape
+
+VERIFY_HEADS = 2  # the oracle is N x N in float64: 4.3 GB a tensor at the longest
+
+
+def machine() -> dict:
+    """What the figures hang on: the device, versions, the date."""
+    about = dict(
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), tfkern=tfkern.__version__,
+        torch=torch.__version__, python=platform.python_version(), device="cpu", threads=torch.get_num_threads(),
+    )  # fmt: skip
+    if torch.cuda.is_available():
+        about.update(device=torch.cuda.get_device_name(), cuda=torch.version.cuda)
+    return about
+
+
+def run(dtype: torch.dtype, device: torch.device, seconds: float = 0.3, providers=None) -> Iterator[dict]:
+    """A row for each shape, direction and provider: medians in ms with the 20th and 80th percentile, or why there is none."""
+    for shape in GPU_SHAPES if device.type == "cuda" else CPU_SHAPES:
+        for name in providers or PROVIDERS:
+            try:
+                function = PROVIDERS[name](shape, dtype, device)
+            except Unavailable as reason:
+                yield dict(shape=shape.name, provider=name, skipped=str(reason))
+                continue
+            errors = verify(function, shape, dtype, device)
+            if wrong := [str(e) for e in errors if not e.ok]:
+                yield dict(shape=shape.name, provider=name, skipped="wrong results: " + "; ".join(wrong))
+                continue
+            for direction, call in calls(function, shape, dtype, device).items():
+                backward = direction != "forward"
+                p20, p50, p80 = time_it(call, device, seconds)
+                tflops = shape.flops(backward) / p50 / 1e9
+                yield dict(shape=shape.name, direction=direction, provider=name, ms=p50, p20=p20, p80=p80, tflops=tflops)
+
+
+def calls(function, shape: Shape, dtype, device) -> dict[str, Callable[[], object]]:
+    """What is timed. Forward runs without autograd, as in inference."""
+    q, k, v, do = shape.inputs(dtype, device)
+
+    def forward():
+        with torch.no_grad():
+            return function(q, k, v)
+
+    def both():
+        return torch.autograd.grad(function(q, k, v), (q, k, v), do)
+
+    return {"forward": forward, "forward+backward": both}
+
+
+def verify(function, shape: Shape, dtype, device) -> list[testing.Error]:
+    """Out and gradients against the float64 oracle, at the shape's own length, on a few heads of one batch."""
+    q, k, v, do = dataclasses.replace(shape, batch=1, heads=VERIFY_HEADS).inputs(dtype, device)
+
+    def results(f, *tensors):
+        tensors = [t.detach().requires_grad_() for t in tensors]
+        out = f(*tensors)
+        return dict(zip(("out", *testing.GRADIENTS), (out, *torch.autograd.grad(out, tensors, do.to(out.dtype))), strict=True))
+
+    def oracle(*tensors):
+        return reference.attention(*tensors, is_causal=shape.is_causal)
+
+    found, truth = results(function, q, k, v), results(oracle, q.double(), k.double(), v.double())
+    plains = [results(oracle, q, k, v)]
+    if dtype == torch.float32:
+        grads = reference.backward(q, k, v, do, torch.zeros_like(do[..., 0]), is_causal=shape.is_causal)
+        plains.append(dict(zip(testing.GRADIENTS, grads, strict=True)))
+    return [testing.compare(n, found[n], truth[n], [p[n] for p in plains if n in p]) for n in found]
+
+
+def time_it(call: Callable[[], object], device: torch.device, seconds: float) -> tuple[float, float, float]:
+    """20th percentile, median and 80th percentile in ms, over about `seconds` after a warm-up."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        return tuple(do_bench(call, warmup=25, rep=int(seconds * 1000), quantiles=[0.2, 0.5, 0.8]))
+    call()
+    times = []
+    start = time.perf_counter()
+    while len(times) < 5 or time.perf_counter() - start < seconds:
+        before = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - before) * 1e3)
+    fifths = statistics.quantiles(times, n=5)
+    return fifths[0], statistics.median(times), fifths[3]
+
+
+def save(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dict(machine=machine(), rows=rows), indent=1) + "\n")

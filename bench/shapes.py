@@ -1,0 +1,51 @@
+"""The problems that are timed: attention at the sizes of models people train, and what each costs at least."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Self-attention over (batch, heads, length, head_dim), full or causal."""
+
+    name: str
+    batch: int
+    heads: int
+    length: int
+    head_dim: int
+    is_causal: bool = False
+
+    def flops(self, backward: bool) -> float:
+        """Of the two matrix products forward, and of the five more backward; half of them under a causal mask."""
+        forward = 4.0 * self.batch * self.heads * self.length**2 * self.head_dim * (0.5 if self.is_causal else 1.0)
+        return forward * (3.5 if backward else 1.0)
+
+    def bytes(self, backward: bool, itemsize: int) -> float:
+        """Read and written at least: q, k, v and out, and backward those again with their gradients."""
+        tensor = self.batch * self.heads * self.length * self.head_dim * itemsize
+        return tensor * (4 + 8 if backward else 4)
+
+    def inputs(self, dtype: torch.dtype, device, generator=None):
+        """q, k, v requiring grad, and do: views of packed projections, as a model's layer has them."""
+        packed = torch.randn(
+            self.batch, self.length, 3, self.heads, self.head_dim, device=device, generator=generator
+        ).to(dtype)  # fmt: skip
+        q, k, v = (x.detach().requires_grad_() for x in packed.permute(2, 0, 3, 1, 4))
+        return q, k, v, torch.randn_like(q)
+
+
+GPU_SHAPES = [
+    Shape("vit-b16-197", 64, 12, 197, 64),
+    Shape("bert-base-512", 64, 12, 512, 64),
+    Shape("gpt2-1024", 8, 12, 1024, 64, is_causal=True),
+    Shape("gpt2-2048", 8, 12, 2048, 64, is_causal=True),
+    Shape("full-2048", 8, 12, 2048, 64),
+    Shape("d128-4096", 2, 16, 4096, 128, is_causal=True),
+    Shape("d128-16384", 1, 16, 16384, 128, is_causal=True),
+]
+CPU_SHAPES = [
+    Shape("vit-b16-197", 1, 12, 197, 64),
+    Shape("bert-base-512", 1, 12, 512, 64),
+    Shape("gpt2-1024", 1, 12, 1024, 64, is_causal=True),
+]

@@ -1,0 +1,40 @@
+"""pytest-benchmark suite over the same shapes and providers: `make bench-suite`, or `pytest bench --benchmark-only`.
+
+Every function is verified before it is timed, and synchronised inside what is timed.
+"""
+
+import pytest
+import torch
+
+from tfkern.bench import runner
+from tfkern.bench.providers import PROVIDERS, Unavailable
+from tfkern.bench.shapes import CPU_SHAPES, GPU_SHAPES
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+SHAPES = {shape.name: shape for shape in (GPU_SHAPES if DEVICE.type == "cuda" else CPU_SHAPES)}
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_speed(benchmark, shape, provider, direction):
+    shape = SHAPES[shape]
+    try:
+        function = PROVIDERS[provider](shape, DTYPE, DEVICE)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    errors = runner.verify(function, shape, DTYPE, DEVICE)
+    assert all(e.ok for e in errors), "\n".join(map(str, errors))
+    call = runner.calls(function, shape, DTYPE, DEVICE)[direction]
+
+    def synchronised():
+        call()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(synchronised, rounds=5, iterations=1, warmup_rounds=1)
+    backward = direction != "forward"
+    benchmark.extra_info.update(
+        tflops=shape.flops(backward) / benchmark.stats.stats.median / 1e12, bytes=shape.bytes(backward, DTYPE.itemsize)
+    )

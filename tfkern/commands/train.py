@@ -1,0 +1,74 @@
+"""Train a small reference model: gpt and bert on English text, vit on handwritten digits.
+
+Writes a safetensors checkpoint as it goes, and when interrupted; --resume goes on from it bit for bit.
+"""
+
+import signal
+import threading
+from pathlib import Path
+
+import torch
+
+import tfkern
+from tfkern.extras import require
+from tfkern.training.tasks import TASKS
+from tfkern.training.trainer import Training
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("model", choices=list(TASKS))
+    parser.add_argument("--steps", type=int, help="how many updates in all (default: the model's own number)")
+    parser.add_argument("--out", type=Path, default=Path("tfkern-out"), help="folder of the checkpoint MODEL.safetensors")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=50, metavar="STEPS")
+
+
+def run(args) -> int:
+    """Train to the end, or until interrupted; the checkpoint is there either way."""
+    require("safetensors", "demo")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = args.out / f"{args.model}.safetensors"
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(f"--steps must be 1 or more, but is {args.steps}")
+    if args.save_every < 1:
+        raise ValueError(f"--save-every must be 1 or more, but is {args.save_every}")
+    if args.resume:
+        training = Training.load(path, tfkern.attention, device)
+        if args.steps not in (None, training.steps):
+            raise ValueError(
+                f"{path} is of a training of {training.steps} steps, on which its learning rates depend; "
+                f"--steps {args.steps} does not fit: leave it out, or train anew into another --out"
+            )
+        print(f"going on after step {len(training.losses)} of {training.steps}")
+    else:
+        training = Training.start(TASKS[args.model], tfkern.attention, args.steps, args.seed, device)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    interrupted = _catch_signals()
+
+    def report(training: Training) -> bool:
+        done = len(training.losses)
+        if done % args.save_every == 0:
+            training.save(path)
+        if done % 10 == 0 or done == training.steps:
+            print(f"step {done:5} of {training.steps}  loss {training.losses[-1]:.4f}", flush=True)
+        return interrupted.is_set()
+
+    training.run(on_step=report)
+    training.save(path)
+    print(f"checkpoint after step {len(training.losses)}: {path}")
+    if interrupted.is_set():
+        print("interrupted; --resume goes on from there")
+        return 130
+    score = training.score()
+    print(f"{score.name}: {score}")
+    return 0
+
+
+def _catch_signals() -> threading.Event:
+    """An event that an interrupt or a termination sets: a step is never left half done, so that the checkpoint is whole."""
+    event = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: event.set())
+    return event
