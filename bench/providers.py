@@ -1,7 +1,7 @@
 """Who is timed: tfkern by each backend, PyTorch's attention pinned to each of its own, FlexAttention, and the naive formula.
 
-A provider is made for one shape and device and gives a function (q, k, v) -> out, or raises Unavailable with the reason, which
-becomes a row of the results: nobody is left out in silence.
+A provider is made for one shape and device and gives a function (q, k, v) -> out, or raises UnavailableError with the reason,
+which becomes a row of the results: nobody is left out in silence.
 """
 
 import functools
@@ -21,16 +21,16 @@ from tfkern.problem import Problem
 NAIVE_BYTES = 8 * 2**30  # more N x N scores than this are not tried
 
 
-class Unavailable(RuntimeError):
+class UnavailableError(RuntimeError):
     """This provider can't be timed here; the message says why."""
 
 
 def _tfkern(name: str, shape: Shape, dtype: torch.dtype, device: torch.device):
     example = torch.empty(1, 1, 1, shape.head_dim, dtype=dtype, device=device)
     if reasons := BACKENDS[name].unsupported(Problem.build(example, example, example)):
-        raise Unavailable("; ".join(reasons))
+        raise UnavailableError("; ".join(reasons))
     if name == "portable" and device.type == "cpu":
-        raise Unavailable("Triton's interpreter is for checking, not for timing")
+        raise UnavailableError("Triton's interpreter is for checking, not for timing")
     return functools.partial(tfkern.attention, is_causal=shape.is_causal, backend=name)
 
 
@@ -45,7 +45,7 @@ def _sdpa(kind: SDPBackend | None, shape: Shape, dtype: torch.dtype, device: tor
     try:
         run(*probe)
     except RuntimeError as error:
-        raise Unavailable(str(error).splitlines()[0]) from None
+        raise UnavailableError(str(error).splitlines()[0]) from None
     return run
 
 
@@ -60,7 +60,7 @@ def _flex(shape: Shape, dtype: torch.dtype, device: torch.device):
     from torch.nn.attention.flex_attention import create_block_mask
 
     if device.type != "cuda":
-        raise Unavailable("compiled FlexAttention has no backward on a CPU")
+        raise UnavailableError("compiled FlexAttention has no backward on a CPU")
     mask = None
     if shape.is_causal:
         mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, shape.length, shape.length, device=device)
@@ -69,15 +69,15 @@ def _flex(shape: Shape, dtype: torch.dtype, device: torch.device):
 
 def _naive(shape: Shape, dtype: torch.dtype, device: torch.device):
     if (size := shape.batch * shape.heads * shape.length**2 * dtype.itemsize) > NAIVE_BYTES:
-        raise Unavailable(f"its scores would take {size / 2**30:.0f} GiB")
+        raise UnavailableError(f"its scores would take {size / 2**30:.0f} GiB")
     return functools.partial(reference.attention, is_causal=shape.is_causal)
 
 
 def _flash_attn_3(shape: Shape, dtype: torch.dtype, device: torch.device):
     if importlib.util.find_spec("flash_attn_interface") is None:
-        raise Unavailable("the package flash_attn_interface is not installed")
+        raise UnavailableError("the package flash_attn_interface is not installed")
     if device.type != "cuda":
-        raise Unavailable("runs on Hopper GPUs only")
+        raise UnavailableError("runs on Hopper GPUs only")
     from flash_attn_interface import flash_attn_func
 
     def run(q, k, v):

@@ -13,7 +13,7 @@ import torch
 
 import tfkern
 from tfkern import reference, testing
-from tfkern.bench.providers import PROVIDERS, Unavailable
+from tfkern.bench.providers import PROVIDERS, UnavailableError
 from tfkern.bench.shapes import CPU_SHAPES, GPU_SHAPES, Shape
 
 VERIFY_HEADS = 2  # the oracle is N x N in float64: 4.3 GB a tensor at the longest
@@ -36,7 +36,7 @@ def run(dtype: torch.dtype, device: torch.device, seconds: float = 0.3, provider
         for name in providers or PROVIDERS:
             try:
                 function = PROVIDERS[name](shape, dtype, device)
-            except Unavailable as reason:
+            except UnavailableError as reason:
                 yield dict(shape=shape.name, provider=name, skipped=str(reason))
                 continue
             errors = verify(function, shape, dtype, device)

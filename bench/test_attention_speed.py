@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tfkern.bench import runner
-from tfkern.bench.providers import PROVIDERS, Unavailable
+from tfkern.bench.providers import PROVIDERS, UnavailableError
 from tfkern.bench.shapes import CPU_SHAPES, GPU_SHAPES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -22,7 +22,7 @@ def test_speed(benchmark, shape, provider, direction):
     shape = SHAPES[shape]
     try:
         function = PROVIDERS[provider](shape, DTYPE, DEVICE)
-    except Unavailable as reason:
+    except UnavailableError as reason:
         pytest.skip(str(reason))
     errors = runner.verify(function, shape, DTYPE, DEVICE)
     assert all(e.ok for e in errors), "\n".join(map(str, errors))

@@ -34,7 +34,7 @@ def key_range(start_m, end_m, n_k, shift, LEFT, RIGHT, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def query_range(start_n, end_n, n_q, shift, LEFT, RIGHT, BLOCK_M: tl.constexpr):
-    """The queries that keys [start_n, end_n) are seen by, as key_range: key j is seen by j - shift - RIGHT <= i <= j - shift + LEFT."""
+    """The queries that see keys [start_n, end_n), as key_range: key j is seen by j - shift - RIGHT <= i <= j - shift + LEFT."""
     return key_range(start_n, end_n, n_q, -shift, RIGHT, LEFT, BLOCK_M)
 
 

@@ -119,7 +119,7 @@ def flash_bwd_dkdv(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     VEC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid (batch * heads / group * tiles,), tiles = ceil(n_k / BLOCK_N). Needs the DELTA of flash_bwd_dq. DK as K, DV_OUT as V.
+    """Grid (batch * heads / group * tiles,), tiles = ceil(n_k / BLOCK_N). DELTA is flash_bwd_dq's. DK as K, DV_OUT as V.
 
     Every key row of the tensors is written: keys that no query sees, and keys beyond KEY_LENGTHS, get 0.
     """
@@ -159,4 +159,6 @@ def flash_bwd_dkdv(
     keep = (offs_n < n_k)[:, None]  # rows beyond the length were computed from zeros, not from keys
     dk = tl.where(keep, dk * scale, 0.0)
     tile.store(tile.head(DK, stride_dk, b, h_k, VEC), stride_dk, start_n, rows, dk, BLOCK_N, D, BLOCK_D, VEC)
-    tile.store(tile.head(DV_OUT, stride_dv, b, h_k, VEC), stride_dv, start_n, rows, tl.where(keep, dv, 0.0), BLOCK_N, DV, BLOCK_DV, VEC)
+    tile.store(
+        tile.head(DV_OUT, stride_dv, b, h_k, VEC), stride_dv, start_n, rows, tl.where(keep, dv, 0.0), BLOCK_N, DV, BLOCK_DV, VEC
+    )

@@ -3,9 +3,8 @@
 A tensor is addressed by its pointer and a tuple of strides (batch, head, row, column). `VEC` says what the compiler may
 assume of them: with VEC = v > 0 the last dimension has stride 1 and the other strides are given in units of v elements, so
 that loads vectorise whatever the sequence length (a stride that is a plain run-time number would not, and specialising on
-it would recompile for new lengths). With VEC = 0 all four strides are in elements and free. A stride s arrives as 2 s + 3, a number
-that Triton's JIT never specialises on.
-Addresses are int64: tensors beyond 2**31 elements are ordinary.
+it would recompile for new lengths). With VEC = 0 all four strides are in elements and free. A stride s arrives as 2 s + 3, a
+number that Triton's JIT never specialises on. Addresses are int64: tensors beyond 2**31 elements are ordinary.
 """
 
 import triton

@@ -74,7 +74,8 @@ def test_kernel_lse_is_float32_exact_for_16_bit_inputs(dtype, device):
     rest = inputs.do, inputs.dlse, dict(inputs.options)
     found = testing.results(tfkern.attention, inputs.tensors, *rest[:2], dict(rest[2], backend="portable"))["lse"]
     truth, plain = (
-        testing.results(reference.attention, [x.to(d) for x in inputs.clean], *rest)["lse"] for d in (torch.float64, torch.float32)
+        testing.results(reference.attention, [x.to(d) for x in inputs.clean], *rest)["lse"]
+        for d in (torch.float64, torch.float32)
     )
     assert_within_budget([testing.compare("lse", found, truth, [plain])])
 

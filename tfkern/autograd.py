@@ -54,7 +54,9 @@ class AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        raise NotImplementedError("second derivatives of tfkern.attention are not built yet; tfkern.reference.attention has them")
+        raise NotImplementedError(
+            "second derivatives of tfkern.attention are not built yet; tfkern.reference.attention has them"
+        )
 
     jvp = Attention.jvp
     vmap = Attention.vmap

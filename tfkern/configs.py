@@ -30,7 +30,7 @@ _INTERPRETER = {
     "flash_bwd_dkdv": TileConfig(32, 64),
 }
 
-_overrides: contextvars.ContextVar[dict[str, TileConfig]] = contextvars.ContextVar("tile_config_overrides", default={})
+_overrides: contextvars.ContextVar[dict[str, TileConfig]] = contextvars.ContextVar("tile_config_overrides")
 
 
 def head_dim_class(head_dim: int) -> int:
@@ -40,7 +40,7 @@ def head_dim_class(head_dim: int) -> int:
 
 def tile_config(arch: str, kernel: str, itemsize: int, block_d: int) -> TileConfig:
     """The tiles for one launch. arch is "sm_NN", "gfx…" or "interpreter"; block_d a head-dim class; itemsize 2 or 4 bytes."""
-    if kernel in (override := _overrides.get()):
+    if kernel in (override := _overrides.get({})):
         return override[kernel]
     if arch == "interpreter":
         return _INTERPRETER[kernel]
@@ -48,7 +48,7 @@ def tile_config(arch: str, kernel: str, itemsize: int, block_d: int) -> TileConf
 
 
 def table_arch(arch: str) -> str:
-    """The architecture whose rows serve `arch`. Rows of sm_80 need at most 99 KiB of shared memory and so fit every NVIDIA chip."""
+    """The architecture whose rows serve `arch`. Those of sm_80 need at most 99 KiB of shared memory, which every chip has."""
     if arch.startswith("gfx"):
         return "gfx942"
     return "sm_90" if arch in ("sm_90", "sm_100", "sm_103") else "sm_80"
@@ -59,7 +59,7 @@ def override(**configs: TileConfig):
     """Within the block, the kernels named by keyword use the given tiles: `with override(flash_fwd=TileConfig(32, 16)): …`."""
     if unknown := configs.keys() - set(KERNELS):
         raise ValueError(f"no kernel is called {sorted(unknown)}; the kernels are {KERNELS}")
-    token = _overrides.set({**_overrides.get(), **configs})
+    token = _overrides.set({**_overrides.get({}), **configs})
     try:
         yield
     finally:

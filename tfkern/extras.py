@@ -13,4 +13,6 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise MissingExtraError(f"this needs {error.name}, which is not installed; get it with: pip install 'tfkern[{extra}]'") from None
+        raise MissingExtraError(
+            f"this needs {error.name}, which is not installed; get it with: pip install 'tfkern[{extra}]'"
+        ) from None

@@ -26,8 +26,8 @@ def attention(
         enable_gqa: lets H be a multiple of Hkv; query head h uses key head h // (H / Hkv).
         causal_alignment: where is_causal and window stand when Nq != Nk. "upper_left" (PyTorch's): shift = 0, the first query
             is aligned with the first key. "lower_right" (flash-attn's): shift = Nk - Nq, the last with the last.
-        window: (left, right), integers >= 0 or None for unbounded: query i sees keys i + shift - left <= j <= i + shift + right.
-            With is_causal, both hold.
+        window: (left, right), integers >= 0 or None for unbounded: query i sees keys j with
+            i + shift - left <= j <= i + shift + right. With is_causal, both hold.
         key_lengths: (B,) int32 or int64. Keys from key_lengths[b] on are not there in batch b: they are not read, their
             gradients are 0, and Nk in the shift is key_lengths[b]. On a GPU, values outside 0..Nk are clamped (a check would
             stop the stream).
@@ -68,7 +68,9 @@ def explain(
 
 def _prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, key_lengths):
     if attn_mask is not None:
-        raise NotImplementedError("attn_mask is not built yet; use is_causal, window or key_lengths, or PyTorch's own attention")
+        raise NotImplementedError(
+            "attn_mask is not built yet; use is_causal, window or key_lengths, or PyTorch's own attention"
+        )
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be a number in [0, 1], but is {dropout_p!r}")
     if dropout_p > 0.0:
@@ -82,7 +84,7 @@ def _prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_g
 
 
 def _autocast(*tensors):
-    """The tensors in the autocast dtype where autocast is on for their device; what is no such tensor is left for the checks."""
+    """The tensors in the autocast dtype where autocast is on for their device; what is no tensor is left for the checks."""
     kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if not torch.is_autocast_enabled(kind):
         return tensors

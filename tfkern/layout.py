@@ -11,7 +11,6 @@ MAX_ROW_STRIDE = 2**31 // 256  # so that 256 rows, more than any tile has, stay 
 
 def empty_in_order_of(like: Tensor, last_dim: int) -> Tensor:
     """Uninitialised (B, H, N, last_dim) whose first three dims lie in memory in the order that they have in `like`, dense."""
-    b, h, n, _ = like.shape
     # Stable, and blind to dims of size 1 or stride 0, which say nothing about order: they stay where they stand.
     telling = [d for d in range(3) if like.shape[d] > 1 and like.stride(d) > 0]
     placed = iter(sorted(telling, key=like.stride, reverse=True))
@@ -23,14 +22,14 @@ def empty_in_order_of(like: Tensor, last_dim: int) -> Tensor:
 def kernel_strides(*tensors: Tensor) -> tuple[int, list[tuple[int, ...]]]:
     """(VEC, strides of each 4-D tensor) as kernels/tile.py wants them.
 
-    Where every last dim has stride 1 (and no row stride is huge), VEC is the largest power of two up to 16 that divides all other strides, and those are
-    in units of VEC. It depends on head counts and head dims, not on lengths. Otherwise VEC is 0 and strides are in elements.
+    Where every last dim has stride 1 (and no row stride is huge), VEC is the largest power of two up to 16 that divides all
+    other strides, and those are in units of VEC. It depends on head counts and head dims, not on lengths. Otherwise VEC is 0 and strides are in elements.
     A stride s is sent as 2 s + 3: Triton's JIT compiles anew for entries of a tuple that become 1 or a multiple of 16, and
     these never do.
     """
     # A dim of size 1 is never stepped along: its stride is noise, and would cost alignment or a recompile.
     strides = [tuple(s if n > 1 else 0 for s, n in zip(t.stride(), t.shape, strict=True)) for t in tensors]
-    if any(s[3] != 1 and t.shape[3] > 1 or s[2] >= MAX_ROW_STRIDE for s, t in zip(strides, tensors, strict=True)):
+    if any((s[3] != 1 and t.shape[3] > 1) or s[2] >= MAX_ROW_STRIDE for s, t in zip(strides, tensors, strict=True)):
         return 0, [tuple(2 * x + 3 for x in s) for s in strides]
     vec = math.gcd(MAX_VEC, *(x for s in strides for x in s[:3]))
     return vec, [tuple(2 * (x // vec) + 3 for x in s[:3]) for s in strides]

@@ -1,4 +1,4 @@
-"""What is to be computed, without the tensors: shapes, dtypes, the band of visible keys. Every check and its message is here."""
+"""What is to be computed, without the tensors: shapes, dtypes, the band of visible keys. All checks and messages are here."""
 
 import math
 from dataclasses import dataclass
@@ -98,7 +98,9 @@ def _check_heads(heads: int, kv_heads: int, enable_gqa: bool) -> None:
             "groups of query heads share a key head"
         )
     if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"with enable_gqa the heads of query, {heads}, must be a multiple of those of key and value, {kv_heads}")
+        raise ValueError(
+            f"with enable_gqa the heads of query, {heads}, must be a multiple of those of key and value, {kv_heads}"
+        )
 
 
 def _check_key_lengths(key_lengths, batch: int, n_k: int, device: torch.device) -> None:

@@ -132,9 +132,8 @@ def make_inputs(case: Case, dtype: torch.dtype, device="cpu", seed: int = 0) -> 
     keep = reference.visible(case.n_q, n_k, device=device, **band)
     dead_q = ~keep.any(3).expand(case.batch, 1, -1)[..., None]
     dead_k = ~keep.any(2).expand(case.batch, 1, -1)[..., None]
-    shapes = [
-        (case.heads, case.n_q, case.head_dim), (kv_heads, n_k, case.head_dim), (kv_heads, n_k, case.v_head_dim or case.head_dim),
-    ]  # fmt: skip
+    v_head_dim = case.v_head_dim or case.head_dim
+    shapes = [(case.heads, case.n_q, case.head_dim), (kv_heads, n_k, case.head_dim), (kv_heads, n_k, v_head_dim)]
     tensors, clean = [], []
     for shape, dead in zip(shapes, (dead_q, dead_k, dead_k), strict=True):
         x = _in_layout(case.layout, case.batch, *shape, dtype, generator).to(device)
@@ -189,7 +188,8 @@ def check(case: Case, dtype: torch.dtype, backend: str, device="cpu", seed: int 
 
 
 def compare(quantity: str, found: Tensor, truth: Tensor, plains: list[Tensor]) -> Error:
-    """The Error of `found` beside the largest of `plains`. -inf (the lse of rows that see no key) must stand exactly where it does in the truth."""
+    """The Error of `found` beside the largest of `plains`. -inf (the lse of rows that see no key) must stand where it does in
+    the truth."""
     if found.shape != truth.shape or not torch.equal(found == -torch.inf, truth == -torch.inf):
         return Error(quantity, float("nan"), 0.0, 0.0)
     finite = truth != -torch.inf

@@ -31,7 +31,7 @@ def order(device_type: str) -> tuple[str, ...]:
 
 
 def choose(problem: Problem, name: str | None = None) -> ModuleType:
-    """The backend for a problem: the one named, or the first in the order that supports it. UnsupportedError where none does."""
+    """The backend for a problem: the one named, or the first in the order that supports it; UnsupportedError if none."""
     return BACKENDS[_choose(problem, name, order(problem.device.type))]
 
 

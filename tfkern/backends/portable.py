@@ -1,4 +1,4 @@
-"""The portable Triton kernels (kernels/flash_fwd.py, kernels/flash_bwd.py): any GPU that Triton compiles for, or the interpreter."""
+"""The portable Triton kernels (kernels/flash_fwd.py, flash_bwd.py): any GPU that Triton compiles for, or the interpreter."""
 
 import torch
 

@@ -22,7 +22,9 @@ CURVES_APART = 0.02  # nats; naive and fused differ in the order of float32 sums
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} training steps each, to see it work within a minute")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"{QUICK_STEPS} training steps each, to see it work within a minute"
+    )
     parser.add_argument("--out", type=Path, default=Path("tfkern-out/demo"), help="the report's folder")
 
 
@@ -76,7 +78,12 @@ def train_twice(console, task: Task, device: torch.device, quick: bool) -> repor
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     steps = QUICK_STEPS if quick else task.steps
-    columns = TextColumn("{task.description:24}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description:24}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+    )
     runs = {}
     with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=console) as progress:
         for label, attention in (("fused", tfkern.attention), ("naive", reference.attention)):

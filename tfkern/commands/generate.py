@@ -28,6 +28,8 @@ def run(args) -> int:
         raise ValueError("--count and --temperature must be 0 or more, --top-k 1 or more")
     training = Training.load(args.checkpoint, tfkern.attention, "cuda" if torch.cuda.is_available() else "cpu")
     if training.task.name != "gpt":
-        raise CheckpointError(f"{args.checkpoint} is of {training.task.name}, but text comes from gpt; train one with `tfkern train gpt`")
+        raise CheckpointError(
+            f"{args.checkpoint} is of {training.task.name}, but text comes from gpt; train one with `tfkern train gpt`"
+        )
     print(sampling.continued(training, args.prompt, args.count, args.temperature, args.top_k, args.seed))
     return 0

@@ -73,7 +73,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, ids: Tensor, count: int, temperature: float = 1.0, top_k: int | None = None, generator=None) -> Tensor:
-        """Append `count` sampled tokens to ids (B, N). temperature 0 takes the likeliest; top_k samples among the k likeliest."""
+        """Append `count` tokens to ids (B, N). temperature 0 takes the likeliest; top_k samples among the k likeliest."""
         for _ in range(count):
             logits = self(ids[:, -self.config.context :])[:, -1]  # (B, vocab_size)
             if temperature == 0.0:

@@ -52,13 +52,19 @@ def write(folder: Path, pairs: dict[str, Pair], problems: list[str]) -> list[Pat
     import matplotlib as mpl
 
     mpl.use("Agg")
-    plots = {"loss.png": loss_curves(pairs), "attention-text.png": text_map(pairs["gpt"]), "attention-digit.png": digit_map(pairs["vit"])}
+    plots = {
+        "loss.png": loss_curves(pairs),
+        "attention-text.png": text_map(pairs["gpt"]),
+        "attention-digit.png": digit_map(pairs["vit"]),
+    }
     for name, figure in plots.items():
         figure.savefig(folder / name, dpi=120, bbox_inches="tight")
     written = sampling.continued(pairs["gpt"].fused, "The ", 300, temperature=0.7)
     (folder / "sample.txt").write_text(f"GPT writes:\n{written}\n\n{sampling.filled(pairs['bert'].fused)}\n")
     figures = {
-        p.name: dict(steps=p.fused.steps, fused=p.fused.losses, naive=p.naive.losses, apart=p.apart, **{p.score.name: p.score.value})
+        p.name: dict(
+            steps=p.fused.steps, fused=p.fused.losses, naive=p.naive.losses, apart=p.apart, **{p.score.name: p.score.value}
+        )
         for p in pairs.values()
     }
     (folder / "results.json").write_text(json.dumps(dict(problems=problems, **figures), indent=1))
@@ -122,7 +128,7 @@ def text_map(pair: Pair):
     characters = [c if c.isprintable() and c != " " else "·" for c in corpus.decode(ids)]
     figure = Figure(figsize=(8, 8))
     axes = figure.subplots()
-    axes.imshow(p.sqrt(), cmap="magma")
+    axes.imshow(p.sqrt().numpy(), cmap="magma")
     axes.set_xticks(range(length), characters, fontsize=7)
     axes.set_yticks(range(length), characters, fontsize=7)
     axes.set_xlabel("key: the character looked at")
@@ -146,10 +152,12 @@ def digit_map(pair: Pair):
     maps = kept[0][:, head, 0, 1:].reshape(count, side, side).float().cpu()
     figure = Figure(figsize=(2.2 * count, 4.8))
     for column, (top, bottom) in enumerate(zip(*figure.subplots(2, count), strict=True)):
-        top.imshow(images[column, 0], cmap="gray_r")
+        top.imshow(images[column, 0].numpy(), cmap="gray_r")
         top.set_title(f"a {labels[column]}, read as {read[column]}", fontsize=9)
-        bottom.imshow(maps[column].sqrt(), cmap="magma", extent=(0, side, side, 0))
-        bottom.contour(images[column, 0], levels=[0.0], colors="white", linewidths=1, extent=(0, side, 0, side), origin="lower")
+        bottom.imshow(maps[column].sqrt().numpy(), cmap="magma", extent=(0, side, side, 0))
+        bottom.contour(
+            images[column, 0].numpy(), levels=[0.0], colors="white", linewidths=1, extent=(0, side, 0, side), origin="lower"
+        )
         for axes in (top, bottom):
             axes.set_axis_off()
     figure.suptitle(f"ViT, layer {layer + 1}, head {head + 1}: attention of the class token (square root)")

@@ -121,7 +121,9 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}); remove it and train anew") from None
     if about.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is a safetensors file, but no checkpoint of `tfkern train` (format {about.get('format')!r})")
+        raise CheckpointError(
+            f"{path} is a safetensors file, but no checkpoint of `tfkern train` (format {about.get('format')!r})"
+        )
     return about, tensors
 
 

@@ -1,0 +1,111 @@
+"""The autograd contract: what flows, what is refused, what memory results lie in."""
+
+import pytest
+import torch
+
+import tfkern
+from tfkern import reference
+
+
+@pytest.fixture
+def qkv():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 3, 20, 16, generator=generator, requires_grad=True) for _ in range(3)]
+
+
+def test_gradient_of_each_input_alone(qkv):
+    for index in range(3):
+        tensors = [t.detach().requires_grad_(i == index) for i, t in enumerate(qkv)]
+        for backend in ("portable", "eager"):
+            (found,) = torch.autograd.grad(tfkern.attention(*tensors, backend=backend).square().sum(), tensors[index])
+            (truth,) = torch.autograd.grad(reference.attention(*tensors).square().sum(), tensors[index])
+            torch.testing.assert_close(found, truth)
+
+
+def test_gradient_through_lse_alone(qkv):
+    for backend in ("portable", "eager"):
+        found = torch.autograd.grad(tfkern.attention(*qkv, return_lse=True, backend=backend)[1].square().sum(), qkv[:2])
+        truth = torch.autograd.grad(reference.attention(*qkv, return_lse=True)[1].square().sum(), qkv[:2])
+        for f, t in zip(found, truth, strict=True):
+            torch.testing.assert_close(f, t)
+
+
+def test_expanded_gradient(qkv):
+    """What sum() sends back has stride 0 everywhere."""
+    for backend in ("portable", "eager"):
+        found = torch.autograd.grad(tfkern.attention(*qkv, is_causal=True, backend=backend).sum(), qkv)
+        truth = torch.autograd.grad(reference.attention(*qkv, is_causal=True).sum(), qkv)
+        for f, t in zip(found, truth, strict=True):
+            torch.testing.assert_close(f, t)
+
+
+def test_no_graph_without_need(qkv):
+    assert not tfkern.attention(*(t.detach() for t in qkv)).requires_grad
+    with torch.no_grad():
+        assert not tfkern.attention(*qkv).requires_grad
+
+
+def test_higher_derivatives_are_refused(qkv):
+    grads = torch.autograd.grad(tfkern.attention(*qkv).square().sum(), qkv, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        torch.autograd.grad(grads[0].sum(), qkv[0])
+    plain = [t.detach() for t in qkv]
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(tfkern.attention, tuple(plain), tuple(plain))
+    with pytest.raises(NotImplementedError, match="vmap"):
+        torch.vmap(tfkern.attention)(*(t[None] for t in plain))
+
+
+def test_func_grad(qkv):
+    plain = [t.detach() for t in qkv]
+    found = torch.func.grad(lambda *t: tfkern.attention(*t).square().sum(), (0, 1, 2))(*plain)
+    truth = torch.autograd.grad(reference.attention(*qkv).square().sum(), qkv)
+    for f, t in zip(found, truth, strict=True):
+        torch.testing.assert_close(f, t)
+
+
+@pytest.mark.parametrize("backend", ["portable", "eager"])
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 0, 1), (1, 0, 2)], ids=str)
+def test_results_keep_the_memory_order_of_their_inputs(backend, order):
+    """B, H, N in any order in memory: out as query, each gradient as its input, all dense."""
+    sizes = (2, 3, 20)
+    inverse = [order.index(d) for d in range(3)]
+    q, k, v = (torch.randn(*(sizes[d] for d in order), dim).permute(*inverse, 3).requires_grad_() for dim in (16, 16, 24))
+    out = tfkern.attention(q, k, v, backend=backend)
+    assert out.shape == (*sizes, 24)
+    assert [d for d in sorted(range(3), key=lambda d: -out.stride(d))] == list(order)
+    assert out.permute(*order, 3).is_contiguous()
+    for x, g in zip((q, k, v), torch.autograd.grad(out.square().sum(), (q, k, v)), strict=True):
+        assert g.stride() == x.stride()
+
+
+def test_projection_after_bnhd_query_needs_no_copy():
+    qkv = torch.randn(2, 20, 3, 4, 16)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    out = tfkern.attention(q, k, v)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("device_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_casts_mixed_inputs(device_dtype, device):
+    q = torch.randn(1, 2, 8, 16, device=device, requires_grad=True)
+    k = torch.randn(1, 2, 8, 16, device=device).to(device_dtype)
+    with torch.autocast(device, dtype=device_dtype):
+        out = tfkern.attention(q, k, k)
+        wide = tfkern.attention(*(x.double() for x in (q, k, k)))
+    assert out.dtype == device_dtype
+    assert wide.dtype == torch.float64
+    out.float().sum().backward()
+    assert q.grad.dtype == torch.float32
+    with pytest.raises(TypeError, match="key must have the dtype of query"):
+        tfkern.attention(q, k, k)
+
+
+def test_under_torch_compile_it_breaks_the_graph_and_stays_right(qkv):
+    def f(*t):
+        return tfkern.attention(*t, is_causal=True).square().sum() * 2.0
+
+    with pytest.warns(UserWarning, match="lru_cache"):
+        found = torch.autograd.grad(torch.compile(f, backend="aot_eager")(*qkv), qkv)
+    for x, y in zip(found, torch.autograd.grad(f(*qkv), qkv), strict=True):
+        torch.testing.assert_close(x, y)

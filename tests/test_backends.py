@@ -1,0 +1,61 @@
+"""Which backend runs, how that is told, and that importing needs neither Triton nor a GPU."""
+
+import os
+import subprocess
+
+import pytest
+import torch
+
+import tfkern
+from tfkern import backends
+from tfkern.problem import Problem
+
+
+def problem(**changes):
+    q = torch.empty(1, 2, 4, 16, **changes)
+    return Problem.build(q, q, q)
+
+
+def test_a_cpu_tensor_goes_to_eager_by_default():
+    assert backends.choose(problem()) is backends.eager
+    assert backends.choose(problem(), "portable") is backends.portable
+
+
+def test_environment_variable_sets_the_order(monkeypatch):
+    monkeypatch.setenv("TFKERN_BACKENDS", "portable, eager")
+    assert backends.choose(problem()) is backends.portable
+    assert backends.choose(problem(dtype=torch.float64)) is backends.eager
+    monkeypatch.setenv("TFKERN_BACKENDS", "portable")
+    with pytest.raises(tfkern.UnsupportedError, match="float64"):
+        backends.choose(problem(dtype=torch.float64))
+    monkeypatch.setenv("TFKERN_BACKENDS", "quick")
+    with pytest.raises(ValueError, match=r"TFKERN_BACKENDS names \['quick'\]"):
+        backends.choose(problem())
+
+
+def test_explain(monkeypatch):
+    q = torch.empty(1, 2, 4, 300)
+    assert tfkern.explain(q, q, q).startswith("eager runs Problem(batch=1, heads=2")
+    monkeypatch.setenv("TFKERN_BACKENDS", "portable,eager")
+    text = tfkern.explain(q, q, q)
+    assert text.startswith("eager runs")
+    assert "portable: head dim 300 is outside 1..256" in text
+    assert "no backend can do this problem" in tfkern.explain(q, q, q, backend="portable")
+
+
+def test_without_triton(python_without):
+    code = (
+        "import torch, tfkern; q = torch.randn(1, 2, 8, 16, requires_grad=True); "
+        "tfkern.attention(q, q, q).sum().backward(); print(tfkern.explain(q, q, q, backend='portable'))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(python_without(code, "triton"), capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Triton is not installed" in done.stdout or "does not import" in done.stdout
+    assert "TRITON_INTERPRET=1" in done.stdout
+
+
+def test_importing_tfkern_imports_no_triton(python_without):
+    code = "import tfkern, tfkern.cli; assert not any(m.split('.')[0] == 'triton' for m in sys.modules), 'imported'"
+    done = subprocess.run(python_without(code), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

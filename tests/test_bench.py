@@ -1,0 +1,59 @@
+"""The benchmark's machinery: nothing wrong is timed, nobody is left out in silence, results can be drawn again."""
+
+import json
+
+import pytest
+import torch
+
+from tfkern import cli, reference
+from tfkern.bench import plots, providers, runner
+from tfkern.bench.shapes import Shape
+
+TINY = Shape("tiny", 2, 3, 40, 16, is_causal=True)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(runner, "CPU_SHAPES", [TINY])
+    monkeypatch.setattr(runner, "GPU_SHAPES", [TINY])
+
+
+def test_rows(tiny, device):
+    rows = list(runner.run(torch.float32, torch.device(device), seconds=0.01))
+    assert {row["provider"] for row in rows} == set(providers.PROVIDERS)
+    timed = [row for row in rows if "ms" in row]
+    assert {row["provider"] for row in timed} >= {"tfkern eager", "sdpa default", "sdpa math", "naive"}
+    assert all(row["p20"] <= row["ms"] <= row["p80"] for row in timed)
+    assert all(row.get("skipped") for row in rows if "ms" not in row)
+
+
+def test_wrong_results_are_not_timed(tiny, monkeypatch, device):
+    def off_by_a_mask(shape, dtype, device):
+        return lambda q, k, v: reference.attention(q, k, v, is_causal=False)
+
+    monkeypatch.setitem(providers.PROVIDERS, "wrong", off_by_a_mask)
+    (row,) = runner.run(torch.float32, torch.device(device), seconds=0.01, providers=["wrong"])
+    assert row["skipped"].startswith("wrong results: out: error")
+
+
+def test_command_writes_results_and_a_plot(tiny, tmp_path, capsys):
+    assert cli.main(["bench", "--seconds", "0.01", "--out", str(tmp_path)]) == 0
+    loaded = json.loads((tmp_path / "results.json").read_text())
+    assert loaded["machine"]["torch"] == torch.__version__
+    assert (tmp_path / "results.png").stat().st_size > 1000
+    plots.draw(tmp_path / "results.json", tmp_path / "again.png")
+    assert (tmp_path / "again.png").exists()
+
+
+def test_flops_and_bytes():
+    full = Shape("full", 2, 3, 10, 8)
+    assert full.flops(backward=False) == 4 * 2 * 3 * 10 * 10 * 8
+    assert full.flops(backward=True) == 3.5 * full.flops(backward=False)
+    assert Shape("half", 2, 3, 10, 8, is_causal=True).flops(backward=False) == full.flops(backward=False) / 2
+    assert full.bytes(backward=False, itemsize=2) == 4 * 2 * 3 * 10 * 8 * 2
+
+
+def test_inputs_are_views_of_a_packed_projection():
+    q, k, v, do = TINY.inputs(torch.float32, "cpu")
+    assert q.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
+    assert q.shape == k.shape == v.shape == do.shape == (2, 3, 40, 16)

@@ -1,0 +1,124 @@
+"""The compile gate: every kernel that configs.py can choose, compiled for GPUs that are not here, within its spill bounds.
+And: a new length, window, batch or head count compiles nothing new."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tfkern import configs
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPILER = {**os.environ, "TRITON_INTERPRET": "0"}
+
+
+@pytest.mark.parametrize("kernel", configs.KERNELS)
+@pytest.mark.parametrize("arch", configs.ARCHITECTURES)
+def test_gate(arch, kernel, tmp_path):
+    table = tmp_path / "rows.json"
+    command = [sys.executable, ROOT / "bench" / "compile_gate.py", "--arch", arch, "--kernel", kernel, "--json", table]
+    done = subprocess.run(command, capture_output=True, text=True, env=COMPILER, check=False)
+    rows = json.loads(table.read_text()) if table.exists() else []
+    problems = [row for row in rows if row["problem"]]
+    assert done.returncode == 0, problems or done.stderr
+    assert len(rows) == 2 * len(configs.HEAD_DIM_CLASSES) * 2  # dtypes x head dims x variants
+    assert not problems
+
+
+def test_gate_fails_on_what_it_should(tmp_path):
+    """A tile far too large must be reported, not waved through."""
+    code = """
+import sys; sys.path.insert(0, "bench")
+import compile_gate as gate
+config = gate.load("tfkern.configs").TileConfig
+spilling = gate.run("sm_90", "flash_fwd", "bf16", 128, config(128, 128, 4, 2), "plain", {})
+large = gate.run("sm_90", "flash_fwd", "bf16", 128, config(64, 64, 8, 9), "plain", {})
+print(spilling["problem"]); print(large["problem"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=COMPILER, cwd=ROOT, check=True)
+    first, second = done.stdout.splitlines()
+    assert first.startswith("spills ")
+    assert "bytes of shared memory" in second
+
+
+def test_every_architecture_finds_a_row():
+    for arch in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100", "interpreter"):
+        for kernel in configs.KERNELS:
+            for itemsize in (2, 4):
+                for head_dim in (1, 16, 17, 64, 80, 128, 129, 256):
+                    config = configs.tile_config(arch, kernel, itemsize, configs.head_dim_class(head_dim))
+                    assert min(config.block_m, config.block_n) >= 16
+
+
+def test_override_is_undone_and_checked():
+    small = configs.TileConfig(16, 16)
+    with configs.override(flash_fwd=small):
+        assert configs.tile_config("sm_90", "flash_fwd", 2, 64) == small
+        assert configs.tile_config("sm_90", "flash_bwd_dq", 2, 64) != small
+    assert configs.tile_config("sm_90", "flash_fwd", 2, 64) != small
+    with pytest.raises(ValueError, match="no kernel is called"), configs.override(flash=small):
+        pass
+
+
+FAKE_GPU = """
+import json, types, torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from tfkern import launch
+from tfkern.backends import portable
+from tfkern.problem import Problem
+
+class Fake:  # all that the JIT asks of a driver before it launches
+    utils = types.SimpleNamespace(
+        load_binary=lambda *a: (1, 2, 100, 0, 1024), unload_module=lambda *a: None,
+        get_device_properties=lambda d: {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536})
+    launcher_cls = lambda self, src, metadata: lambda *a, **k: None
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, d: 0
+    get_active_torch_device = lambda self: None
+    map_python_to_cpp_type = lambda self, t: t
+
+driver.set_active(Fake())
+seen = {}
+def record(kernel, grid, device, *args, **kwargs):
+    kernel.warmup(*args, grid=(1,), **kwargs)
+    seen[kernel.fn.__name__] = sum(len(cache[0]) for cache in kernel.device_caches.values())
+launch.architecture = lambda device: "sm_90"
+launch.launch = record
+
+def call(b, h, h_k, n_q, n_k, d, packed=False, **options):
+    def make(heads, n):
+        if packed:
+            return torch.empty(b, n, 3, heads, d, dtype=torch.bfloat16).permute(2, 0, 3, 1, 4)[1]
+        return torch.empty(b, heads, n, d, dtype=torch.bfloat16)
+    q, k, v = make(h, n_q), make(h_k, n_k), make(h_k, n_k)
+    p = Problem.build(q, k, v, enable_gqa=True, **options)
+    out, lse = portable.forward(p, q, k, v, None)
+    portable.backward(p, torch.empty_like(out), None, q, k, v, None, out, lse)
+
+def compiled(calls):
+    for c in calls: c()
+    return dict(seen)
+
+counts = []
+base = lambda **o: [lambda n=n, b=b, h=h, o=o: call(b, h, h, n, n, 64, **o) for n in (1, 2, 15, 16, 17, 64, 197, 512, 1000, 1024) for b, h in ((1, 1), (2, 12), (16, 16))]
+counts.append(compiled([lambda: call(2, 12, 12, 512, 512, 64)]))
+counts.append(compiled(base()))                                             # any length, batch, heads
+counts.append(compiled(base(packed=True)))                                  # any memory order
+counts.append(compiled([lambda: call(2, 12, 4, 100, 333, 64, scale=-1.0)])) # groups, Nq != Nk, scale
+counts.append(compiled([lambda: call(2, 4, 4, 64, 64, 64, is_causal=True)]))# one new variant: RIGHT is there
+counts.append(compiled([lambda r=r: call(2, 4, 4, 77, 99, 64, window=(None, r), causal_alignment="lower_right") for r in (0, 1, 16, 100, 10**9)]))
+print(json.dumps(counts))
+"""
+
+
+def test_new_numbers_compile_nothing_new():
+    done = subprocess.run([sys.executable, "-P", "-c", FAKE_GPU], capture_output=True, text=True, env=COMPILER, check=False)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout.splitlines()[-1])
+    one, two = (dict.fromkeys(configs.KERNELS, n) for n in (1, 2))
+    assert counts == [one, one, one, one, two, two]

@@ -1,0 +1,44 @@
+"""The mended bfloat16 of Triton's interpreter: conversions round as PyTorch's, dots are right."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from tfkern import interpreter
+
+pytestmark = pytest.mark.skipif(not interpreter.interpreting(), reason="there is a GPU: kernels are not interpreted")
+
+
+@triton.jit
+def _narrow_and_widen(X, NARROW, WIDE, N: tl.constexpr):
+    i = tl.arange(0, N)
+    narrow = tl.load(X + i).to(tl.bfloat16)
+    tl.store(NARROW + i, narrow)
+    tl.store(WIDE + i, narrow.to(tl.float32))
+
+
+@triton.jit
+def _dot(A, B, OUT, N: tl.constexpr):
+    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    tl.store(OUT + at, tl.dot(tl.load(A + at), tl.load(B + at)))
+
+
+def test_conversions_round_to_nearest_even():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4096, generator=generator) * 10.0 ** torch.randint(-38, 38, (4096,), generator=generator)
+    ties = torch.tensor(
+        [1.00390625, 1.01171875, -1.00390625, 0.0, -0.0, float("inf"), -float("inf"), float("nan"), 3.4e38, 1e-40]
+    )
+    x[: len(ties)] = ties
+    narrow, wide = torch.empty(4096, dtype=torch.bfloat16), torch.empty(4096)
+    interpreter.run(_narrow_and_widen, 1, (x, narrow, wide, 4096), {})
+    torch.testing.assert_close(narrow, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(wide, x.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_dot():
+    a, b = torch.randn(2, 32, 32).bfloat16()
+    out = torch.empty(32, 32)
+    interpreter.run(_dot, 1, (a, b, out, 32), {})
+    torch.testing.assert_close(out, a.float() @ b.float())

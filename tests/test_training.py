@@ -1,0 +1,117 @@
+"""Training: a checkpoint goes on bit for bit, data is what it says, bad files are refused."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import tfkern
+from tfkern.training import data, sampling
+from tfkern.training.tasks import TASKS
+from tfkern.training.trainer import CheckpointError, Training, schedule
+
+
+def small(name: str):
+    return dataclasses.replace(TASKS[name], rows=4, layers=1, width=16)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_resume_is_bit_for_bit(name, tmp_path):
+    straight = Training.start(small(name), tfkern.attention, steps=8, seed=3)
+    straight.run()
+    first = Training.start(small(name), tfkern.attention, steps=8, seed=3)
+    first.run(until=5)
+    first.save(tmp_path / "c.safetensors")
+    torch.manual_seed(99)  # whatever happens in between
+    second = Training.load(tmp_path / "c.safetensors", tfkern.attention)
+    assert second.losses == straight.losses[:5]
+    second.run()
+    assert second.losses == straight.losses
+    for key, value in straight.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[key]), key
+
+
+def test_save_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "c.safetensors"
+    training = Training.start(small("vit"), tfkern.attention, steps=2)
+    training.save(path)
+    before = path.read_bytes()
+
+    def full_disk(tensors, where, metadata):
+        where.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
+    training.step()
+    with pytest.raises(OSError, match="no space"):
+        training.save(path)
+    assert path.read_bytes() == before
+
+
+def test_bad_checkpoints(tmp_path):
+    from safetensors.torch import save_file
+
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        Training.load(tmp_path / "absent", tfkern.attention)
+    (tmp_path / "broken").write_bytes(b"not a checkpoint at all")
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        Training.load(tmp_path / "broken", tfkern.attention)
+    save_file({"x": torch.zeros(1)}, tmp_path / "foreign")
+    with pytest.raises(CheckpointError, match=r"no checkpoint of `tfkern train` \(format None\)"):
+        Training.load(tmp_path / "foreign", tfkern.attention)
+
+
+def test_stops_when_told():
+    training = Training.start(small("vit"), tfkern.attention, steps=9)
+    training.run(on_step=lambda t: len(t.losses) == 4)
+    assert len(training.losses) == 4
+
+
+def test_schedule():
+    shares = [schedule(step, 100) for step in range(100)]
+    assert shares[9] == 1.0 == max(shares)
+    assert shares[:10] == sorted(shares[:10])
+    assert shares[10:] == sorted(shares[10:], reverse=True)
+    assert 0.1 < shares[-1] < 0.11
+    assert schedule(0, 1) == 1.0
+
+
+def test_corpus():
+    corpus = data.corpus()
+    assert len(corpus.train) + len(corpus.held_out) > 300_000
+    assert corpus.decode(corpus.encode("The quick")) == "The quick"
+    with pytest.raises(ValueError, match="the text has characters"):
+        corpus.encode("日本")
+    windows = corpus.windows(corpus.train, 5, 20, torch.Generator().manual_seed(0))
+    assert windows.shape == (5, 20)
+    text = corpus.decode(corpus.train)
+    assert all(corpus.decode(row) in text for row in windows)
+
+
+def test_digits():
+    (images, labels), (held_images, held_labels) = data.digits()
+    assert len(labels) + len(held_labels) == 1797
+    assert images.shape[1:] == (1, 8, 8) == held_images.shape[1:]
+    assert images.min() == -1.0
+    assert images.max() == 1.0
+    assert set(held_labels.tolist()) == set(range(10))
+
+
+def test_masking():
+    task = dataclasses.replace(TASKS["bert"], rows=400)
+    ids = task.batch(torch.Generator().manual_seed(0))[1]
+    seen, same, chosen = task.mask(ids, torch.Generator().manual_seed(1))
+    assert torch.equal(same, ids)
+    assert torch.equal(seen[~chosen], ids[~chosen])
+    assert chosen.float().mean().item() == pytest.approx(task.share, abs=0.02)
+    assert (seen[chosen] == task.mask_id).float().mean().item() == pytest.approx(0.8, abs=0.02)
+    assert (seen[chosen] == ids[chosen]).float().mean().item() == pytest.approx(0.1, abs=0.02)
+
+
+def test_sampling():
+    gpt = Training.start(small("gpt"), tfkern.attention, steps=1)
+    text = sampling.continued(gpt, "The ", 10)
+    assert text.startswith("The ")
+    assert len(text) == 14
+    assert text == sampling.continued(gpt, "The ", 10)
+    assert "right):" in sampling.filled(Training.start(small("bert"), tfkern.attention, steps=1))
