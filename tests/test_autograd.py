@@ -8,9 +8,9 @@ from tfkern import reference
 
 
 @pytest.fixture
-def qkv():
+def qkv(device):
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(2, 3, 20, 16, generator=generator, requires_grad=True) for _ in range(3)]
+    return [torch.randn(2, 3, 20, 16, generator=generator).to(device).requires_grad_() for _ in range(3)]
 
 
 def test_gradient_of_each_input_alone(qkv):
@@ -66,11 +66,14 @@ def test_func_grad(qkv):
 
 @pytest.mark.parametrize("backend", ["portable", "eager"])
 @pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 0, 1), (1, 0, 2)], ids=str)
-def test_results_keep_the_memory_order_of_their_inputs(backend, order):
+def test_results_keep_the_memory_order_of_their_inputs(backend, order, device):
     """B, H, N in any order in memory: out as query, each gradient as its input, all dense."""
     sizes = (2, 3, 20)
     inverse = [order.index(d) for d in range(3)]
-    q, k, v = (torch.randn(*(sizes[d] for d in order), dim).permute(*inverse, 3).requires_grad_() for dim in (16, 16, 24))
+    q, k, v = (
+        torch.randn(*(sizes[d] for d in order), dim, device=device).permute(*inverse, 3).requires_grad_()
+        for dim in (16, 16, 24)
+    )
     out = tfkern.attention(q, k, v, backend=backend)
     assert out.shape == (*sizes, 24)
     assert [d for d in sorted(range(3), key=lambda d: -out.stride(d))] == list(order)

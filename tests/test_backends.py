@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import tfkern
-from tfkern import backends
+from tfkern import backends, interpreter
 from tfkern.problem import Problem
+
+pytestmark = pytest.mark.skipif(not interpreter.interpreting(), reason="the choices tested are those for CPU tensors")
 
 
 def problem(**changes):

@@ -86,7 +86,7 @@ def _prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_g
 def _autocast(*tensors):
     """The tensors in the autocast dtype where autocast is on for their device; what is no tensor is left for the checks."""
     kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(

@@ -23,7 +23,9 @@ def kernel_strides(*tensors: Tensor) -> tuple[int, list[tuple[int, ...]]]:
     """(VEC, strides of each 4-D tensor) as kernels/tile.py wants them.
 
     Where every last dim has stride 1 (and no row stride is huge), VEC is the largest power of two up to 16 that divides all
-    other strides, and those are in units of VEC. It depends on head counts and head dims, not on lengths. Otherwise VEC is 0 and strides are in elements.
+    other strides, and those are in units of VEC. It depends on head counts and head dims, not on lengths. Otherwise VEC is 0
+    and strides are in elements.
+
     A stride s is sent as 2 s + 3: Triton's JIT compiles anew for entries of a tuple that become 1 or a multiple of 16, and
     these never do.
     """
