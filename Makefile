@@ -34,7 +34,7 @@ bench: $(STAMP)
 	$(BIN)/tfkern bench $(ARGS)
 
 bench-suite: $(STAMP)
-	$(BIN)/pytest bench --benchmark-only -q $(ARGS)
+	$(BIN)/pytest bench/suite --benchmark-only -q $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info tfkern-out

@@ -18,28 +18,30 @@ import time
 import types
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+PACKAGE = HERE.parent / "tfkern" if (HERE.parent / "tfkern").is_dir() else HERE.parent  # in a checkout, or installed
 
 # Shared memory that a program may have, in bytes. Rows of sm_80 also serve sm_86, sm_89 and sm_12x, which have less than it.
 SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 
 # Variants by which optional arguments are there (the rest are numbers at run time and change nothing that is compiled), and
 # by memory layout: "odd" has a head dim between two classes (10, 20, 40, 80, 160), "strided" a last dim that is not dense.
+DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}  # bytes; tf32 is float32 inputs under PyTorch's TF32 switch
 ALL = {"LEFT", "RIGHT", "KEY_LENGTHS", "DLSE"}
 VARIANTS = {"plain": set(), "causal": {"RIGHT"}, "padded": {"KEY_LENGTHS"}, "all": ALL, "odd": ALL, "strided": ALL}
 FP32_TENSORS = {"LSE", "DLSE", "DELTA"}
 OPTIONAL = {"LEFT": "i32", "RIGHT": "i32", "KEY_LENGTHS": "*i64", "DLSE": "*fp32"}
 
-SPILLS = Path(__file__).with_name("spills.json")
+SPILLS = HERE / "spills.json"
 
 
 def load(name: str):
     """Import a module of the checkout that needs no torch, past tfkern/__init__.py, which does."""
     if "tfkern" not in sys.modules:
         package = types.ModuleType("tfkern")
-        package.__path__ = [str(ROOT / "tfkern")]
+        package.__path__ = [str(PACKAGE)]
         kernels = types.ModuleType("tfkern.kernels")
-        kernels.__path__ = [str(ROOT / "kernels")]
+        kernels.__path__ = [str(HERE.parent / "kernels")]
         sys.modules.update({"tfkern": package, "tfkern.kernels": kernels})
     return importlib.import_module(name)
 
@@ -49,7 +51,8 @@ def arguments(kernel, dtype: str, head_dim: int, config, variant: str) -> dict:
     dim = head_dim * 5 // 8 if variant == "odd" else head_dim
     vec = 0 if variant == "strided" else math.gcd(dim, 16)
     constants = dict(
-        D=dim, DV=dim, BLOCK_D=head_dim, BLOCK_DV=head_dim, VEC=vec, PRECISION="ieee",
+        D=dim, DV=dim, BLOCK_D=head_dim, BLOCK_DV=head_dim, VEC=vec,
+        PRECISION="tf32" if dtype == "tf32" else "ieee",
         BLOCK_M=config.block_m, BLOCK_N=config.block_n,
     )  # fmt: skip
     kinds = {}
@@ -63,7 +66,7 @@ def arguments(kernel, dtype: str, head_dim: int, config, variant: str) -> dict:
         elif name == "scale":
             kinds[name] = "fp32"
         elif name.isupper():
-            kinds[name] = "*fp32" if name in FP32_TENSORS else f"*{dtype}"
+            kinds[name] = "*fp32" if name in FP32_TENSORS or dtype == "tf32" else f"*{dtype}"
         else:
             kinds[name] = "i32"
     return kinds
@@ -71,12 +74,11 @@ def arguments(kernel, dtype: str, head_dim: int, config, variant: str) -> dict:
 
 def jobs(args):
     configs = load("tfkern.configs")
-    aot = importlib.import_module("aot")
     for arch in args.arch or configs.ARCHITECTURES:
         for kernel in args.kernel or configs.KERNELS:
             for dtype in args.dtype:
                 for head_dim in args.head_dim or configs.HEAD_DIM_CLASSES:
-                    config = configs.tile_config(arch, kernel, aot.DTYPES[dtype], head_dim)
+                    config = configs.tile_config(arch, kernel, DTYPES[dtype], head_dim)
                     for variant in args.variant:
                         yield arch, kernel, dtype, head_dim, config, variant
 
@@ -109,9 +111,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+")
     parser.add_argument("--kernel", nargs="+")
-    parser.add_argument("--dtype", nargs="+", default=["bf16", "fp32"], choices=["bf16", "fp16", "fp32"])
+    parser.add_argument("--dtype", nargs="+", default=["bf16", "fp32"], choices=list(DTYPES))
     parser.add_argument("--head-dim", nargs="+", type=int)
-    parser.add_argument("--variant", nargs="+", default=["plain", "all"], choices=list(VARIANTS))
+    parser.add_argument("--variant", nargs="+", default=["plain", "causal", "all"], choices=list(VARIANTS))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--bounds", action="store_true")
     args = parser.parse_args()

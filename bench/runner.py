@@ -35,19 +35,22 @@ def run(dtype: torch.dtype, device: torch.device, seconds: float = 0.3, provider
     for shape in GPU_SHAPES if device.type == "cuda" else CPU_SHAPES:
         for name in providers or PROVIDERS:
             try:
-                function = PROVIDERS[name](shape, dtype, device)
+                yield from figures(name, shape, dtype, device, seconds)
             except UnavailableError as reason:
                 yield dict(shape=shape.name, provider=name, skipped=str(reason))
-                continue
-            errors = verify(function, shape, dtype, device)
-            if wrong := [str(e) for e in errors if not e.ok]:
-                yield dict(shape=shape.name, provider=name, skipped="wrong results: " + "; ".join(wrong))
-                continue
-            for direction, call in calls(function, shape, dtype, device).items():
-                backward = direction != "forward"
-                p20, p50, p80 = time_it(call, device, seconds)
-                tflops = shape.flops(backward) / p50 / 1e9
-                yield dict(shape=shape.name, direction=direction, provider=name, ms=p50, p20=p20, p80=p80, tflops=tflops)
+            except RuntimeError as error:  # out of memory among them: one provider's failure is its row, not the end
+                yield dict(shape=shape.name, provider=name, skipped=f"failed: {str(error).splitlines()[0]}")
+
+
+def figures(name: str, shape: Shape, dtype: torch.dtype, device: torch.device, seconds: float) -> Iterator[dict]:
+    """The rows of one provider on one shape. UnavailableError where it can't be had or is wrong."""
+    function = PROVIDERS[name](shape, dtype, device)
+    if wrong := [str(e) for e in verify(function, shape, dtype, device) if not e.ok]:
+        raise UnavailableError("wrong results: " + "; ".join(wrong))
+    for direction, call in calls(function, shape, dtype, device).items():
+        p20, p50, p80 = time_it(call, device, seconds)
+        tflops = shape.flops(direction != "forward") / p50 / 1e9
+        yield dict(shape=shape.name, direction=direction, provider=name, ms=p50, p20=p20, p80=p80, tflops=tflops)
 
 
 def calls(function, shape: Shape, dtype, device) -> dict[str, Callable[[], object]]:

@@ -41,7 +41,7 @@ def query_range(start_n, end_n, n_q, shift, LEFT, RIGHT, BLOCK_M: tl.constexpr):
 @triton.jit
 def visible(offs_m, offs_n, n_k, shift, LEFT, RIGHT):
     """True where query offs_m sees key offs_n; the two index tensors broadcast against each other."""
-    keep = (offs_n < n_k) & (offs_m >= 0)
+    keep = (offs_n < n_k) & (offs_m >= 0)  # the second is always so, and gives the mask both dimensions
     if LEFT is not None:
         keep = keep & (offs_n >= offs_m + shift - LEFT)
     if RIGHT is not None:

@@ -25,13 +25,13 @@ def length(LENGTHS, b, n):
     if LENGTHS is None:
         return n
     else:
-        return tl.minimum(tl.maximum(tl.load(LENGTHS + b).to(tl.int32), 0), n)
+        return tl.minimum(tl.maximum(tl.load(LENGTHS + b), 0), n).to(tl.int32)
 
 
 @triton.jit
 def _stride(stride, dim: tl.constexpr, VEC: tl.constexpr):
-    """The stride of a dimension in elements."""
-    s = (stride[dim] - 3) // 2
+    """The stride of a dimension in elements, int64."""
+    s = ((stride[dim] - 3) // 2).to(tl.int64)
     if VEC > 0:
         s = s * VEC
     return s
@@ -40,19 +40,19 @@ def _stride(stride, dim: tl.constexpr, VEC: tl.constexpr):
 @triton.jit
 def head(ptr, stride, b, h, VEC: tl.constexpr):
     """Pointer to row 0 of head h in batch b."""
-    return ptr + b * _stride(stride, 0, VEC).to(tl.int64) + h * _stride(stride, 1, VEC).to(tl.int64)
+    return ptr + b * _stride(stride, 0, VEC) + h * _stride(stride, 1, VEC)
 
 
 @triton.jit
 def _pointers(ptr, stride, start, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr):
     row = _stride(stride, 2, VEC)
-    ptr += start * row.to(tl.int64)
+    ptr += start * row
     rows = tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, BLOCK_D)[None, :]
     if VEC > 0:  # within a tile int32 suffices (layout.kernel_strides sees to it) and saves registers
         return ptr + (rows * row.to(tl.int32) + cols)
     else:
-        return ptr + (rows * row.to(tl.int64) + cols * _stride(stride, 3, VEC).to(tl.int64))
+        return ptr + (rows * row + cols * _stride(stride, 3, VEC))
 
 
 @triton.jit

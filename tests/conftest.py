@@ -34,6 +34,6 @@ def python_without():
 
     def command(code: str, *modules: str) -> list[str]:
         blocked = "".join(f"sys.modules[{name!r}] = None; " for name in modules)
-        return [sys.executable, "-P", "-c", f"import sys; {blocked}{code}"]
+        return [sys.executable, "-I", "-c", f"import sys; {blocked}{code}"]
 
     return command

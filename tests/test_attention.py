@@ -5,6 +5,7 @@ import torch
 
 import tfkern
 from tfkern import configs, reference, testing
+from tfkern.backends import eager
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -33,25 +34,44 @@ def test_any_tiles(name, tiles, device):
 def test_same_inputs_same_bits(backend, device):
     case = next(c for c in testing.CASES if c.name == "gqa-everything")
     inputs = testing.make_inputs(case, torch.bfloat16, device)
-
-    def run():
-        options = dict(inputs.options, backend=backend)
-        return testing.results(tfkern.attention, inputs.tensors, inputs.do, inputs.dlse, options)
-
-    first = run()
-    for _ in range(5):
-        again = run()
+    first, *others = (
+        testing.results(tfkern.attention, inputs.clean, dict(inputs.options, backend=backend)) for _ in range(6)
+    )  # fmt: skip
+    for again in others:
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_eager_is_exact_in_float64():
-    for case in testing.CASES:
-        inputs = testing.make_inputs(case, torch.float64)
-        rest = inputs.do, inputs.dlse, inputs.options
-        found = testing.results(tfkern.attention, inputs.tensors, *rest)
-        truth = testing.results(reference.attention, inputs.clean, *rest)
-        for name in found:
-            torch.testing.assert_close(found[name], truth[name], rtol=1e-12, atol=1e-12, msg=lambda m, c=case: f"{c}: {m}")
+@pytest.mark.parametrize("tile_elements", [1, 700, eager.TILE_ELEMENTS])
+@pytest.mark.parametrize("case", testing.CASES, ids=str)
+def test_eager_is_exact_in_float64(case, tile_elements, monkeypatch):
+    monkeypatch.setattr(eager, "TILE_ELEMENTS", tile_elements)
+    inputs = testing.make_inputs(case, torch.float64)
+    found = testing.results(tfkern.attention, inputs.tensors, dict(inputs.options, backend="eager"))
+    truth = testing.results(reference.attention, inputs.clean, inputs.options)
+    for name in found:
+        torch.testing.assert_close(found[name], truth[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["every second", "expanded", "int32"])
+@pytest.mark.parametrize("backend", ["portable", "eager"])
+def test_key_lengths_of_any_stride_and_dtype(backend, kind, device):
+    q, k, v = (torch.randn(4, 1, 40, 16, device=device) for _ in range(3))
+    lengths = {
+        "every second": torch.tensor([40, 0, 7, 0, 1, 0, 33, 0])[::2],
+        "expanded": torch.tensor([7]).expand(4),
+        "int32": torch.tensor([40, 7, 1, 33], dtype=torch.int32),
+    }[kind].to(device)
+    found = tfkern.attention(q, k, v, key_lengths=lengths, backend=backend)
+    torch.testing.assert_close(found, reference.attention(q, k, v, key_lengths=lengths), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["portable", "eager"])
+def test_lazily_negated_inputs(backend, device):
+    """x.conj().imag is a view that says "the negative of my memory"."""
+    q, k, v = (torch.randn(1, 2, 20, 16, dtype=torch.complex64, device=device).conj().imag for _ in range(3))
+    assert q.is_neg()
+    found = tfkern.attention(q, k, v, backend=backend)
+    torch.testing.assert_close(found, reference.attention(q, k, v), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, dict(is_causal=True), dict(window=(2, 1), scale=-0.4)], ids=str)
@@ -66,15 +86,26 @@ def test_gradcheck(options, n):
     assert torch.autograd.gradcheck(function, (q, k, v))
 
 
+def test_gradcheck_of_the_kernels_in_float32(device):
+    """Numerical derivatives in float32 are coarse; a wrong term or sign is far coarser."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 4, 3, generator=generator).to(device).requires_grad_() for _ in range(3))
+
+    def function(q, k, v):
+        return tfkern.attention(q, k, v, is_causal=True, return_lse=True, backend="portable")
+
+    with pytest.warns(UserWarning, match="double precision"):
+        assert torch.autograd.gradcheck(function, (q, k, v), eps=1e-2, atol=5e-3, rtol=5e-3)
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_kernel_lse_is_float32_exact_for_16_bit_inputs(dtype, device):
     """Stricter than the budget, which goes by what PyTorch makes of lse in the inputs' dtype."""
     case = next(c for c in testing.CASES if c.name == "gqa-everything")
     inputs = testing.make_inputs(case, DTYPES[dtype], device)
-    rest = inputs.do, inputs.dlse, dict(inputs.options)
-    found = testing.results(tfkern.attention, inputs.tensors, *rest[:2], dict(rest[2], backend="portable"))["lse"]
+    found = testing.results(tfkern.attention, inputs.tensors, dict(inputs.options, backend="portable"))["lse"]
     truth, plain = (
-        testing.results(reference.attention, [x.to(d) for x in inputs.clean], *rest)["lse"]
+        testing.results(reference.attention, [x.to(d) for x in inputs.clean], inputs.options)["lse"]
         for d in (torch.float64, torch.float32)
     )
     assert_within_budget([testing.compare("lse", found, truth, [plain])])

@@ -104,6 +104,33 @@ def test_autocast_casts_mixed_inputs(device_dtype, device):
         tfkern.attention(q, k, k)
 
 
+@pytest.mark.parametrize("backend", ["portable", "eager"])
+def test_autocast_does_not_reach_into_the_backend(qkv, backend, device):
+    """Products inside stay as wide as they are without autocast; a backward inside it too."""
+    narrow = [t.detach().bfloat16() for t in qkv]
+    options = dict(window=(5, 5), return_lse=True, backend=backend)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        inside = tfkern.attention(*narrow, **options)
+    for x, y in zip(inside, tfkern.attention(*narrow, **options), strict=True):
+        assert torch.equal(x, y)
+    out = tfkern.attention(*qkv, window=(5, 5), backend=backend).square().sum()
+    outside = torch.autograd.grad(out, qkv, retain_graph=True)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        inside = torch.autograd.grad(out, qkv)
+    for x, y in zip(inside, outside, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("backend", ["portable", "eager"])
+def test_changing_a_result_in_place(qkv, backend):
+    """Allowed, as with PyTorch's attention; and as there, a backward that would need the old values says so."""
+    for options in ({}, dict(window=(5, 5))):
+        out = tfkern.attention(*qkv, backend=backend, **options)
+        out += 1.0
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(out.sum(), qkv)
+
+
 def test_under_torch_compile_it_breaks_the_graph_and_stays_right(qkv):
     def f(*t):
         return tfkern.attention(*t, is_causal=True).square().sum() * 2.0

@@ -36,6 +36,15 @@ def test_wrong_results_are_not_timed(tiny, monkeypatch, device):
     assert row["skipped"].startswith("wrong results: out: error")
 
 
+def test_a_provider_that_fails_is_a_row(tiny, monkeypatch, device):
+    def out_of_memory(q, k, v):
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setitem(providers.PROVIDERS, "failing", lambda shape, dtype, device: out_of_memory)
+    (row,) = runner.run(torch.float32, torch.device(device), seconds=0.01, providers=["failing"])
+    assert row["skipped"] == "failed: out of memory"
+
+
 def test_command_writes_results_and_a_plot(tiny, tmp_path, capsys):
     assert cli.main(["bench", "--seconds", "0.01", "--out", str(tmp_path)]) == 0
     loaded = json.loads((tmp_path / "results.json").read_text())

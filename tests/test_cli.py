@@ -46,6 +46,8 @@ def test_train_generate_resume(tmp_path, capsys):
     assert "held-out loss" in capsys.readouterr().out
     assert cli.main(["generate", "The ", "--checkpoint", str(tmp_path / "gpt.safetensors"), "--count", "5"]) == 0
     assert capsys.readouterr().out.startswith("The ")
+    assert cli.main(["train", "gpt", "--steps", "3", *out]) == 2
+    assert "exists and is not overwritten" in capsys.readouterr().err
     assert cli.main(["train", "gpt", "--resume", *out]) == 0
     assert "going on after step 3 of 3" in capsys.readouterr().out
     assert cli.main(["train", "gpt", "--resume", "--steps", "9", *out]) == 2

@@ -24,7 +24,7 @@ def test_gate(arch, kernel, tmp_path):
     rows = json.loads(table.read_text()) if table.exists() else []
     problems = [row for row in rows if row["problem"]]
     assert done.returncode == 0, problems or done.stderr
-    assert len(rows) == 2 * len(configs.HEAD_DIM_CLASSES) * 2  # dtypes x head dims x variants
+    assert len(rows) == 2 * len(configs.HEAD_DIM_CLASSES) * 3  # dtypes x head dims x variants
     assert not problems
 
 
@@ -98,7 +98,7 @@ def call(b, h, h_k, n_q, n_k, d, packed=False, **options):
     q, k, v = make(h, n_q), make(h_k, n_k), make(h_k, n_k)
     p = Problem.build(q, k, v, enable_gqa=True, **options)
     out, lse = portable.forward(p, q, k, v, None)
-    portable.backward(p, torch.empty_like(out), None, q, k, v, None, out, lse)
+    portable.backward(p, (True,) * 3, torch.empty_like(out), None, q, k, v, None, out, lse)
 
 def compiled(calls):
     for c in calls: c()
@@ -117,7 +117,7 @@ print(json.dumps(counts))
 
 
 def test_new_numbers_compile_nothing_new():
-    done = subprocess.run([sys.executable, "-P", "-c", FAKE_GPU], capture_output=True, text=True, env=COMPILER, check=False)
+    done = subprocess.run([sys.executable, "-I", "-c", FAKE_GPU], capture_output=True, text=True, env=COMPILER, check=False)
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout.splitlines()[-1])
     one, two = (dict.fromkeys(configs.KERNELS, n) for n in (1, 2))

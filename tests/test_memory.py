@@ -26,7 +26,7 @@ print(json.dumps(peak() - before))
 @pytest.mark.parametrize("options", [{}, {"window": (100, 100)}, {"key_lengths": 1}], ids=["fused", "window", "tiled-all-keys"])
 def test_peak(options):
     done = subprocess.run(
-        [sys.executable, "-P", "-c", PROGRAM % N, repr(options)], capture_output=True, text=True, check=True
+        [sys.executable, "-I", "-c", PROGRAM % N, repr(options)], capture_output=True, text=True, check=True
     )  # fmt: skip
     grown = json.loads(done.stdout)
     assert grown < 4 * N * N / 8, f"{grown / 2**20:.0f} MiB"

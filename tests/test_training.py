@@ -1,12 +1,13 @@
 """Training: a checkpoint goes on bit for bit, data is what it says, bad files are refused."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
 import tfkern
-from tfkern.training import data, sampling
+from tfkern.training import data, report, sampling
 from tfkern.training.tasks import TASKS
 from tfkern.training.trainer import CheckpointError, Training, schedule
 
@@ -59,6 +60,21 @@ def test_bad_checkpoints(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign")
     with pytest.raises(CheckpointError, match=r"no checkpoint of `tfkern train` \(format None\)"):
         Training.load(tmp_path / "foreign", tfkern.attention)
+
+
+def test_text_of_another_python_is_refused(tmp_path, monkeypatch):
+    Training.start(small("gpt"), tfkern.attention, steps=1).save(tmp_path / "c")
+    other = dataclasses.replace(data.corpus(), characters="abc")
+    monkeypatch.setattr(data, "corpus", lambda: other)
+    with pytest.raises(CheckpointError, match="another Python's text"):
+        Training.load(tmp_path / "c", tfkern.attention)
+
+
+def test_a_loss_that_is_nan_is_a_difference():
+    pair = report.Pair(
+        "x", *(Training(None, None, None, None, 2, None, losses) for losses in ([1.0, math.nan], [1.0, 2.0])), None, None
+    )
+    assert math.isnan(pair.apart)
 
 
 def test_stops_when_told():

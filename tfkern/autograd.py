@@ -29,7 +29,8 @@ class Attention(torch.autograd.Function):
             return (None,) * 6
         if do is None:
             do = torch.zeros_like(out)
-        grads = AttentionBackward.apply(do, dlse, q, k, v, key_lengths, out, lse, ctx.problem, ctx.backend)
+        needed = ctx.needs_input_grad[:3]
+        grads = AttentionBackward.apply(do, dlse, q, k, v, key_lengths, out, lse, ctx.problem, ctx.backend, needed)
         return *grads, None, None, None
 
     @staticmethod
@@ -45,8 +46,8 @@ class AttentionBackward(torch.autograd.Function):
     """dq, dk, dv from do, dlse and what the forward saved."""
 
     @staticmethod
-    def forward(do, dlse, q, k, v, key_lengths, out, lse, problem, backend):
-        return backend.backward(problem, do, dlse, q, k, v, key_lengths, out, lse)
+    def forward(do, dlse, q, k, v, key_lengths, out, lse, problem, backend, needed):
+        return backend.backward(problem, needed, do, dlse, q, k, v, key_lengths, out, lse)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

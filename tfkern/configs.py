@@ -5,7 +5,6 @@ Source of every row: compiled with Triton 3.7.1 for its architecture and chosen 
 """
 
 import contextlib
-import contextvars
 from dataclasses import dataclass
 
 KERNELS = ("flash_fwd", "flash_bwd_dq", "flash_bwd_dkdv")
@@ -30,7 +29,8 @@ _INTERPRETER = {
     "flash_bwd_dkdv": TileConfig(32, 64),
 }
 
-_overrides: contextvars.ContextVar[dict[str, TileConfig]] = contextvars.ContextVar("tile_config_overrides")
+# Of the whole process, not of a context: autograd runs backwards of GPU tensors in threads of its own.
+_overrides: dict[str, TileConfig] = {}
 
 
 def head_dim_class(head_dim: int) -> int:
@@ -40,8 +40,8 @@ def head_dim_class(head_dim: int) -> int:
 
 def tile_config(arch: str, kernel: str, itemsize: int, block_d: int) -> TileConfig:
     """The tiles for one launch. arch is "sm_NN", "gfx…" or "interpreter"; block_d a head-dim class; itemsize 2 or 4 bytes."""
-    if kernel in (override := _overrides.get({})):
-        return override[kernel]
+    if kernel in _overrides:
+        return _overrides[kernel]
     if arch == "interpreter":
         return _INTERPRETER[kernel]
     return _TABLE[table_arch(arch)][kernel, itemsize][block_d]
@@ -56,14 +56,17 @@ def table_arch(arch: str) -> str:
 
 @contextlib.contextmanager
 def override(**configs: TileConfig):
-    """Within the block, the kernels named by keyword use the given tiles: `with override(flash_fwd=TileConfig(32, 16)): …`."""
+    """Within the block, in all threads, the kernels named by keyword use the given tiles:
+    `with override(flash_fwd=TileConfig(32, 16)): …`."""
     if unknown := configs.keys() - set(KERNELS):
         raise ValueError(f"no kernel is called {sorted(unknown)}; the kernels are {KERNELS}")
-    token = _overrides.set({**_overrides.get({}), **configs})
+    before = dict(_overrides)
+    _overrides.update(configs)
     try:
         yield
     finally:
-        _overrides.reset(token)
+        _overrides.clear()
+        _overrides.update(before)
 
 
 def _rows(*configs: TileConfig) -> dict[int, TileConfig]:

@@ -51,6 +51,8 @@ def attention(
     query, key, value, problem = _prepare(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, key_lengths
     )
+    if key_lengths is not None:
+        key_lengths = key_lengths.contiguous()
     out, lse = autograd.attention(query, key, value, key_lengths, problem, backends.choose(problem, backend))
     return (out, lse) if return_lse else out
 

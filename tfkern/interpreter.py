@@ -6,7 +6,7 @@ import os
 
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter. Must not change once Triton is imported."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 @functools.cache

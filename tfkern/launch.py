@@ -23,7 +23,7 @@ def missing() -> str | None:
 @functools.cache
 def architecture(device: torch.device) -> str:
     """ "interpreter", "sm_90", "gfx942" … of a device."""
-    if device.type == "cpu":
+    if interpreter.interpreting():
         return "interpreter"
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
@@ -35,7 +35,7 @@ def launch(kernel, grid: int, device: torch.device, *args, **kwargs) -> None:
     """Run grid programs of a kernel on the device's current stream; none if grid is 0."""
     if grid == 0:
         return
-    if device.type == "cpu":
+    if interpreter.interpreting():
         interpreter.run(kernel, grid, args, kwargs)
     else:
         with torch.cuda.device(device):

@@ -15,8 +15,11 @@ def empty_in_order_of(like: Tensor, last_dim: int) -> Tensor:
     telling = [d for d in range(3) if like.shape[d] > 1 and like.stride(d) > 0]
     placed = iter(sorted(telling, key=like.stride, reverse=True))
     order = [next(placed) if d in telling else d for d in range(3)]
-    dense = like.new_empty([like.shape[d] for d in order] + [last_dim])
-    return dense.permute(*(order.index(d) for d in range(3)), 3)
+    strides, step = [0, 0, 0, 1], last_dim
+    for d in reversed(order):
+        strides[d], step = step, step * like.shape[d]
+    # Not a permuted view of a dense tensor: autograd forbids in-place changes of views that a Function returns.
+    return torch.empty_strided((*like.shape[:3], last_dim), strides, dtype=like.dtype, device=like.device)
 
 
 def kernel_strides(*tensors: Tensor) -> tuple[int, list[tuple[int, ...]]]:

@@ -1,6 +1,7 @@
 """What is to be computed, without the tensors: shapes, dtypes, the band of visible keys. All checks and messages are here."""
 
 import math
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,9 @@ class Problem:
         _, kv_heads, n_k, v_head_dim = value.shape
         _check_heads(heads, kv_heads, enable_gqa)
         _check_key_lengths(key_lengths, batch, n_k, query.device)
+        for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be True or False, but is {flag!r}")
         if causal_alignment not in ALIGNMENTS:
             raise ValueError(f"causal_alignment must be one of {ALIGNMENTS}, but is {causal_alignment!r}")
         left, right = _band(window, is_causal, n_q + n_k)
@@ -97,7 +101,7 @@ def _check_heads(heads: int, kv_heads: int, enable_gqa: bool) -> None:
             f"query has {heads} heads, key and value have {kv_heads}; equal numbers are wanted, or enable_gqa=True to let "
             "groups of query heads share a key head"
         )
-    if kv_heads == 0 or heads % kv_heads:
+    if min(heads, kv_heads) == 0 or heads % kv_heads:
         raise ValueError(
             f"with enable_gqa the heads of query, {heads}, must be a multiple of those of key and value, {kv_heads}"
         )
@@ -126,7 +130,7 @@ def _scale(scale, head_dim: int) -> float:
         return head_dim**-0.5 if head_dim else 1.0
     if isinstance(scale, Tensor):
         raise NotImplementedError("scale as a tensor is not built yet; pass a number, for instance scale.item()")
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise TypeError(f"scale must be a number or None (1 / sqrt(head_dim)), but is {scale!r}")
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, but is {scale}")
@@ -149,8 +153,8 @@ def _window(window) -> tuple[int | None, int | None]:
     for name, side in zip(("left", "right"), window, strict=True):
         if side is None:
             continue
-        if isinstance(side, bool) or not isinstance(side, int):
+        if isinstance(side, bool) or not isinstance(side, numbers.Integral):
             raise TypeError(f"window's {name} must be an integer or None, but is {side!r}")
         if side < 0:
             raise ValueError(f"window's {name} must be 0 or more, but is {side}; None means unbounded")
-    return tuple(window)
+    return tuple(None if side is None else int(side) for side in window)

@@ -94,13 +94,11 @@ CASES = [
 
 @dataclass
 class Inputs:
-    """q, k, v for one case, requiring grad, with the gradients do and dlse that come back, and attention's keyword arguments.
-    What no result may depend on (keys that no query sees, queries that see no key) is NaN in `tensors` and 0 in `clean`."""
+    """q, k, v, do (the gradient of out) and dlse (of lse) for one case, and attention's keyword arguments. What no result may
+    depend on (keys that no query sees, all of queries that see no key) is NaN in `tensors` and 0 in `clean`."""
 
-    tensors: tuple[Tensor, Tensor, Tensor]
-    clean: tuple[Tensor, Tensor, Tensor]
-    do: Tensor
-    dlse: Tensor
+    tensors: list[Tensor]
+    clean: list[Tensor]
     options: dict
 
 
@@ -133,38 +131,45 @@ def make_inputs(case: Case, dtype: torch.dtype, device="cpu", seed: int = 0) -> 
     dead_q = ~keep.any(3).expand(case.batch, 1, -1)[..., None]
     dead_k = ~keep.any(2).expand(case.batch, 1, -1)[..., None]
     v_head_dim = case.v_head_dim or case.head_dim
-    shapes = [(case.heads, case.n_q, case.head_dim), (kv_heads, n_k, case.head_dim), (kv_heads, n_k, v_head_dim)]
+    makes = [
+        (case.layout, case.heads, case.n_q, case.head_dim, dead_q), (case.layout, kv_heads, n_k, case.head_dim, dead_k),
+        (case.layout, kv_heads, n_k, v_head_dim, dead_k), ("bhnd", case.heads, case.n_q, v_head_dim, dead_q),
+    ]  # fmt: skip
     tensors, clean = [], []
-    for shape, dead in zip(shapes, (dead_q, dead_k, dead_k), strict=True):
-        x = _in_layout(case.layout, case.batch, *shape, dtype, generator).to(device)
-        poison = case.layout != "expanded"  # one memory for all batches: nothing in it is dead for all
+    for layout, *shape, dead in makes:
+
+        def normal(*sizes):  # on the device before views are taken of it: moving a view would make it dense
+            return torch.randn(*sizes, generator=generator).to(device, dtype)
+
+        x = _in_layout(layout, normal, case.batch, *shape)
+        poison = layout != "expanded"  # one memory for all batches: nothing in it is dead for all
         clean.append(x.masked_fill(dead, 0.0) if poison else x.clone())
-        tensors.append(x.masked_fill_(dead, float("nan")).requires_grad_() if poison else x.requires_grad_())
-    out_shape = (case.batch, case.heads, case.n_q, shapes[2][2])
-    do = torch.randn(out_shape, generator=generator).to(device, dtype)
-    dlse = torch.randn(out_shape[:3], generator=generator).to(device)
-    do, dlse = do.masked_fill(dead_q, 0.0), dlse.masked_fill(dead_q[..., 0], 0.0)
-    return Inputs(tuple(tensors), tuple(clean), do, dlse, options)
+        tensors.append(x.masked_fill_(dead, float("nan")) if poison else x)
+    dlse = torch.randn(case.batch, case.heads, case.n_q, generator=generator).to(device)
+    clean.append(dlse.masked_fill(dead_q[..., 0], 0.0))
+    tensors.append(dlse.masked_fill(dead_q[..., 0], float("nan")))
+    return Inputs(tensors, clean, options)
 
 
-def _in_layout(layout: str, b: int, h: int, n: int, d: int, dtype, generator) -> Tensor:
+def _in_layout(layout: str, normal, b: int, h: int, n: int, d: int) -> Tensor:
     """(b, h, n, d) normal numbers: contiguous, as transformers have them, with gaps everywhere, or with stride 0."""
     if layout == "bhnd":
-        return torch.randn(b, h, n, d, generator=generator).to(dtype)
+        return normal(b, h, n, d)
     if layout == "bnhd":
-        return torch.randn(b, n, h, d, generator=generator).to(dtype).transpose(1, 2)
+        return normal(b, n, h, d).transpose(1, 2)
     if layout == "packed":
-        return torch.randn(b, n, 3, h, d, generator=generator).to(dtype).permute(2, 0, 3, 1, 4)[1]
+        return normal(b, n, 3, h, d).permute(2, 0, 3, 1, 4)[1]
     if layout == "strided":
-        return torch.randn(n, d, b + 1, 2 * h, generator=generator).to(dtype).permute(2, 3, 0, 1)[1:, ::2]
+        return normal(n, d, b + 1, 2 * h).permute(2, 3, 0, 1)[1:, ::2]
     if layout == "expanded":
-        return torch.randn(1, h, n, d, generator=generator).to(dtype).expand(b, h, n, d)
+        return normal(1, h, n, d).expand(b, h, n, d)
     raise ValueError(f"layout must be bhnd, bnhd, packed, strided or expanded, but is {layout!r}")
 
 
-def results(function, tensors, do: Tensor, dlse: Tensor, options: dict) -> dict[str, Tensor]:
+def results(function, tensors, options: dict) -> dict[str, Tensor]:
     """out, lse and the gradients of (out . do + lse . dlse), by any function with attention's arguments."""
-    q, k, v = (t.detach().requires_grad_() for t in tensors)
+    q, k, v = (t.detach().requires_grad_() for t in tensors[:3])
+    do, dlse = tensors[3:]
     out, lse = function(q, k, v, enable_gqa=True, return_lse=True, **options)
     grads = torch.autograd.grad([out, lse], [q, k, v], [do.to(out.dtype), dlse.to(lse.dtype)])
     return dict(zip(("out", "lse", *GRADIENTS), (out, lse, *grads), strict=True))
@@ -173,16 +178,11 @@ def results(function, tensors, do: Tensor, dlse: Tensor, options: dict) -> dict[
 def check(case: Case, dtype: torch.dtype, backend: str, device="cpu", seed: int = 0) -> list[Error]:
     """Run a case forward and backward by a backend and measure every result against its budget."""
     inputs = make_inputs(case, dtype, device, seed)
-    rest = inputs.do, inputs.dlse, inputs.options
-
-    def ours(*args, **kwargs):
-        return tfkern.attention(*args, backend=backend, **kwargs)
-
-    found = results(ours, inputs.tensors, *rest)
-    truth = results(reference.attention, [x.double() for x in inputs.clean], *rest)
-    plains = [results(reference.attention, inputs.clean, *rest)]
+    found = results(tfkern.attention, inputs.tensors, dict(inputs.options, backend=backend))
+    truth = results(reference.attention, [x.double() for x in inputs.clean], inputs.options)
+    plains = [results(reference.attention, inputs.clean, inputs.options)]
     if dtype == torch.float32:
-        grads = reference.backward(*inputs.clean, *rest[:2], **inputs.options)
+        grads = reference.backward(*inputs.clean, **inputs.options)
         plains.append(dict(zip(GRADIENTS, grads, strict=True)))
     return [compare(name, found[name], truth[name], [p[name] for p in plains if name in p]) for name in found]
 

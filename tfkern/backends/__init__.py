@@ -1,8 +1,8 @@
 """The backends, their order, and the choice between them.
 
 A backend is a module with `unsupported(problem) -> list[str]` (the reasons why it can't do it; empty: it can),
-`forward(problem, q, k, v, key_lengths) -> (out, lse)` and `backward(problem, do, dlse, q, k, v, key_lengths, out, lse) ->
-(dq, dk, dv)`; dlse may be None.
+`forward(problem, q, k, v, key_lengths) -> (out, lse)` and `backward(problem, needed, do, dlse, q, k, v, key_lengths, out, lse)
+-> (dq, dk, dv)`; dlse may be None, and so may a gradient that is not `needed` (a bool each).
 """
 
 import functools
@@ -32,15 +32,18 @@ def order(device_type: str) -> tuple[str, ...]:
 
 def choose(problem: Problem, name: str | None = None) -> ModuleType:
     """The backend for a problem: the one named, or the first in the order that supports it; UnsupportedError if none."""
-    return BACKENDS[_choose(problem, name, order(problem.device.type))]
+    return BACKENDS[_choose(problem, _known(name), order(problem.device.type))]
+
+
+def _known(name: str | None) -> str | None:
+    if name is not None and (not isinstance(name, str) or name not in BACKENDS):
+        raise ValueError(f"backend must be None or one of {list(BACKENDS)}, but is {name!r}")
+    return name
 
 
 @functools.lru_cache(maxsize=4096)
 def _choose(problem: Problem, name: str | None, names: tuple[str, ...]) -> str:
-    if name is not None:
-        if name not in BACKENDS:
-            raise ValueError(f"backend must be None or one of {list(BACKENDS)}, but is {name!r}")
-        names = (name,)
+    names = names if name is None else (name,)
     for candidate in names:
         if not BACKENDS[candidate].unsupported(problem):
             return candidate
@@ -50,7 +53,7 @@ def _choose(problem: Problem, name: str | None, names: tuple[str, ...]) -> str:
 def explain(problem: Problem, name: str | None = None) -> str:
     """The choice for a problem as text: the backend, the ones passed over with their reasons, and the problem itself."""
     try:
-        chosen = _choose(problem, name, order(problem.device.type))
+        chosen = _choose(problem, _known(name), order(problem.device.type))
     except UnsupportedError as error:
         return str(error)
     names = (name,) if name else order(problem.device.type)

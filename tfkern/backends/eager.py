@@ -4,6 +4,7 @@ Where PyTorch's own fused CPU attention covers the problem, that runs. Elsewhere
 in float32 (float64 for float64): a tile's scores are the largest thing held.
 """
 
+import functools
 import math
 
 import torch
@@ -23,6 +24,21 @@ def unsupported(problem: Problem) -> list[str]:
     return []
 
 
+def _without_autocast(function):
+    """Keep autocast, which may be on around us in forward or backward, from narrowing our products."""
+
+    @functools.wraps(function)
+    def wrapped(problem, *args):
+        kind = problem.device.type
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return function(problem, *args)
+        with torch.autocast(kind, enabled=False):
+            return function(problem, *args)
+
+    return wrapped
+
+
+@_without_autocast
 def forward(problem: Problem, q, k, v, key_lengths):
     """out in q's memory order, lse (B, H, Nq) float32, or float64 for float64."""
     if _is_empty(problem):
@@ -34,7 +50,8 @@ def forward(problem: Problem, q, k, v, key_lengths):
     return _forward_tiled(problem, q, k, v, key_lengths)
 
 
-def backward(problem: Problem, do, dlse, q, k, v, key_lengths, out, lse):
+@_without_autocast
+def backward(problem: Problem, needed, do, dlse, q, k, v, key_lengths, out, lse):
     """dq, dk, dv, each in the memory order of what it is the gradient of."""
     if _is_empty(problem):
         return tuple(layout.zeros_in_order_of(x, x.dtype) for x in (q, k, v))
@@ -46,8 +63,8 @@ def backward(problem: Problem, do, dlse, q, k, v, key_lengths, out, lse):
 
 
 def _is_empty(p: Problem) -> bool:
-    """Whether no query meets any key, or there is nothing to return."""
-    return min(p.batch, p.heads, p.n_q, p.n_k, p.v_head_dim) == 0
+    """Whether no query meets any key."""
+    return min(p.batch, p.heads, p.n_q, p.n_k) == 0
 
 
 def _is_causal(p: Problem) -> bool:
@@ -138,8 +155,8 @@ class _Tiles:
             hidden = hidden | (j < i - p.left)
         if p.right is not None:
             hidden = hidden | (j > i + p.right)
-        hidden = hidden.expand(*hidden.shape[:-2], stop - start, hi - lo).reshape(-1, 1, 1, stop - start, hi - lo)
-        return hidden.expand(-1, 1, p.group, -1, -1).reshape(-1, 1, p.group * (stop - start), hi - lo)
+        batch = 1 if self.lengths is None else p.batch
+        return hidden.expand(batch, stop - start, hi - lo).repeat(1, p.group, 1)[:, None]
 
 
 def _scores(p: Problem, q: Tensor, k: Tensor, hidden: Tensor | None) -> Tensor:
@@ -174,7 +191,8 @@ def _backward_tiled(p: Problem, do, dlse, q, k, v, key_lengths, out, lse):
         prob = _scores(p, q_t, k[:, :, keys], hidden).sub_(_finite(row_lse)[..., None]).exp_()
         delta = (out_t * do_t).sum(-1)
         if dlse is not None:
-            delta = delta - tiles.fold(dlse, start, stop)  # d lse / d s = p, so its gradient joins delta
+            # d lse / d s = p, so its gradient joins delta
+            delta = delta - tiles.fold(dlse, start, stop).masked_fill(dead[..., 0], 0.0)
         dv[:, :, keys] += prob.mT @ do_t  # [keys, rows] @ [rows, Dv]
         ds = (do_t @ v[:, :, keys].mT).sub_(delta[..., None]).mul_(prob)  # [rows, Dv] @ [Dv, keys]
         dq[:, :, start:stop] = tiles.unfold(ds @ k[:, :, keys]) * p.scale  # [rows, keys] @ [keys, D]

@@ -31,6 +31,7 @@ def forward(problem: Problem, q, k, v, key_lengths):
     from tfkern.kernels import flash_fwd
 
     p = problem
+    q, k, v = (x.resolve_neg() for x in (q, k, v))
     out = layout.empty_in_order_of(q, p.v_head_dim)
     lse = torch.empty(p.batch, p.heads, p.n_q, dtype=torch.float32, device=p.device)
     vec, strides = layout.kernel_strides(q, k, v, out)
@@ -43,13 +44,14 @@ def forward(problem: Problem, q, k, v, key_lengths):
     return out, lse
 
 
-def backward(problem: Problem, do, dlse, q, k, v, key_lengths, out, lse):
-    """dq, dk, dv, each in the memory order of what it is the gradient of."""
+def backward(problem: Problem, needed, do, dlse, q, k, v, key_lengths, out, lse):
+    """dq, dk, dv, each in the memory order of what it is the gradient of; dk and dv are None if neither is needed."""
     from tfkern.kernels import flash_bwd
 
     p = problem
-    do = layout.last_dim_dense(do)
-    dlse = None if dlse is None else dlse.contiguous()
+    q, k, v = (x.resolve_neg() for x in (q, k, v))
+    do = layout.last_dim_dense(do.resolve_neg())
+    dlse = None if dlse is None else dlse.resolve_neg().contiguous()
     dq, dk, dv = (layout.empty_in_order_of(x, x.shape[-1]) for x in (q, k, v))
     delta = torch.empty_like(lse)
     vec, strides = layout.kernel_strides(q, k, v, out, do, dq, dk, dv)
@@ -61,6 +63,8 @@ def backward(problem: Problem, do, dlse, q, k, v, key_lengths, out, lse):
         flash_bwd.flash_bwd_dq, p.batch * p.heads * tiles, p.device,
         q, k, v, out, do, lse, dlse, delta, dq, key_lengths, s_q, s_k, s_v, s_out, s_do, s_dq, *_numbers(p, tiles), **options,
     )  # fmt: skip
+    if not (needed[1] or needed[2]):  # the kernel above is needed in any case: it forms delta
+        return dq, None, None
     options = _options(p, "flash_bwd_dkdv", vec)
     tiles = -(-p.n_k // options["BLOCK_N"])
     launch.launch(
@@ -87,5 +91,7 @@ def _options(p: Problem, kernel: str, vec: int) -> dict:
 
 def _precision(p: Problem) -> str:
     """IEEE products for float32, unless PyTorch's own switch allows TF32; 16-bit products are exact in either."""
-    allowed = p.dtype == torch.float32 and p.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    arch = launch.architecture(p.device)
+    able = arch.startswith("sm_") or arch == "gfx942"
+    allowed = able and p.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"

@@ -3,6 +3,7 @@
 Writes a safetensors checkpoint as it goes, and when interrupted; --resume goes on from it bit for bit.
 """
 
+import contextlib
 import signal
 import threading
 from pathlib import Path
@@ -41,11 +42,13 @@ def run(args) -> int:
                 f"--steps {args.steps} does not fit: leave it out, or train anew into another --out"
             )
         print(f"going on after step {len(training.losses)} of {training.steps}")
+    elif path.exists():
+        raise ValueError(f"{path} exists and is not overwritten: --resume goes on from it; or remove it, or name another --out")
     else:
         training = Training.start(TASKS[args.model], tfkern.attention, args.steps, args.seed, device)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    interrupted = _catch_signals()
+    interrupted = threading.Event()
 
     def report(training: Training) -> bool:
         done = len(training.losses)
@@ -55,8 +58,9 @@ def run(args) -> int:
             print(f"step {done:5} of {training.steps}  loss {training.losses[-1]:.4f}", flush=True)
         return interrupted.is_set()
 
-    training.run(on_step=report)
-    training.save(path)
+    with _signals_set(interrupted):
+        training.run(on_step=report)
+        training.save(path)
     print(f"checkpoint after step {len(training.losses)}: {path}")
     if interrupted.is_set():
         print("interrupted; --resume goes on from there")
@@ -66,9 +70,12 @@ def run(args) -> int:
     return 0
 
 
-def _catch_signals() -> threading.Event:
-    """An event that an interrupt or a termination sets: a step is never left half done, so that the checkpoint is whole."""
-    event = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: event.set())
-    return event
+@contextlib.contextmanager
+def _signals_set(event: threading.Event):
+    """Within the block an interrupt or a termination sets the event: a step is never left half done, nor a save."""
+    before = {number: signal.signal(number, lambda *_: event.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

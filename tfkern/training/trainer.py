@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tfkern.training import data
 from tfkern.training.tasks import TASKS, Task
 
 FORMAT = "tfkern-training-1"
@@ -77,7 +78,7 @@ class Training:
         tensors["generator"] = self.generator.get_state()
         tensors["rng"] = torch.get_rng_state()
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
-        about = dict(format=FORMAT, task=json.dumps(dataclasses.asdict(self.task)))
+        about = dict(format=FORMAT, task=json.dumps(dataclasses.asdict(self.task)), characters=data.corpus().characters)
         partial = path.with_name(path.name + ".partial")
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial, {**about, "steps": str(self.steps)})
         os.replace(partial, path)
@@ -87,6 +88,8 @@ class Training:
         """The training that `save` wrote, on any device. CheckpointError if the file isn't one."""
         about, tensors = _read(path)
         settings = json.loads(about["task"])
+        if settings["name"] != "vit" and about["characters"] != data.corpus().characters:
+            raise CheckpointError(f"{path} was trained on another Python's text, whose characters differ; train anew")
         task = type(TASKS[settings["name"]])(**settings)
         self = cls.start(task, attention, int(about["steps"]), device=device)
         self.model.load_state_dict(_under("model.", tensors))

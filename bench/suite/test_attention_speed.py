@@ -1,4 +1,4 @@
-"""pytest-benchmark suite over the same shapes and providers: `make bench-suite`, or `pytest bench --benchmark-only`.
+"""pytest-benchmark suite over the same shapes and providers: `make bench-suite`, or `pytest bench/suite --benchmark-only`.
 
 Every function is verified before it is timed, and synchronised inside what is timed.
 """
