@@ -26,9 +26,11 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Every kernel and variant compiled by the pinned Triton; `make test` compiles the plain and the full variants of them.
+# `make test` compiles every kernel without, with causal and with all features; this compiles what is left.
 gate: $(STAMP)
-	$(BIN)/python bench/compile_gate.py --variant odd strided
+	$(BIN)/python bench/compile_gate.py --variant padded odd strided
+	$(BIN)/python bench/compile_gate.py --dtype tf32 --variant all
+	$(BIN)/python bench/compile_gate.py --dtype fp16 --variant plain
 
 bench: $(STAMP)
 	$(BIN)/tfkern bench $(ARGS)
