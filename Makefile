@@ -28,7 +28,7 @@ lint: $(STAMP)
 
 # `make test` compiles every kernel without, with causal and with all features; this compiles what is left.
 gate: $(STAMP)
-	$(BIN)/python bench/compile_gate.py --variant padded odd strided
+	$(BIN)/python bench/compile_gate.py --dtype bf16 --variant padded odd strided
 	$(BIN)/python bench/compile_gate.py --dtype tf32 --variant all
 	$(BIN)/python bench/compile_gate.py --dtype fp16 --variant plain
 

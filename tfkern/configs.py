@@ -1,7 +1,8 @@
 """Tile sizes by architecture, kernel, element size and head-dim class. Plain data: imports neither torch nor Triton.
 
-Source of every row: compiled with Triton 3.7.1 for its architecture and chosen as the largest tiles that do not spill
-(`python bench/compile_gate.py` prints registers, spills and shared memory). Nothing here has been timed on a GPU yet.
+Source of every row: compiled for its architecture with Triton 3.6.0, 3.7.1 and 3.9.0, and taken as the first of a list of
+sensible tiles, largest first, that spilled nothing or next to nothing (bench/spills.json has what is left; `python
+bench/compile_gate.py` prints registers, spills and shared memory). Nothing here has been timed on a GPU yet.
 """
 
 import contextlib
