@@ -36,7 +36,8 @@ def attention(
 
     Returns:
         (B, H, Nq, Dv) in query's dtype and memory order. With return_lse also lse (B, H, Nq), float32 (float64 for float64),
-        natural logarithm, differentiable. A query that sees no key gives 0, lse -inf, and zero gradients.
+        natural logarithm, differentiable. A query that sees no key gives 0, lse -inf, and zero gradients. (For 16-bit inputs,
+        PyTorch's fused CPU attention, which the backend eager uses where it can, gives lse with errors of some 1e-5.)
 
     Under torch.autocast, inputs (but float64 ones) are converted to the autocast dtype first, as in PyTorch.
     The backward is deterministic. Second derivatives and forward-mode raise NotImplementedError.
