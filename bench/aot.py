@@ -26,7 +26,7 @@ class Resources:
     shared: int
 
 
-def compile_kernel(kernel, arch: str, arguments: dict, config, options: dict):
+def compile_kernel(kernel, arch: str, arguments: dict, config):
     """Compile a @triton.jit kernel. `arguments` maps each parameter to a type ("*bf16", "i32", a tuple of types) or, for those
     fixed at compile time, to ("constexpr", value); config gives warps and stages. Pointers are taken to be 16-byte aligned."""
     signature, constants, attributes = {}, {}, {}
@@ -39,8 +39,8 @@ def compile_kernel(kernel, arch: str, arguments: dict, config, options: dict):
             attributes[(index,)] = [["tt.divisibility", 16]]
         signature[name] = kind
     source = ASTSource(kernel, signature, constants, attributes)
-    launch = dict(num_warps=config.num_warps, num_stages=config.num_stages)
-    return triton.compile(source, target=TARGETS[arch], options={**launch, **options})
+    launch = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
+    return triton.compile(source, target=TARGETS[arch], options=launch)
 
 
 def resources(compiled, arch: str) -> Resources:

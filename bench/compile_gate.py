@@ -94,7 +94,7 @@ def run(arch, kernel, dtype, head_dim, config, variant, bounds: dict[str, int]) 
     row = dict(arch=arch, kernel=kernel, dtype=dtype, head_dim=head_dim, variant=variant, config=vars(config))
     start = time.perf_counter()
     try:
-        compiled = aot.compile_kernel(function, arch, arguments(function, dtype, head_dim, config, variant), config, {})
+        compiled = aot.compile_kernel(function, arch, arguments(function, dtype, head_dim, config, variant), config)
         found = aot.resources(compiled, arch)
     except Exception as error:  # whatever the compiler throws is the finding
         return {**row, "problem": f"does not compile: {error!r}"}

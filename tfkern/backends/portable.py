@@ -86,6 +86,7 @@ def _options(p: Problem, kernel: str, vec: int) -> dict:
     return dict(
         D=p.head_dim, DV=p.v_head_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, VEC=vec, PRECISION=_precision(p),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
+        enable_fp_fusion=True,  # scores are one multiply-add; Triton 3.10 turns fusion off by default
     )  # fmt: skip
 
 
