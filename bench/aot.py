@@ -39,6 +39,7 @@ def compile_kernel(kernel, arch: str, arguments: dict, config):
             attributes[(index,)] = [["tt.divisibility", 16]]
         signature[name] = kind
     source = ASTSource(kernel, signature, constants, attributes)
+    # The launch options of tfkern/backends/portable.py: what is judged is what runs.
     launch = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
     return triton.compile(source, target=TARGETS[arch], options=launch)
 

@@ -24,9 +24,10 @@ PACKAGE = HERE.parent / "tfkern" if (HERE.parent / "tfkern").is_dir() else HERE.
 # Shared memory that a program may have, in bytes. Rows of sm_80 also serve sm_86, sm_89 and sm_12x, which have less than it.
 SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 
+DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}  # bytes; tf32 is float32 inputs under PyTorch's TF32 switch
+
 # Variants by which optional arguments are there (the rest are numbers at run time and change nothing that is compiled), and
 # by memory layout: "odd" has a head dim between two classes (10, 20, 40, 80, 160), "strided" a last dim that is not dense.
-DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}  # bytes; tf32 is float32 inputs under PyTorch's TF32 switch
 ALL = {"LEFT", "RIGHT", "KEY_LENGTHS", "DLSE"}
 VARIANTS = {"plain": set(), "causal": {"RIGHT"}, "padded": {"KEY_LENGTHS"}, "all": ALL, "odd": ALL, "strided": ALL}
 FP32_TENSORS = {"LSE", "DLSE", "DELTA"}
@@ -98,13 +99,19 @@ def run(arch, kernel, dtype, head_dim, config, variant, bounds: dict[str, int]) 
         found = aot.resources(compiled, arch)
     except Exception as error:  # whatever the compiler throws is the finding
         return {**row, "problem": f"does not compile: {error!r}"}
-    row.update(vars(found), seconds=round(time.perf_counter() - start, 2), problem=None)
-    bound = bounds.get(name(row), 0)
-    if found.spilled > bound:
-        row["problem"] = f"spills {found.spilled} bytes, {bound} allowed"
-    elif found.shared > SHARED[arch]:
-        row["problem"] = f"needs {found.shared} bytes of shared memory, {SHARED[arch]} there"
+    row.update(vars(found), seconds=round(time.perf_counter() - start, 2))
+    row["problem"] = problem(row, bounds)
     return row
+
+
+def problem(row: dict, bounds: dict[str, int]) -> str | None:
+    """What is wrong with a kernel that did compile."""
+    bound, there = bounds.get(name(row), 0), SHARED[row["arch"]]
+    if row["spilled"] > bound:
+        return f"spills {row['spilled']} bytes, {bound} allowed"
+    if row["shared"] > there:
+        return f"needs {row['shared']} bytes of shared memory, {there} there"
+    return None
 
 
 def main() -> int:
@@ -123,7 +130,7 @@ def main() -> int:
         row = run(*job, bounds)
         if args.bounds and row.get("spilled") and name(row) not in bounds:
             bounds[name(row)] = row["spilled"]
-            row["problem"] = None
+            row["problem"] = problem(row, bounds)  # a new bound excuses the spill, nothing else
         rows.append(row)
         c = row["config"]
         tiles = f"{c['block_m']}x{c['block_n']} w{c['num_warps']} s{c['num_stages']}"

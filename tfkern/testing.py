@@ -180,10 +180,15 @@ def check(case: Case, dtype: torch.dtype, backend: str, device="cpu", seed: int 
     inputs = make_inputs(case, dtype, device, seed)
     found = results(tfkern.attention, inputs.tensors, dict(inputs.options, backend=backend))
     truth = results(reference.attention, [x.double() for x in inputs.clean], inputs.options)
-    plains = [results(reference.attention, inputs.clean, inputs.options)]
-    if dtype == torch.float32:
-        grads = reference.backward(*inputs.clean, **inputs.options)
-        plains.append(dict(zip(GRADIENTS, grads, strict=True)))
+    plain = results(reference.attention, inputs.clean, inputs.options)
+    return judge(found, truth, plain, inputs.clean, inputs.options)
+
+
+def judge(found: dict, truth: dict, plain: dict, clean: list[Tensor], options: dict) -> list[Error]:
+    """The Error of everything found, by the rule above. `clean` is q, k, v, do, dlse in the dtype judged."""
+    plains = [plain]
+    if clean[0].dtype == torch.float32:
+        plains.append(dict(zip(GRADIENTS, reference.backward(*clean, **options), strict=True)))
     return [compare(name, found[name], truth[name], [p[name] for p in plains if name in p]) for name in found]
 
 

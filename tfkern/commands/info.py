@@ -22,11 +22,12 @@ def run(args) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"tfkern   {tfkern.__version__}\nPython   {platform.python_version()} on {platform.platform()}")
     print(f"torch    {torch.__version__}\nTriton   {_version('triton')}\ndevice   {describe(device)}\n")
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    q = torch.empty(1, 2, 64, 64, dtype=dtype, device=device)
+    problem = Problem.build(q, q, q, is_causal=True)
     wrong = 0
     for name in order(device.type):
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        reasons = BACKENDS[name].unsupported(_problem(device, dtype))
-        if reasons:
+        if reasons := BACKENDS[name].unsupported(problem):
             print(f"{name:9} does not work here: {'; '.join(reasons)}")
             continue
         errors = testing.check(SELF_CHECK, dtype, name, device)
@@ -34,7 +35,6 @@ def run(args) -> int:
         wrong += bool(bad)
         print(f"{name:9} {'WRONG' if bad else 'works'}; self-check forward and backward against the float64 oracle, {dtype}:")
         print("".join(f"            {e}\n" for e in errors), end="")
-    problem = _problem(device, torch.float32 if device.type == "cpu" else torch.bfloat16)
     print(f"\nby default {tfkern.backends.explain(problem).splitlines()[0]}")
     return 1 if wrong else 0
 
@@ -52,8 +52,3 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _problem(device: torch.device, dtype: torch.dtype) -> Problem:
-    q = torch.empty(1, 2, 64, 64, dtype=dtype, device=device)
-    return Problem.build(q, q, q, is_causal=True)
