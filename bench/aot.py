@@ -26,19 +26,32 @@ class Resources:
     shared: int
 
 
+@dataclass(frozen=True)
+class Constant:
+    """An argument that is fixed at compile time."""
+
+    value: object
+
+
 def compile_kernel(kernel, arch: str, arguments: dict, config):
-    """Compile a @triton.jit kernel. `arguments` maps each parameter to a type ("*bf16", "i32", a tuple of types) or, for those
-    fixed at compile time, to ("constexpr", value); config gives warps and stages. Pointers are taken to be 16-byte aligned."""
-    signature, constants, attributes = {}, {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        kind = arguments[name]
-        if isinstance(kind, tuple) and kind[0] == "constexpr":
-            constants[(index,)] = kind[1]
-            kind = "constexpr"
-        elif isinstance(kind, str) and kind.startswith("*"):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        signature[name] = kind
-    source = ASTSource(kernel, signature, constants, attributes)
+    """Compile a @triton.jit kernel. `arguments` maps each parameter to a type ("*bf16", "i32"), a Constant, or a tuple of
+    those, however deep; config gives warps and stages. Pointers are taken to be 16-byte aligned."""
+    constants, attributes = {}, {}
+
+    def signature(kind, *path):
+        if isinstance(kind, Constant):
+            constants[path] = kind.value
+            return "constexpr"
+        if isinstance(kind, tuple):
+            parts = [signature(part, *path, i) for i, part in enumerate(kind)]
+            return type(kind)(*parts) if hasattr(kind, "_fields") else tuple(parts)
+        if kind.startswith("*"):
+            attributes[path] = [["tt.divisibility", 16]]
+        return kind
+
+    source = ASTSource(
+        kernel, {name: signature(arguments[name], i) for i, name in enumerate(kernel.arg_names)}, constants, attributes
+    )
     # The launch options of tfkern/backends/portable.py: what is judged is what runs.
     launch = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
     return triton.compile(source, target=TARGETS[arch], options=launch)

@@ -26,12 +26,20 @@ SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}  # bytes; tf32 is float32 inputs under PyTorch's TF32 switch
 
-# Variants by which optional arguments are there (the rest are numbers at run time and change nothing that is compiled), and
-# by memory layout: "odd" has a head dim between two classes (10, 20, 40, 80, 160), "strided" a last dim that is not dense.
-ALL = {"LEFT", "RIGHT", "KEY_LENGTHS", "DLSE"}
-VARIANTS = {"plain": set(), "causal": {"RIGHT"}, "padded": {"KEY_LENGTHS"}, "all": ALL, "odd": ALL, "strided": ALL}
-FP32_TENSORS = {"LSE", "DLSE", "DELTA"}
-OPTIONAL = {"LEFT": "i32", "RIGHT": "i32", "KEY_LENGTHS": "*i64", "DLSE": "*fp32"}
+# What is there beside queries, keys and values: fields of kernels/features.py, LEFT, RIGHT, DLSE, or MOD; the rest are numbers
+# at run time and change nothing that is compiled. "odd" has a head dim between two classes (10, 20, 40, 80, 160), "strided" a
+# last dim that is not dense. "bias" has rows that are aligned, "bias-any" any strides.
+BAND = {"LEFT", "RIGHT", "key_lengths", "DLSE"}
+VARIANTS = {
+    "plain": set(), "causal": {"RIGHT"}, "padded": {"key_lengths"}, "all": BAND, "odd": BAND, "strided": BAND,
+    "mask": {"mask"}, "bias": {"bias"}, "bias-any": {"bias"}, "dropout": {"dropout"}, "packed": {"cu_q", "cu_k"},
+    "softcap": {"softcap"}, "slopes": {"slopes", "RIGHT"}, "sinks": {"sinks"}, "score-mod": {"MOD"}, "scale": {"scale"},
+    "everything": {*BAND, "bias", "dropout", "softcap", "slopes", "sinks", "MOD", "scale"} - {"key_lengths"} | {"cu_q", "cu_k"},
+}  # fmt: skip
+HEAVY = {"mask", "bias", "dropout", "softcap", "slopes", "MOD"}
+FEATURES = [name for name in VARIANTS if name not in ("plain", "causal", "padded", "all", "odd", "strided")]
+FP32_TENSORS = {"LSE", "DLSE", "DELTA", "DSLOPES"}
+KERNEL_FILES = {"flash_bwd_dq": "flash_bwd", "flash_bwd_dkdv": "flash_bwd"}
 
 SPILLS = HERE / "spills.json"
 
@@ -47,27 +55,50 @@ def load(name: str):
     return importlib.import_module(name)
 
 
+def features(there: set[str], pointer: str, mask_vec: int):
+    """Features as types."""
+    device, none = load("tfkern.kernels.features"), importlib.import_module("aot").Constant(None)
+    mask = device.Mask("*u8", ("i32",) * (3 if mask_vec else 4), "i32", "i32")
+    kinds = dict(
+        key_lengths="*i64", cu_q="*i32", cu_k="*i32", scale="*fp32", softcap="fp32", mask=mask, bias=mask._replace(ptr=pointer),
+        slopes=device.Slopes("*fp32", "i32", "i32"), sinks="*fp32", dropout=device.Dropout("*i64", "i32", "fp32"),
+    )  # fmt: skip
+    return device.Features(*(kinds[name] if name in there else none for name in device.Features._fields))
+
+
 def arguments(kernel, dtype: str, head_dim: int, config, variant: str) -> dict:
     """The kernel's parameters as aot.compile_kernel wants them; head_dim is also the head dim of V."""
+    constant = importlib.import_module("aot").Constant
+    there = VARIANTS[variant]
     dim = head_dim * 5 // 8 if variant == "odd" else head_dim
+    pointer = "*fp32" if dtype == "tf32" else f"*{dtype}"
     vec = 0 if variant == "strided" else math.gcd(dim, 16)
+    mask_vec = 0 if variant == "bias-any" else 8
+    score_mods = load("tfkern.kernels.score_mods")
     constants = dict(
         D=dim, DV=dim, BLOCK_D=head_dim, BLOCK_DV=head_dim, VEC=vec,
         PRECISION="tf32" if dtype == "tf32" else "ieee",
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        MOD=score_mods.signed_log if "MOD" in there else None,
+        MOD_GRAD=score_mods.signed_log_derivative if "MOD" in there else None,
+        MASK_VEC=mask_vec, SUM_ROWS=False, SUM_COLUMNS=False, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
     )  # fmt: skip
     kinds = {}
     for name in kernel.arg_names:
         if name in constants:
-            kinds[name] = ("constexpr", constants[name])
-        elif name in OPTIONAL:
-            kinds[name] = OPTIONAL[name] if name in VARIANTS[variant] else ("constexpr", None)
+            kinds[name] = constant(constants[name])
+        elif name == "F":
+            extra = {"bias"} if kernel.__name__ == "flash_bwd_dbias" else set()
+            kinds[name] = features((there | extra) - ({"mask"} if extra else set()), pointer, mask_vec)
+        elif name in ("LEFT", "RIGHT"):
+            kinds[name] = "i32" if name in there else constant(None)
+        elif (name == "DLSE" and name not in there) or (name == "DSLOPES" and "slopes" not in there):
+            kinds[name] = constant(None)
         elif name.startswith("stride_"):
-            kinds[name] = ("i32",) * 4
+            kinds[name] = ("i32",) * (3 if vec else 4)
         elif name == "scale":
             kinds[name] = "fp32"
         elif name.isupper():
-            kinds[name] = "*fp32" if name in FP32_TENSORS or dtype == "tf32" else f"*{dtype}"
+            kinds[name] = "*fp32" if name in FP32_TENSORS else pointer
         else:
             kinds[name] = "i32"
     return kinds
@@ -79,8 +110,9 @@ def jobs(args):
         for kernel in args.kernel or configs.KERNELS:
             for dtype in args.dtype:
                 for head_dim in args.head_dim or configs.HEAD_DIM_CLASSES:
-                    config = configs.tile_config(arch, kernel, DTYPES[dtype], head_dim)
                     for variant in args.variant:
+                        heavy = bool(HEAVY & VARIANTS[variant])
+                        config = configs.tile_config(arch, kernel, DTYPES[dtype], head_dim, heavy)
                         yield arch, kernel, dtype, head_dim, config, variant
 
 
@@ -91,7 +123,7 @@ def name(row: dict) -> str:
 def run(arch, kernel, dtype, head_dim, config, variant, bounds: dict[str, int]) -> dict:
     """Compile one and return its row of the table; `problem` is None where all is well."""
     aot = importlib.import_module("aot")
-    function = getattr(load("tfkern.kernels.flash_fwd" if kernel == "flash_fwd" else "tfkern.kernels.flash_bwd"), kernel)
+    function = getattr(load(f"tfkern.kernels.{KERNEL_FILES.get(kernel, kernel)}"), kernel)
     row = dict(arch=arch, kernel=kernel, dtype=dtype, head_dim=head_dim, variant=variant, config=vars(config))
     start = time.perf_counter()
     try:
@@ -137,7 +169,7 @@ def main() -> int:
         found = (
             f"{row.get('registers', '-'):>4} regs {row.get('spilled', '-'):>5} B spilled {row.get('shared', '-'):>7} B shared"
         )
-        where = f"{row['arch']:7} {row['kernel']:15} {row['dtype']} D{row['head_dim']:<4}{row['variant']:7}{tiles:16}"
+        where = f"{row['arch']:7} {row['kernel']:15} {row['dtype']} D{row['head_dim']:<4}{row['variant']:11}{tiles:16}"
         print(where, found, f"{row.get('seconds', '-')} s", row["problem"] or "", flush=True)
     if args.bounds:
         SPILLS.write_text(json.dumps(bounds, indent=0, sort_keys=True) + "\n")

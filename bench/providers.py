@@ -13,10 +13,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tfkern
-from tfkern import reference
+from tfkern import call, reference
 from tfkern.backends import BACKENDS
 from tfkern.bench.shapes import Shape
-from tfkern.problem import Problem
 
 NAIVE_BYTES = 8 * 2**30  # more N x N scores than this are not tried
 
@@ -27,7 +26,7 @@ class UnavailableError(RuntimeError):
 
 def _tfkern(name: str, shape: Shape, dtype: torch.dtype, device: torch.device):
     example = torch.empty(1, 1, 1, shape.head_dim, dtype=dtype, device=device)
-    if reasons := BACKENDS[name].unsupported(Problem.build(example, example, example)):
+    if reasons := BACKENDS[name].unsupported(call.build(example, example, example)[0]):
         raise UnavailableError("; ".join(reasons))
     if name == "portable" and device.type == "cpu":
         raise UnavailableError("Triton's interpreter is for checking, not for timing")

@@ -1,18 +1,19 @@
-"""Backward in two kernels, no atomics, so the same inputs give the same bits.
+"""Backward without atomics, so that the same inputs give the same bits.
 
-flash_bwd_dq owns a tile of queries: it forms delta = rowsum(O * dO) - dLSE, leaves it for the other kernel, and sums dQ over
+flash_bwd_dq owns a tile of queries: it forms delta = rowsum(O * dO) - dLSE, leaves it for the other kernels, and sums dQ over
 the keys. flash_bwd_dkdv owns a tile of keys and sums dK and dV over the queries of its head, or of the whole group of heads
-that share the key. Both recompute P = exp2(c * S - lse) from the saved lse (Dao et al., FlashAttention, 2022).
+that share the key. Both recompute P = exp2(c * S - lse) from the saved lse (Dao et al., FlashAttention, 2022). The gradient of
+a bias is in flash_bwd_dbias.py.
 """
 
 import triton
 import triton.language as tl
 
-from . import band, softmax, tile
+from . import band, dropout, score, sequence, softmax, tile
 
 RUN_TIME = [
     "stride_q", "stride_k", "stride_v", "stride_o", "stride_do", "stride_dq", "stride_dk", "stride_dv",
-    "heads", "group", "n_q", "n_k", "tiles", "align", "LEFT", "RIGHT",
+    "batch", "heads", "group", "n_q", "n_k", "tiles", "align", "LEFT", "RIGHT",
 ]  # fmt: skip
 DQ_RUN_TIME = [n for n in RUN_TIME if n not in ("stride_dk", "stride_dv")]
 DKDV_RUN_TIME = [n for n in RUN_TIME if n not in ("stride_o", "stride_dq")]
@@ -20,145 +21,190 @@ DKDV_RUN_TIME = [n for n in RUN_TIME if n not in ("stride_o", "stride_dq")]
 
 @triton.jit
 def _dq_tiles(
-    q, do, lse, delta, K, V, stride_k, stride_v, dq, start, stop, lo, hi, offs_m, shift, c, LEFT, RIGHT,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    VEC: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    q, do, lse, delta, K, V, stride_k, stride_v, dq, dslope, start, stop, lo, hi, start_m, F, S, bh,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, VEC: tl.constexpr, PRECISION: tl.constexpr, MOD: tl.constexpr, MOD_GRAD: tl.constexpr,
+    MASK_VEC: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add the key tiles of [start, stop) to dq."""
+    """Add the key tiles of [start, stop) to dq, and to dslope [BLOCK_M] each query's part of the gradient of ALiBi's slope."""
+    offs_m = start_m + tl.arange(0, BLOCK_M)
     for start_n in tl.range(start, stop, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = tile.load(K, stride_k, start_n, lo, hi, BLOCK_N, D, BLOCK_D, VEC, MASKED)
         v = tile.load(V, stride_v, start_n, lo, hi, BLOCK_N, DV, BLOCK_DV, VEC, MASKED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_D] @ [BLOCK_D, BLOCK_N]
-        p = tl.math.exp2(s * c - lse[:, None])
+        s, keep, slope = score.logits(
+            s, offs_m[:, None], offs_n[None, :], start_m, start_n, S, MOD, MOD_GRAD, MASK_VEC, MASKED, MASKED
+        )
+        p = tl.math.exp2(s * S.c - lse[:, None])
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_DV] @ [BLOCK_DV, BLOCK_N]
-        ds = p * (dp - delta[:, None])
-        if MASKED:
-            ds = tl.where(band.visible(offs_m[:, None], offs_n[None, :], hi, shift, LEFT, RIGHT), ds, 0.0)
+        if F.dropout is not None:
+            kept = dropout.keep(F.dropout, bh, start_m, start_n, BLOCK_M, BLOCK_N)
+            dp = tl.where(kept, dp * F.dropout.factor, 0.0)
+        ds = score.where(keep, p * (dp - delta[:, None]))
+        if S.slope is not None:
+            dslope -= tl.sum(ds * score.distance(offs_m[:, None], offs_n[None, :], S), 1)
+        if slope is not None:
+            ds = score.where(keep, ds * slope)
+        k = score.hide_unseen(k, keep, S, 0)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N] @ [BLOCK_N, BLOCK_D]
-    return dq
+    return dq, dslope
 
 
 @triton.jit(do_not_specialize=DQ_RUN_TIME)
 def flash_bwd_dq(
-    Q, K, V, O, DO, LSE, DLSE, DELTA, DQ, KEY_LENGTHS, stride_q, stride_k, stride_v, stride_o, stride_do, stride_dq,
-    heads, group, n_q, n_k, tiles, scale, align, LEFT, RIGHT,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    VEC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    Q, K, V, O, DO, LSE, DLSE, DELTA, DQ, DSLOPES, F, stride_q, stride_k, stride_v, stride_o, stride_do, stride_dq,
+    batch, heads, group, n_q, n_k, tiles, scale, align, LEFT, RIGHT,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VEC: tl.constexpr,
+    PRECISION: tl.constexpr, MOD: tl.constexpr, MOD_GRAD: tl.constexpr, MASK_VEC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid (batch * heads * tiles,), tiles = ceil(n_q / BLOCK_M). Writes DQ and DELTA; DLSE may be None.
+    """Grid as flash_fwd. Writes DQ, DELTA, and with slopes DSLOPES: each query's part of their gradient.
 
-    Shapes as in flash_fwd; DO as O, DQ as Q; LSE, DLSE, DELTA (B, heads, n_q) fp32 contiguous.
+    Shapes as in flash_fwd; DO as O, DQ as Q; LSE, DLSE, DELTA, DSLOPES (B, heads, n_q) fp32 contiguous. DLSE may be None.
     """
-    index, b, h = tile.locate(tiles, heads)
-    start_m = (tiles - 1 - index) * BLOCK_M  # the longest causal rows first
+    seq, h, start_m = sequence.locate_queries(F, tl.program_id(0), tiles, heads, batch, n_q, n_k, BLOCK_M)
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    n_k = tile.length(KEY_LENGTHS, b, n_k)
-    shift = align * (n_k - n_q)
-    c = scale * softmax.LOG2E
-    lo, full_lo, full_hi, hi = band.key_range(start_m, tl.minimum(start_m + BLOCK_M, n_q), n_k, shift, LEFT, RIGHT, BLOCK_N)
+    shift = align * (seq.n_k - seq.n_q)
+    scale = score.scale_of(F, scale)
+    S = score.prepare(F, seq, h, scale, shift, LEFT, RIGHT, MOD, MASK_VEC)
+    end_m = tl.minimum(start_m + BLOCK_M, seq.n_q)
+    lo, full_lo, full_hi, hi = band.key_range(start_m, end_m, S.n_k, shift, LEFT, RIGHT, F, BLOCK_N)
 
-    row = (b * heads + h).to(tl.int64) * n_q
-    in_rows = offs_m < n_q
-    q = tile.load(tile.head(Q, stride_q, b, h, VEC), stride_q, start_m, 0, n_q, BLOCK_M, D, BLOCK_D, VEC, True)
-    o = tile.load(tile.head(O, stride_o, b, h, VEC), stride_o, start_m, 0, n_q, BLOCK_M, DV, BLOCK_DV, VEC, True)
-    do = tile.load(tile.head(DO, stride_do, b, h, VEC), stride_do, start_m, 0, n_q, BLOCK_M, DV, BLOCK_DV, VEC, True)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    row = (seq.at * heads + h).to(tl.int64) * n_q + seq.q_row
+    in_rows = offs_m < seq.n_q
+    Q_h = tile.head(Q, stride_q, seq.at, h, seq.q_row, VEC)
+    O_h = tile.head(O, stride_o, seq.at, h, seq.q_row, VEC)
+    DO_h = tile.head(DO, stride_do, seq.at, h, seq.q_row, VEC)
+    q = tile.load(Q_h, stride_q, start_m, 0, seq.n_q, BLOCK_M, D, BLOCK_D, VEC, True)
+    o = tile.load(O_h, stride_o, start_m, 0, seq.n_q, BLOCK_M, DV, BLOCK_DV, VEC, True)
+    do = tile.load(DO_h, stride_do, start_m, 0, seq.n_q, BLOCK_M, DV, BLOCK_DV, VEC, True)
+    lse = softmax.load_lse(LSE + row, offs_m, 0, seq.n_q, True)
+    products = o.to(tl.float32) * do.to(tl.float32)
+    if F.sinks is not None:  # a row that saw no key still has an lse: nothing of its gradient but dlse may count
+        products = tl.where(o == 0.0, 0.0, products)
+    delta = tl.sum(products, 1)
     if DLSE is not None:
         delta -= tl.load(DLSE + row + offs_m, mask=in_rows, other=0.0)  # d lse / d s = p, so its gradient joins delta
+    delta = tl.where(lse == float("inf"), 0.0, delta)  # nothing comes of a row that saw no key, whatever its gradient holds
     tl.store(DELTA + row + offs_m, delta, mask=in_rows)
-    lse = softmax.load_lse(LSE + row, offs_m, 0, n_q, True)
 
-    K = tile.head(K, stride_k, b, h // group, VEC)
-    V = tile.head(V, stride_v, b, h // group, VEC)
+    bh = seq.b * heads + h
+    K = tile.head(K, stride_k, seq.at, h // group, seq.k_row, VEC)
+    V = tile.head(V, stride_v, seq.at, h // group, seq.k_row, VEC)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dslope = tl.zeros([BLOCK_M], tl.float32)
     if LEFT is not None:
-        dq = _dq_tiles(
-            q, do, lse, delta, K, V, stride_k, stride_v, dq, lo, tl.minimum(full_lo, hi), lo, hi, offs_m, shift, c,
-            LEFT, RIGHT, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, VEC, PRECISION, True)  # fmt: skip
-    dq = _dq_tiles(
-        q, do, lse, delta, K, V, stride_k, stride_v, dq, full_lo, full_hi, lo, hi, offs_m, shift, c,
-        LEFT, RIGHT, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, VEC, PRECISION, False)  # fmt: skip
-    dq = _dq_tiles(
-        q, do, lse, delta, K, V, stride_k, stride_v, dq, full_hi, hi, lo, hi, offs_m, shift, c,
-        LEFT, RIGHT, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, VEC, PRECISION, True)  # fmt: skip
-    tile.store(tile.head(DQ, stride_dq, b, h, VEC), stride_dq, start_m, n_q, dq * scale, BLOCK_M, D, BLOCK_D, VEC)
+        dq, dslope = _dq_tiles(
+            q, do, lse, delta, K, V, stride_k, stride_v, dq, dslope, band.first_tile(lo, F, BLOCK_N),
+            tl.minimum(full_lo, hi), lo, hi, start_m, F, S, bh, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+            VEC, PRECISION, MOD, MOD_GRAD, MASK_VEC, True)  # fmt: skip
+    dq, dslope = _dq_tiles(
+        q, do, lse, delta, K, V, stride_k, stride_v, dq, dslope, full_lo, full_hi, lo, hi, start_m, F, S, bh,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MOD_GRAD, MASK_VEC, False)  # fmt: skip
+    dq, dslope = _dq_tiles(
+        q, do, lse, delta, K, V, stride_k, stride_v, dq, dslope, full_hi, hi, lo, hi, start_m, F, S, bh,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MOD_GRAD, MASK_VEC, True)  # fmt: skip
+    DQ_h = tile.head(DQ, stride_dq, seq.at, h, seq.q_row, VEC)
+    tile.store(DQ_h, stride_dq, start_m, seq.n_q, dq * scale, BLOCK_M, D, BLOCK_D, VEC)
+    if DSLOPES is not None:
+        tl.store(DSLOPES + row + offs_m, dslope, mask=in_rows)
 
 
 @triton.jit
 def _dkdv_tiles(
-    k, v, Q, DO, LSE, DELTA, stride_q, stride_do, dk, dv, start, stop, lo, hi, offs_n, n_k, shift, c, LEFT, RIGHT,
+    k, v, Q, DO, LSE, DELTA, stride_q, stride_do, dk, dv, start, stop, lo, hi, start_n, F, S, bh,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    VEC: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, VEC: tl.constexpr, PRECISION: tl.constexpr, MOD: tl.constexpr, MOD_GRAD: tl.constexpr,
+    MASK_VEC: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add the query tiles of [start, stop) to dk and dv. Scores are held transposed, so that P^T and dS^T are left operands."""
+    offs_n = start_n + tl.arange(0, BLOCK_N)
     for start_m in tl.range(start, stop, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q = tile.load(Q, stride_q, start_m, lo, hi, BLOCK_M, D, BLOCK_D, VEC, MASKED)
         do = tile.load(DO, stride_do, start_m, lo, hi, BLOCK_M, DV, BLOCK_DV, VEC, MASKED)
         lse = softmax.load_lse(LSE, offs_m, lo, hi, MASKED)
-        if MASKED:
-            delta = tl.load(DELTA + offs_m, mask=(offs_m >= lo) & (offs_m < hi), other=0.0)
-        else:
-            delta = tl.load(DELTA + offs_m)
+        delta = tile.load_row_values(DELTA, offs_m, lo, hi, 0.0, MASKED)
         st = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_D] @ [BLOCK_D, BLOCK_M]
-        pt = tl.math.exp2(st * c - lse[None, :])
-        if MASKED:
-            pt = tl.where(band.visible(offs_m[None, :], offs_n[:, None], n_k, shift, LEFT, RIGHT), pt, 0.0)
-        dv = tl.dot(pt.to(do.dtype), do, dv, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, BLOCK_DV]
+        st, keep, slope = score.logits(
+            st, offs_m[None, :], offs_n[:, None], start_m, start_n, S, MOD, MOD_GRAD, MASK_VEC, MASKED, True
+        )
+        pt = score.where(keep, tl.math.exp2(st * S.c - lse[None, :]))
+        do = score.hide_unseen(do, keep, S, 0)
+        if F.dropout is not None:
+            kept = dropout.keep_transposed(F.dropout, bh, start_m, start_n, BLOCK_M, BLOCK_N)
+            # [BLOCK_N, BLOCK_M] @ [BLOCK_M, BLOCK_DV]
+            dv = tl.dot(tl.where(kept, pt, 0.0).to(do.dtype), do, dv, input_precision=PRECISION)
+        else:
+            dv = tl.dot(pt.to(do.dtype), do, dv, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, BLOCK_DV]
         dpt = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_DV] @ [BLOCK_DV, BLOCK_M]
-        dst = pt * (dpt - delta[None, :])
+        if F.dropout is not None:
+            dpt = tl.where(kept, dpt * F.dropout.factor, 0.0)
+        dst = score.times(pt * (dpt - delta[None, :]), slope)
+        if slope is not None or S.mask is not None or S.bias is not None:
+            dst = score.where(keep, dst)  # 0 * NaN in places that nobody sees
+        q = score.hide_unseen(q, keep, S, 0)
         dk = tl.dot(dst.to(q.dtype), q, dk, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, BLOCK_D]
     return dk, dv
 
 
 @triton.jit(do_not_specialize=DKDV_RUN_TIME)
 def flash_bwd_dkdv(
-    Q, K, V, DO, LSE, DELTA, DK, DV_OUT, KEY_LENGTHS, stride_q, stride_k, stride_v, stride_do, stride_dk, stride_dv,
-    heads, group, n_q, n_k, tiles, scale, align, LEFT, RIGHT,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    VEC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    Q, K, V, DO, LSE, DELTA, DK, DV_OUT, F, stride_q, stride_k, stride_v, stride_do, stride_dk, stride_dv,
+    batch, heads, group, n_q, n_k, tiles, scale, align, LEFT, RIGHT,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VEC: tl.constexpr,
+    PRECISION: tl.constexpr, MOD: tl.constexpr, MOD_GRAD: tl.constexpr, MASK_VEC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid (batch * heads / group * tiles,), tiles = ceil(n_k / BLOCK_N). DELTA is flash_bwd_dq's. DK as K, DV_OUT as V.
+    """Grid (batch * heads / group * tiles,), tiles = ceil(n_k / BLOCK_N); packed: (heads / group * tiles,), as in sequence.py.
 
-    Every key row of the tensors is written: keys that no query sees, and keys beyond KEY_LENGTHS, get 0.
+    DELTA is flash_bwd_dq's. DK as K, DV_OUT as V. Every key row of the tensors is written: keys that no query sees, and keys
+    that do not exist, get 0.
     """
-    index, b, h_k = tile.locate(tiles, heads // group)
-    start_n = index * BLOCK_N
+    seq, h_k, start_n = sequence.locate_keys(F, tl.program_id(0), tiles, heads // group, batch, n_q, n_k, BLOCK_N)
     offs_n = start_n + tl.arange(0, BLOCK_N)
     rows = n_k
-    n_k = tile.length(KEY_LENGTHS, b, n_k)
-    shift = align * (n_k - n_q)
-    c = scale * softmax.LOG2E
-    end_n = tl.minimum(start_n + BLOCK_N, n_k)
-    lo, full_lo, full_hi, hi = band.query_range(
-        start_n, end_n, tl.where(start_n < n_k, n_q, 0), shift, LEFT, RIGHT, BLOCK_M)  # fmt: skip
-
+    if F.cu_k is not None:
+        rows = seq.n_k
+    shift = align * (seq.n_k - seq.n_q)
+    scale = score.scale_of(F, scale)
+    there = score.prepare(F, seq, h_k * group, scale, shift, LEFT, RIGHT, MOD, MASK_VEC).n_k
     # Only keys that some query sees are read: what the others hold (padding, NaN) must not matter.
-    seen_lo, _, _, seen_hi = band.key_range(0, n_q, n_k, shift, LEFT, RIGHT, BLOCK_N)
-    k = tile.load(tile.head(K, stride_k, b, h_k, VEC), stride_k, start_n, seen_lo, seen_hi, BLOCK_N, D, BLOCK_D, VEC, True)
-    v = tile.load(tile.head(V, stride_v, b, h_k, VEC), stride_v, start_n, seen_lo, seen_hi, BLOCK_N, DV, BLOCK_DV, VEC, True)
+    seen_lo, _, _, seen_hi = band.key_range(0, seq.n_q, there, shift, LEFT, RIGHT, F, BLOCK_N)
+    end_n = tl.minimum(start_n + BLOCK_N, there)
+    n_seen = tl.where(start_n < there, seq.n_q, 0)
+    lo, full_lo, full_hi, hi = band.query_range(start_n, end_n, n_seen, shift, LEFT, RIGHT, F, BLOCK_M)
+
+    K_h = tile.head(K, stride_k, seq.at, h_k, seq.k_row, VEC)
+    V_h = tile.head(V, stride_v, seq.at, h_k, seq.k_row, VEC)
+    k = tile.load(K_h, stride_k, start_n, seen_lo, seen_hi, BLOCK_N, D, BLOCK_D, VEC, True)
+    v = tile.load(V_h, stride_v, start_n, seen_lo, seen_hi, BLOCK_N, DV, BLOCK_DV, VEC, True)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for member in range(group):
         h = h_k * group + member
-        row = (b * heads + h).to(tl.int64) * n_q
-        Q_h = tile.head(Q, stride_q, b, h, VEC)
-        DO_h = tile.head(DO, stride_do, b, h, VEC)
+        bh = seq.b * heads + h
+        S = score.prepare(F, seq, h, scale, shift, LEFT, RIGHT, MOD, MASK_VEC)
+        row = (seq.at * heads + h).to(tl.int64) * n_q + seq.q_row
+        Q_h = tile.head(Q, stride_q, seq.at, h, seq.q_row, VEC)
+        DO_h = tile.head(DO, stride_do, seq.at, h, seq.q_row, VEC)
         if RIGHT is not None:
             dk, dv = _dkdv_tiles(
-                k, v, Q_h, DO_h, LSE + row, DELTA + row, stride_q, stride_do, dk, dv, lo, tl.minimum(full_lo, hi), lo, hi,
-                offs_n, n_k, shift, c, LEFT, RIGHT, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, VEC, PRECISION, True)  # fmt: skip
+                k, v, Q_h, DO_h, LSE + row, DELTA + row, stride_q, stride_do, dk, dv, band.first_tile(lo, F, BLOCK_M),
+                tl.minimum(full_lo, hi), lo, hi, start_n, F, S, bh, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+                VEC, PRECISION, MOD, MOD_GRAD, MASK_VEC, True)  # fmt: skip
         dk, dv = _dkdv_tiles(
-            k, v, Q_h, DO_h, LSE + row, DELTA + row, stride_q, stride_do, dk, dv, full_lo, full_hi, lo, hi,
-            offs_n, n_k, shift, c, LEFT, RIGHT, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, VEC, PRECISION, False)  # fmt: skip
+            k, v, Q_h, DO_h, LSE + row, DELTA + row, stride_q, stride_do, dk, dv, full_lo, full_hi, lo, hi, start_n, F, S, bh,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MOD_GRAD, MASK_VEC, False)  # fmt: skip
         dk, dv = _dkdv_tiles(
-            k, v, Q_h, DO_h, LSE + row, DELTA + row, stride_q, stride_do, dk, dv, full_hi, hi, lo, hi,
-            offs_n, n_k, shift, c, LEFT, RIGHT, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, VEC, PRECISION, True)  # fmt: skip
+            k, v, Q_h, DO_h, LSE + row, DELTA + row, stride_q, stride_do, dk, dv, full_hi, hi, lo, hi, start_n, F, S, bh,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MOD_GRAD, MASK_VEC, True)  # fmt: skip
 
-    keep = (offs_n < n_k)[:, None]  # rows beyond the length were computed from zeros, not from keys
-    dk = tl.where(keep, dk * scale, 0.0)
-    tile.store(tile.head(DK, stride_dk, b, h_k, VEC), stride_dk, start_n, rows, dk, BLOCK_N, D, BLOCK_D, VEC)
-    tile.store(
-        tile.head(DV_OUT, stride_dv, b, h_k, VEC), stride_dv, start_n, rows, tl.where(keep, dv, 0.0), BLOCK_N, DV, BLOCK_DV, VEC
-    )
+    if F.dropout is not None:
+        dv *= F.dropout.factor
+    keep = (offs_n < there)[:, None]  # rows beyond the length were computed from zeros, not from keys
+    DK_h = tile.head(DK, stride_dk, seq.at, h_k, seq.k_row, VEC)
+    DV_h = tile.head(DV_OUT, stride_dv, seq.at, h_k, seq.k_row, VEC)
+    tile.store(DK_h, stride_dk, start_n, rows, tl.where(keep, dk * scale, 0.0), BLOCK_N, D, BLOCK_D, VEC)
+    tile.store(DV_h, stride_dv, start_n, rows, tl.where(keep, dv, 0.0), BLOCK_N, DV, BLOCK_DV, VEC)

@@ -1,29 +1,37 @@
-"""Forward: O = softmax(scale * Q K^T) V for one tile of queries, keys streamed past it (Dao et al., FlashAttention, 2022)."""
+"""Forward: O = softmax(logits(Q K^T)) V for one tile of queries, keys streamed past it (Dao et al., FlashAttention, 2022)."""
 
 import triton
 import triton.language as tl
 
-from . import band, softmax, tile
+from . import band, dropout, score, sequence, softmax, tile
 
 # Changing these numbers never recompiles; what does recompile is dtype, head dim, VEC and which arguments are None.
-RUN_TIME = ["stride_q", "stride_k", "stride_v", "stride_o", "heads", "group", "n_q", "n_k", "tiles", "align", "LEFT", "RIGHT"]
+RUN_TIME = [
+    "stride_q", "stride_k", "stride_v", "stride_o", "batch", "heads", "group", "n_q", "n_k", "tiles", "align", "LEFT", "RIGHT",
+]  # fmt: skip
 
 
 @triton.jit
 def _attend(
-    q, K, V, stride_k, stride_v, acc, m_i, l_i, start, stop, lo, hi, offs_m, shift, c, LEFT, RIGHT,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    VEC: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    q, K, V, stride_k, stride_v, acc, m_i, l_i, start, stop, lo, hi, start_m, F, S, bh,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, VEC: tl.constexpr, PRECISION: tl.constexpr, MOD: tl.constexpr, MASK_VEC: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Take the key tiles of [start, stop) into (acc, m_i, l_i)."""
+    offs_m = start_m + tl.arange(0, BLOCK_M)
     for start_n in tl.range(start, stop, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = tile.load(K, stride_k, start_n, lo, hi, BLOCK_N, D, BLOCK_D, VEC, MASKED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_D] @ [BLOCK_D, BLOCK_N]
-        if MASKED:
-            s = tl.where(band.visible(offs_m[:, None], offs_n[None, :], hi, shift, LEFT, RIGHT), s, float("-inf"))
-        p, alpha, m_i, l_i = softmax.step(s, m_i, l_i, c)
+        s, keep, _ = score.logits(s, offs_m[:, None], offs_n[None, :], start_m, start_n, S, MOD, None, MASK_VEC, MASKED, MASKED)
+        if keep is not None:
+            s = tl.where(keep, s, float("-inf"))
+        p, alpha, m_i, l_i = softmax.step(s, m_i, l_i, S.c)
+        if F.dropout is not None:
+            p = tl.where(dropout.keep(F.dropout, bh, start_m, start_n, BLOCK_M, BLOCK_N), p, 0.0)
         v = tile.load(V, stride_v, start_n, lo, hi, BLOCK_N, DV, BLOCK_DV, VEC, MASKED)
+        v = score.hide_unseen(v, keep, S, 0)
         # [BLOCK_M, BLOCK_N] @ [BLOCK_N, BLOCK_DV]
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return acc, m_i, l_i
@@ -31,41 +39,46 @@ def _attend(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def flash_fwd(
-    Q, K, V, O, LSE, KEY_LENGTHS, stride_q, stride_k, stride_v, stride_o,
-    heads, group, n_q, n_k, tiles, scale, align, LEFT, RIGHT,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    VEC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    Q, K, V, O, LSE, F, stride_q, stride_k, stride_v, stride_o,
+    batch, heads, group, n_q, n_k, tiles, scale, align, LEFT, RIGHT,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VEC: tl.constexpr,
+    PRECISION: tl.constexpr, MOD: tl.constexpr, MASK_VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid (batch * heads * tiles,), tiles = ceil(n_q / BLOCK_M).
+    """Grid (batch * heads * tiles,), tiles = ceil(n_q / BLOCK_M); packed: (heads * tiles,), tiles as in sequence.py.
 
     Q (B, heads, n_q, D), K (B, heads / group, n_k, D), V (…, DV), O (B, heads, n_q, DV), LSE (B, heads, n_q) fp32 contiguous,
-    KEY_LENGTHS (B,) integers or None. align = 1 aligns the last query with the last key, 0 the first with the first.
+    F Features; packed sequences have B = 1 and `batch` of them. align = 1 aligns the last query with the last key, 0 the first
+    with the first. MOD: the user's change of scores, a jit function, or None.
     """
-    index, b, h = tile.locate(tiles, heads)
-    start_m = (tiles - 1 - index) * BLOCK_M  # under a causal mask the last tiles are the longest: start them first
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    n_k = tile.length(KEY_LENGTHS, b, n_k)
-    shift = align * (n_k - n_q)
-    lo, full_lo, full_hi, hi = band.key_range(start_m, tl.minimum(start_m + BLOCK_M, n_q), n_k, shift, LEFT, RIGHT, BLOCK_N)
+    seq, h, start_m = sequence.locate_queries(F, tl.program_id(0), tiles, heads, batch, n_q, n_k, BLOCK_M)
+    shift = align * (seq.n_k - seq.n_q)
+    Q_h = tile.head(Q, stride_q, seq.at, h, seq.q_row, VEC)
+    q = tile.load(Q_h, stride_q, start_m, 0, seq.n_q, BLOCK_M, D, BLOCK_D, VEC, True)
+    q, scale = softmax.fold_scale(q, score.scale_of(F, scale))
+    S = score.prepare(F, seq, h, scale, shift, LEFT, RIGHT, MOD, MASK_VEC)
+    end_m = tl.minimum(start_m + BLOCK_M, seq.n_q)
+    lo, full_lo, full_hi, hi = band.key_range(start_m, end_m, S.n_k, shift, LEFT, RIGHT, F, BLOCK_N)
 
-    q = tile.load(tile.head(Q, stride_q, b, h, VEC), stride_q, start_m, 0, n_q, BLOCK_M, D, BLOCK_D, VEC, True)
-    q, c = softmax.fold_scale(q, scale)
-    K = tile.head(K, stride_k, b, h // group, VEC)
-    V = tile.head(V, stride_v, b, h // group, VEC)
+    bh = seq.b * heads + h
+    K = tile.head(K, stride_k, seq.at, h // group, seq.k_row, VEC)
+    V = tile.head(V, stride_v, seq.at, h // group, seq.k_row, VEC)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
+    m_i, l_i = softmax.start(F.sinks, h, seq.b < batch, BLOCK_M)  # rows behind the last packed sequence have no sink
     if LEFT is not None:
         acc, m_i, l_i = _attend(
-            q, K, V, stride_k, stride_v, acc, m_i, l_i, lo, tl.minimum(full_lo, hi), lo, hi, offs_m, shift, c, LEFT, RIGHT,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, VEC, PRECISION, True)  # fmt: skip
+            q, K, V, stride_k, stride_v, acc, m_i, l_i, band.first_tile(lo, F, BLOCK_N), tl.minimum(full_lo, hi), lo, hi,
+            start_m, F, S, bh, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MASK_VEC, True)  # fmt: skip
     acc, m_i, l_i = _attend(
-        q, K, V, stride_k, stride_v, acc, m_i, l_i, full_lo, full_hi, lo, hi, offs_m, shift, c, LEFT, RIGHT,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, VEC, PRECISION, False)  # fmt: skip
+        q, K, V, stride_k, stride_v, acc, m_i, l_i, full_lo, full_hi, lo, hi, start_m, F, S, bh,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MASK_VEC, False)  # fmt: skip
     acc, m_i, l_i = _attend(
-        q, K, V, stride_k, stride_v, acc, m_i, l_i, full_hi, hi, lo, hi, offs_m, shift, c, LEFT, RIGHT,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, VEC, PRECISION, True)  # fmt: skip
+        q, K, V, stride_k, stride_v, acc, m_i, l_i, full_hi, hi, lo, hi, start_m, F, S, bh,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MASK_VEC, True)  # fmt: skip
 
     o, lse = softmax.finish(acc, m_i, l_i)
-    tile.store(tile.head(O, stride_o, b, h, VEC), stride_o, start_m, n_q, o, BLOCK_M, DV, BLOCK_DV, VEC)
-    tl.store(LSE + (b * heads + h).to(tl.int64) * n_q + offs_m, lse, mask=offs_m < n_q)
+    if F.dropout is not None:
+        o *= F.dropout.factor
+    O_h = tile.head(O, stride_o, seq.at, h, seq.q_row, VEC)
+    tile.store(O_h, stride_o, start_m, seq.n_q, o, BLOCK_M, DV, BLOCK_DV, VEC)
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    tl.store(LSE + (seq.at * heads + h).to(tl.int64) * n_q + seq.q_row + offs_m, lse, mask=offs_m < seq.n_q)

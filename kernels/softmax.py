@@ -6,21 +6,35 @@ Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); Dao 
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from .score import LOG2E
+from .tile import load_row_values
+
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def fold_scale(q, scale):
-    """(q', c) with c > 0 and c * (q' . k) = scale * log2(e) * (q . k): the row maximum and the -inf of masked scores survive
-    a positive factor only, so the sign (or the zero) of scale moves into q."""
+    """(q', scale') with scale' > 0 and scale' * (q' . k) = scale * (q . k): the row maximum and the -inf of masked scores
+    survive a positive factor only, so the sign (or the zero) of scale moves into q."""
     sign = tl.where(scale > 0, 1.0, tl.where(scale < 0, -1.0, 0.0))
-    return (q.to(tl.float32) * sign).to(q.dtype), tl.where(scale == 0, 1.0, tl.abs(scale)) * LOG2E
+    return (q.to(tl.float32) * sign).to(q.dtype), tl.where(scale == 0, 1.0, tl.abs(scale))
+
+
+@triton.jit
+def start(sinks, h, there, BLOCK_M: tl.constexpr):
+    """Running maximum and sum (base 2) of rows that have seen no key yet: nothing, or the head's sink if it is `there`."""
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    if sinks is not None:
+        sink = tl.where(there, tl.load(sinks + h).to(tl.float32) * LOG2E, float("-inf"))
+        m_i = tl.zeros([BLOCK_M], tl.float32) + sink
+        l_i += tl.where(sink == float("-inf"), 0.0, 1.0)
+    return m_i, l_i
 
 
 @triton.jit
 def step(s, m_i, l_i, c):
-    """Take in a tile of scores s [BLOCK_M, BLOCK_N] (masked = -inf) times c.
+    """Take in a tile of logits s [BLOCK_M, BLOCK_N] (masked = -inf) times c.
 
     m_i, l_i [BLOCK_M]: running maximum and sum. Returns p, the factor alpha for what was accumulated so far, m_i, l_i.
     """
@@ -41,8 +55,5 @@ def finish(acc, m_i, l_i):
 @triton.jit
 def load_lse(LSE, rows, lo, hi, MASKED: tl.constexpr):
     """lse of rows in base 2, for exp2(s * c - lse). Rows outside [lo, hi) and rows that saw no key get +inf: all p are 0."""
-    if MASKED:
-        lse = tl.load(LSE + rows, mask=(rows >= lo) & (rows < hi), other=float("inf"))
-    else:
-        lse = tl.load(LSE + rows)
+    lse = load_row_values(LSE, rows, lo, hi, float("inf"), MASKED)
     return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)

@@ -1,4 +1,4 @@
-"""Where a program's rows are, and bounds-checked loads and stores of them.
+"""Bounds-checked loads and stores of rows of one head's (N, D) matrix.
 
 A tensor is addressed by its pointer and a tuple of strides (batch, head, row, column). `VEC` says what the compiler may
 assume of them: with VEC = v > 0 the last dimension has stride 1 and the other strides are given in units of v elements, so
@@ -12,47 +12,37 @@ import triton.language as tl
 
 
 @triton.jit
-def locate(tiles, heads):
-    """Of a one-dimensional grid over (batch, head, tile), tile fastest: this program's tile, batch and head."""
-    pid = tl.program_id(0)
-    bh = pid // tiles
-    return pid % tiles, bh // heads, bh % heads
+def whole(n):
+    """The whole number that was sent as 2 n + 3."""
+    return (n - 3) // 2
 
 
 @triton.jit
-def length(LENGTHS, b, n):
-    """How many rows of sequence b exist: n, or LENGTHS[b] (clamped to 0..n) where lengths are given."""
-    if LENGTHS is None:
-        return n
-    else:
-        return tl.minimum(tl.maximum(tl.load(LENGTHS + b), 0), n).to(tl.int32)
-
-
-@triton.jit
-def _stride(stride, dim: tl.constexpr, VEC: tl.constexpr):
+def stride_of(stride, dim: tl.constexpr, VEC: tl.constexpr):
     """The stride of a dimension in elements, int64."""
-    s = ((stride[dim] - 3) // 2).to(tl.int64)
+    s = whole(stride[dim]).to(tl.int64)
     if VEC > 0:
         s = s * VEC
     return s
 
 
 @triton.jit
-def head(ptr, stride, b, h, VEC: tl.constexpr):
-    """Pointer to row 0 of head h in batch b."""
-    return ptr + b * _stride(stride, 0, VEC) + h * _stride(stride, 1, VEC)
+def head(ptr, stride, b, h, row, VEC: tl.constexpr):
+    """Pointer to a row of head h in batch b."""
+    return ptr + b * stride_of(stride, 0, VEC) + h * stride_of(stride, 1, VEC) + row * stride_of(stride, 2, VEC)
 
 
 @triton.jit
-def _pointers(ptr, stride, start, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr):
-    row = _stride(stride, 2, VEC)
+def pointers(ptr, stride, start, ROWS: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr):
+    """[ROWS, COLUMNS] pointers to rows from `start` and columns from 0."""
+    row = stride_of(stride, 2, VEC)
     ptr += start * row
     rows = tl.arange(0, ROWS)[:, None]
-    cols = tl.arange(0, BLOCK_D)[None, :]
+    cols = tl.arange(0, COLUMNS)[None, :]
     if VEC > 0:  # within a tile int32 suffices (layout.kernel_strides sees to it) and saves registers
         return ptr + (rows * row.to(tl.int32) + cols)
     else:
-        return ptr + (rows * row + cols * _stride(stride, 3, VEC))
+        return ptr + (rows * row + cols * stride_of(stride, 3, VEC))
 
 
 @triton.jit
@@ -71,13 +61,13 @@ def load(
 ):  # fmt: skip
     """Rows [start, start + ROWS) of an (N, D) matrix as [ROWS, BLOCK_D]. Columns beyond D are 0; so are rows outside [lo, hi)
     where MASKED, and they are not read. Without MASKED the caller knows that every row is inside."""
-    pointers = _pointers(ptr, stride, start, ROWS, BLOCK_D, VEC)
+    at = pointers(ptr, stride, start, ROWS, BLOCK_D, VEC)
     if MASKED:
-        return tl.load(pointers, mask=_mask(start, lo, hi, ROWS, D, BLOCK_D), other=0.0)
+        return tl.load(at, mask=_mask(start, lo, hi, ROWS, D, BLOCK_D), other=0.0)
     elif D < BLOCK_D:
-        return tl.load(pointers, mask=(tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
+        return tl.load(at, mask=(tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
     else:
-        return tl.load(pointers)
+        return tl.load(at)
 
 
 @triton.jit
@@ -85,5 +75,14 @@ def store(
     ptr, stride, start, hi, value, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr
 ):  # fmt: skip
     """Write value [ROWS, BLOCK_D] to rows from start and below hi, columns below D, in the pointer's dtype."""
-    pointers = _pointers(ptr, stride, start, ROWS, BLOCK_D, VEC)
-    tl.store(pointers, value.to(ptr.dtype.element_ty), mask=_mask(start, start, hi, ROWS, D, BLOCK_D))
+    at = pointers(ptr, stride, start, ROWS, BLOCK_D, VEC)
+    tl.store(at, value.to(ptr.dtype.element_ty), mask=_mask(start, start, hi, ROWS, D, BLOCK_D))
+
+
+@triton.jit
+def load_row_values(ptr, rows, lo, hi, other, MASKED: tl.constexpr):
+    """One number a row, and `other` for rows outside [lo, hi) where MASKED."""
+    if MASKED:
+        return tl.load(ptr + rows, mask=(rows >= lo) & (rows < hi), other=other)
+    else:
+        return tl.load(ptr + rows)

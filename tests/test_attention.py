@@ -4,10 +4,16 @@ import pytest
 import torch
 
 import tfkern
-from tfkern import configs, reference, testing
-from tfkern.backends import eager
+from tfkern import configs, eager_tiles, reference, testing
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+ALL_CASES = (*testing.CASES, *testing.FEATURE_CASES)
+
+
+def named(name: str) -> testing.Case:
+    return next(case for case in ALL_CASES if case.name == name)
 
 
 def assert_within_budget(errors):
@@ -16,38 +22,41 @@ def assert_within_budget(errors):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", ["portable", "eager"])
-@pytest.mark.parametrize("case", testing.CASES, ids=str)
+@pytest.mark.parametrize("case", ALL_CASES, ids=str)
 def test_case(case, backend, dtype, device):
     assert_within_budget(testing.check(case, DTYPES[dtype], backend, device))
 
 
-@pytest.mark.parametrize("name", ["gqa-everything", "window-lower-right", "padded-window", "causal-tall", "full"])
+@pytest.mark.parametrize(
+    "name", ["gqa-everything", "window-lower-right", "padded-window", "full", "everything", "everything-packed"]
+)
 @pytest.mark.parametrize("tiles", [(16, 64), (64, 16), (32, 128)], ids=lambda t: f"{t[0]}x{t[1]}")
 def test_any_tiles(name, tiles, device):
     """The result does not hang on one choice of tiles: edges fall elsewhere with each."""
-    case = next(c for c in testing.CASES if c.name == name)
+    case = named(name)
     with configs.override(**dict.fromkeys(configs.KERNELS, configs.TileConfig(*tiles))):
         assert_within_budget(testing.check(case, torch.float32, "portable", device))
 
 
+@pytest.mark.parametrize("name", ["gqa-everything", "everything", "everything-packed"])
 @pytest.mark.parametrize("backend", ["portable", "eager"])
-def test_same_inputs_same_bits(backend, device):
-    case = next(c for c in testing.CASES if c.name == "gqa-everything")
+def test_same_inputs_same_bits(backend, name, device):
+    case = named(name)
     inputs = testing.make_inputs(case, torch.bfloat16, device)
-    first, *others = (
-        testing.results(tfkern.attention, inputs.clean, dict(inputs.options, backend=backend)) for _ in range(6)
-    )  # fmt: skip
+    function = tfkern.attention_varlen if case.lengths else tfkern.attention
+    first, *others = (testing.results(function, inputs, backend=backend) for _ in range(6 if device == "cuda" else 3))
     for again in others:
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-@pytest.mark.parametrize("tile_elements", [1, 700, eager.TILE_ELEMENTS])
-@pytest.mark.parametrize("case", testing.CASES, ids=str)
-def test_eager_is_exact_in_float64(case, tile_elements, monkeypatch):
-    monkeypatch.setattr(eager, "TILE_ELEMENTS", tile_elements)
+@pytest.mark.parametrize("elements", [1, 700, eager_tiles.ELEMENTS])
+@pytest.mark.parametrize("case", [case for case in ALL_CASES if case.score_mod is None], ids=str)
+def test_eager_is_exact_in_float64(case, elements, monkeypatch):
+    """But for a score_mod, whose constants Triton has in float32."""
+    monkeypatch.setattr(eager_tiles, "ELEMENTS", elements)
     inputs = testing.make_inputs(case, torch.float64)
-    found = testing.results(tfkern.attention, inputs.tensors, dict(inputs.options, backend="eager"))
-    truth = testing.results(reference.attention, inputs.clean, inputs.options)
+    found = testing.results(tfkern.attention_varlen if case.lengths else tfkern.attention, inputs, backend="eager")
+    truth = testing.truth(case, inputs)
     for name in found:
         torch.testing.assert_close(found[name], truth[name], rtol=1e-12, atol=1e-12)
 
@@ -101,13 +110,9 @@ def test_gradcheck_of_the_kernels_in_float32(device):
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_kernel_lse_is_float32_exact_for_16_bit_inputs(dtype, device):
     """Stricter than the budget, which goes by what PyTorch makes of lse in the inputs' dtype."""
-    case = next(c for c in testing.CASES if c.name == "gqa-everything")
-    inputs = testing.make_inputs(case, DTYPES[dtype], device)
-    found = testing.results(tfkern.attention, inputs.tensors, dict(inputs.options, backend="portable"))["lse"]
-    truth, plain = (
-        testing.results(reference.attention, [x.to(d) for x in inputs.clean], inputs.options)["lse"]
-        for d in (torch.float64, torch.float32)
-    )
+    inputs = testing.make_inputs(named("gqa-everything"), DTYPES[dtype], device)
+    found = testing.results(tfkern.attention, inputs, backend="portable")["lse"]
+    truth, plain = (testing.results(reference.attention, inputs.cast(d))["lse"] for d in (torch.float64, torch.float32))
     assert_within_budget([testing.compare("lse", found, truth, [plain])])
 
 

@@ -7,15 +7,14 @@ import pytest
 import torch
 
 import tfkern
-from tfkern import backends, interpreter
-from tfkern.problem import Problem
+from tfkern import backends, call, interpreter
 
 pytestmark = pytest.mark.skipif(not interpreter.interpreting(), reason="the choices tested are those for CPU tensors")
 
 
 def problem(**changes):
     q = torch.empty(1, 2, 4, 16, **changes)
-    return Problem.build(q, q, q)
+    return call.build(q, q, q)[0]
 
 
 def test_a_cpu_tensor_goes_to_eager_by_default():

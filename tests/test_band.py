@@ -9,6 +9,7 @@ import triton.language as tl
 
 from tfkern import interpreter
 from tfkern.kernels import band
+from tfkern.kernels.features import Dropout, Features
 
 MAX_Q, MAX_K = 4, 6
 SIDES = range(4)
@@ -17,7 +18,7 @@ SIDES = range(4)
 @triton.jit
 def _ranges(
     START, END, N_Q, N_K, SHIFT, LEFT, RIGHT, OUT, COUNT: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, QUERIES: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, QUERIES: tl.constexpr, F,
 ):  # fmt: skip
     i = tl.arange(0, COUNT)
     start, end, n_q, n_k, shift = (
@@ -26,14 +27,15 @@ def _ranges(
     left = tl.load(LEFT + i) if HAS_LEFT else None
     right = tl.load(RIGHT + i) if HAS_RIGHT else None
     if QUERIES:
-        lo, full_lo, full_hi, hi = band.query_range(start, end, n_q, shift, left, right, BLOCK)
+        lo, full_lo, full_hi, hi = band.query_range(start, end, n_q, shift, left, right, F, BLOCK)
     else:
-        lo, full_lo, full_hi, hi = band.key_range(start, end, n_k, shift, left, right, BLOCK)
+        lo, full_lo, full_hi, hi = band.key_range(start, end, n_k, shift, left, right, F, BLOCK)
     zero = tl.zeros([COUNT], tl.int32)
     tl.store(OUT + i, lo + zero)
     tl.store(OUT + COUNT + i, full_lo + zero)
     tl.store(OUT + 2 * COUNT + i, full_hi + zero)
     tl.store(OUT + 3 * COUNT + i, hi + zero)
+    tl.store(OUT + 4 * COUNT + i, band.first_tile(lo, F, BLOCK) + zero)
 
 
 def problems(has_left: bool, has_right: bool, queries: bool) -> torch.Tensor:
@@ -60,11 +62,12 @@ def seen(p: torch.Tensor, has_left: bool, has_right: bool) -> torch.Tensor:
     return keep
 
 
-def run_ranges(p, block, has_left, has_right, queries, device):
+def run_ranges(p, block, has_left, has_right, queries, aligned, device):
     count = triton.next_power_of_2(len(p))
     columns = torch.cat([p, p[:1].expand(count - len(p), -1)]).T.contiguous().to(device)
-    out = torch.empty(4, count, dtype=torch.int32, device=device)
-    args = (*columns, out, count, block, has_left, has_right, queries)
+    out = torch.empty(5, count, dtype=torch.int32, device=device)
+    there = Features(dropout=Dropout(columns, 3, 1.0) if aligned else None)
+    args = (*columns, out, count, block, has_left, has_right, queries, there)
     if device == "cpu":
         interpreter.run(_ranges, 1, args, {})
     else:
@@ -75,9 +78,10 @@ def run_ranges(p, block, has_left, has_right, queries, device):
 @pytest.mark.parametrize("queries", [False, True], ids=["key_range", "query_range"])
 @pytest.mark.parametrize("sides", list(itertools.product([False, True], repeat=2)), ids=["full", "right", "left", "both"])
 @pytest.mark.parametrize("block", [1, 2, 4])
-def test_ranges(block, sides, queries, device):
+@pytest.mark.parametrize("aligned", [False, True], ids=["from-lo", "aligned"])
+def test_ranges(aligned, block, sides, queries, device):
     p = problems(*sides, queries)
-    lo, full_lo, full_hi, hi = run_ranges(p, block, *sides, queries, device)
+    lo, full_lo, full_hi, hi, first = run_ranges(p, block, *sides, queries, aligned, device)
     keep = seen(p, *sides)  # [problem, query, key]
     if queries:
         keep = keep.mT  # [problem, key, query]: the tile's rows are keys, and what is streamed past them queries
@@ -88,12 +92,14 @@ def test_ranges(block, sides, queries, device):
     at = torch.arange(keep.shape[2])
     # [lo, hi) holds exactly what some row sees: in a band that has no gaps
     assert torch.equal(some, (at >= lo[:, None]) & (at < hi[:, None]))
-    # full tiles lie on the grid from lo, in order
+    # tiles begin at lo, or at the multiple of their size before it
+    assert torch.equal(first, lo - lo % block if aligned else lo)
+    # full tiles lie on their grid, in order
     assert ((full_lo >= lo) & (full_hi >= full_lo) & (full_lo >= 0)).all()
-    assert (((full_lo - lo) % block == 0) & ((full_hi - full_lo) % block == 0)).all()
+    assert (((full_lo - first) % block == 0) & ((full_hi - full_lo) % block == 0)).all()
     # a tile of the grid is in the full range exactly if it is whole and all of its elements are seen by every row
-    for tile in range(-(-keep.shape[2] // block)):
-        start = lo + tile * block
+    for tile in range(-(-keep.shape[2] // block) + 1):
+        start = first + tile * block
         inside = torch.stack([start + o for o in range(block)], 1)
         known = inside < keep.shape[2]
         whole = (known & every.gather(1, inside.clamp(max=keep.shape[2] - 1))).all(1)

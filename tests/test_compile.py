@@ -69,7 +69,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from tfkern import launch
 from tfkern.backends import portable
-from tfkern.problem import Problem
+from tfkern import call as calls
 
 class Fake:  # all that the JIT asks of a driver before it launches
     utils = types.SimpleNamespace(
@@ -96,9 +96,9 @@ def call(b, h, h_k, n_q, n_k, d, packed=False, **options):
             return torch.empty(b, n, 3, heads, d, dtype=torch.bfloat16).permute(2, 0, 3, 1, 4)[1]
         return torch.empty(b, heads, n, d, dtype=torch.bfloat16)
     q, k, v = make(h, n_q), make(h_k, n_k), make(h_k, n_k)
-    p = Problem.build(q, k, v, enable_gqa=True, **options)
-    out, lse = portable.forward(p, q, k, v, None)
-    portable.backward(p, (True,) * 3, torch.empty_like(out), None, q, k, v, None, out, lse)
+    p, t = calls.build(q, k, v, enable_gqa=True, **options)
+    out, lse = portable.forward(p, t)
+    portable.backward(p, t, out, lse, torch.empty_like(out), None, [x is not None for x in t[:6]])
 
 def compiled(calls):
     for c in calls: c()

@@ -17,10 +17,13 @@ LAYERS = [
     ["tfkern"],
     ["tfkern.functional"],
     ["tfkern.autograd"],
+    ["tfkern.call"],
     ["tfkern.backends"],
     ["tfkern.backends.portable", "tfkern.backends.eager"],
-    ["tfkern.problem", "tfkern.launch", "tfkern.layout"],
-    ["tfkern.interpreter", "tfkern.configs", "tfkern.reference", "tfkern.extras"],
+    ["tfkern.eager_tiles"],
+    ["tfkern.reference"],
+    ["tfkern.problem", "tfkern.launch", "tfkern.layout", "tfkern.checks", "tfkern.dropout", "tfkern.score_mods"],
+    ["tfkern.interpreter", "tfkern.configs", "tfkern.extras"],
     ["tfkern.kernels"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -3,35 +3,49 @@
 import torch
 from torch import Tensor
 
+from tfkern import call
+from tfkern.problem import Gradients, Problem, Tensors
 
-def attention(query, key, value, key_lengths, problem, backend) -> tuple[Tensor, Tensor]:
-    """(out, lse) of one problem by one backend, differentiable in query, key and value."""
-    return Attention.apply(query, key, value, key_lengths, problem, backend)
+
+def attention(problem: Problem, backend, tensors: Tensors, qkv: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(out, lse) of one problem by one backend, differentiable in the first six tensors. With qkv, of which query, key and
+    value are views, the gradient of those is one tensor like it."""
+    if qkv is not None:
+        tensors = tensors._replace(q=qkv, k=None, v=None)
+    return Attention.apply(problem, backend, *tensors)
+
+
+def _unpacked(t: Tensors) -> Tensors:
+    """The tensors with q, k and v, where q was the packed qkv."""
+    if t.k is not None:
+        return t
+    q, k, v = call.unpack(t.q)
+    return t._replace(q=q, k=k, v=v)
 
 
 class Attention(torch.autograd.Function):
-    """out, lse = attention(q, k, v)."""
+    """out, lse = attention(tensors)."""
 
     @staticmethod
-    def forward(q, k, v, key_lengths, problem, backend):
-        return backend.forward(problem, q, k, v, key_lengths)
+    def forward(problem, backend, *tensors):
+        return backend.forward(problem, _unpacked(Tensors(*tensors)))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.problem, ctx.backend = inputs
+        ctx.problem, ctx.backend, *tensors = inputs
         ctx.save_for_backward(*tensors, *output)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, do, dlse):
-        q, k, v, key_lengths, out, lse = ctx.saved_tensors
+        *tensors, out, lse = ctx.saved_tensors
         if do is None and dlse is None:
-            return (None,) * 6
+            return (None,) * (2 + len(tensors))
         if do is None:
             do = torch.zeros_like(out)
-        needed = ctx.needs_input_grad[:3]
-        grads = AttentionBackward.apply(do, dlse, q, k, v, key_lengths, out, lse, ctx.problem, ctx.backend, needed)
-        return *grads, None, None, None
+        needed = ctx.needs_input_grad[2 : 2 + len(Gradients._fields)]
+        grads = AttentionBackward.apply(ctx.problem, ctx.backend, needed, do, dlse, out, lse, *tensors)
+        return None, None, *grads, *(None,) * (len(tensors) - len(grads))
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -43,11 +57,17 @@ class Attention(torch.autograd.Function):
 
 
 class AttentionBackward(torch.autograd.Function):
-    """dq, dk, dv from do, dlse and what the forward saved."""
+    """Gradients from do, dlse and what the forward saved."""
 
     @staticmethod
-    def forward(do, dlse, q, k, v, key_lengths, out, lse, problem, backend, needed):
-        return backend.backward(problem, needed, do, dlse, q, k, v, key_lengths, out, lse)
+    def forward(problem, backend, needed, do, dlse, out, lse, *tensors):
+        t = Tensors(*tensors)
+        if t.k is not None:
+            return tuple(backend.backward(problem, t, out, lse, do, dlse, needed))
+        qkv = torch.empty_like(t.q)
+        needed = (needed[0],) * 3 + needed[3:]
+        grads = backend.backward(problem, _unpacked(t), out, lse, do, dlse, needed, into=call.unpack(qkv))
+        return qkv, None, None, *grads[3:]
 
     @staticmethod
     def setup_context(ctx, inputs, output):

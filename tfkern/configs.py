@@ -6,9 +6,9 @@ bench/compile_gate.py` prints registers, spills and shared memory). Nothing here
 """
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-KERNELS = ("flash_fwd", "flash_bwd_dq", "flash_bwd_dkdv")
+KERNELS = ("flash_fwd", "flash_bwd_dq", "flash_bwd_dkdv", "flash_bwd_dbias")
 ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
 HEAD_DIM_CLASSES = (16, 32, 64, 128, 256)
 
@@ -22,12 +22,21 @@ class TileConfig:
     num_warps: int = 4
     num_stages: int = 2
 
+    def lighter(self, kernel: str) -> "TileConfig":
+        """Half the rows that a program owns (keys in flash_bwd_dkdv), for what takes more registers a score."""
+        if kernel == "flash_bwd_dkdv":
+            return replace(self, block_n=max(16, self.block_n // 2))
+        if kernel == "flash_bwd_dbias":
+            return self
+        return replace(self, block_m=max(16, self.block_m // 2))
+
 
 # Asymmetric on purpose: in the interpreter, which only tests use, a mix-up of the two block sizes must show.
 _INTERPRETER = {
     "flash_fwd": TileConfig(64, 32),
     "flash_bwd_dq": TileConfig(64, 32),
     "flash_bwd_dkdv": TileConfig(32, 64),
+    "flash_bwd_dbias": TileConfig(32, 64),
 }
 
 # Of the whole process, not of a context: autograd runs backwards of GPU tensors in threads of its own.
@@ -39,13 +48,15 @@ def head_dim_class(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def tile_config(arch: str, kernel: str, itemsize: int, block_d: int) -> TileConfig:
-    """The tiles for one launch. arch is "sm_NN", "gfx…" or "interpreter"; block_d a head-dim class; itemsize 2 or 4 bytes."""
+def tile_config(arch: str, kernel: str, itemsize: int, block_d: int, heavy: bool = False) -> TileConfig:
+    """The tiles for one launch. arch is "sm_NN", "gfx…" or "interpreter"; block_d a head-dim class; itemsize 2 or 4 bytes;
+    `heavy` where scores go through more than a band: a mask, a bias, dropout, softcap, ALiBi or a score_mod."""
     if kernel in _overrides:
         return _overrides[kernel]
     if arch == "interpreter":
         return _INTERPRETER[kernel]
-    return _TABLE[table_arch(arch)][kernel, itemsize][block_d]
+    config = _TABLE[table_arch(arch)][kernel, itemsize][block_d]
+    return config.lighter(kernel) if heavy else config
 
 
 def table_arch(arch: str) -> str:
@@ -83,6 +94,8 @@ _TABLE = {
         ("flash_bwd_dq", 4): _rows(C(64, 32, 4, 2), C(32, 32, 4, 2), C(32, 32, 8, 2), C(32, 16, 4, 2), C(16, 16, 4, 2)),
         ("flash_bwd_dkdv", 2): _rows(C(32, 64, 4, 1), C(32, 64, 4, 1), C(32, 128, 8, 1), C(32, 64, 8, 1), C(16, 32, 8, 2)),
         ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 1), C(32, 32, 4, 1), C(16, 32, 4, 1), C(16, 32, 8, 1), C(16, 16, 8, 2)),
+        ("flash_bwd_dbias", 2): _rows(C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 32, 4, 2), C(32, 32, 4, 2)),
+        ("flash_bwd_dbias", 4): _rows(C(32, 32, 4, 2), C(32, 32, 4, 2), C(32, 32, 4, 2), C(32, 16, 4, 2), C(16, 16, 4, 2)),
     },
     "sm_90": {
         ("flash_fwd", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 32, 4, 2), C(128, 64, 8, 2), C(64, 32, 8, 2)),
@@ -91,6 +104,8 @@ _TABLE = {
         ("flash_bwd_dq", 4): _rows(C(32, 32, 4, 2), C(32, 32, 4, 2), C(64, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 4, 2)),
         ("flash_bwd_dkdv", 2): _rows(C(32, 64, 4, 2), C(32, 64, 4, 2), C(64, 128, 8, 1), C(16, 64, 8, 2), C(16, 32, 8, 2)),
         ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 1), C(32, 32, 4, 1), C(32, 32, 8, 2), C(16, 32, 8, 2), C(16, 16, 8, 2)),
+        ("flash_bwd_dbias", 2): _rows(C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 32, 4, 2), C(32, 32, 4, 2)),
+        ("flash_bwd_dbias", 4): _rows(C(32, 32, 4, 2), C(32, 32, 4, 2), C(32, 32, 4, 2), C(32, 16, 4, 2), C(16, 16, 4, 2)),
     },
     "gfx942": {
         ("flash_fwd", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 64, 8, 2), C(64, 32, 4, 1)),
@@ -99,5 +114,7 @@ _TABLE = {
         ("flash_bwd_dq", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2), C(32, 32, 4, 2), C(16, 16, 4, 2)),
         ("flash_bwd_dkdv", 2): _rows(C(64, 64, 4, 1), C(64, 64, 4, 1), C(32, 128, 8, 1), C(16, 64, 4, 2), C(16, 32, 8, 1)),
         ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 2), C(16, 32, 4, 1), C(32, 32, 4, 1), C(16, 32, 8, 1), C(16, 16, 4, 1)),
+        ("flash_bwd_dbias", 2): _rows(C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 32, 4, 2), C(32, 32, 4, 2)),
+        ("flash_bwd_dbias", 4): _rows(C(32, 32, 4, 2), C(32, 32, 4, 2), C(32, 32, 4, 2), C(32, 16, 4, 2), C(16, 16, 4, 2)),
     },
 }  # fmt: skip

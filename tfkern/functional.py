@@ -1,45 +1,58 @@
 """The functions users call."""
 
-import torch
+from collections.abc import Callable
+
 from torch import Tensor
 
-from tfkern import autograd, backends
-from tfkern.problem import Problem
+from tfkern import autograd, backends, call, checks
+
+ScoreMod = tuple[Callable, Callable]
 
 
 def attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *, causal_alignment: str = "upper_left",
-    window: tuple[int | None, int | None] | None = None, key_lengths: Tensor | None = None, return_lse: bool = False,
-    backend: str | None = None,
+    is_causal: bool = False, scale: float | Tensor | None = None, enable_gqa: bool = False, *,
+    causal_alignment: str = "upper_left", window: tuple[int | None, int | None] | None = None,
+    key_lengths: Tensor | None = None, softcap: float | None = None, alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None, score_mod: ScoreMod | None = None, return_lse: bool = False, backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """softmax(scale * Q K^T + mask) V, fused: the N x N scores are never stored, forward or backward.
+
+    Any combination of the arguments works. docs/features.md has each one's formula, gradient and an example.
 
     Args:
         query: (B, H, Nq, D), any strides; float16, bfloat16, float32, or float64 (backend eager only). Differentiable.
         key: (B, Hkv, Nk, D), dtype and device of query. Differentiable.
         value: (B, Hkv, Nk, Dv), dtype and device of query. Differentiable.
-        attn_mask: not built yet; anything but None raises NotImplementedError.
-        dropout_p: probability in [0, 1]; not built yet, more than 0 raises NotImplementedError.
+        attn_mask: broadcasts to (B, H, Nq, Nk), read in place. bool: True = attend. float32 or the dtype of query: added to the
+            scores (-inf hides), differentiable, its gradient summed over what it broadcasts along.
+        dropout_p: probability in [0, 1], in steps of 1/65536, with which each softmax weight is dropped whenever it is > 0;
+            the others are scaled up. Random bits come from torch's generator of the device.
         is_causal: query i sees only keys j <= i + shift.
-        scale: factor of the scores, any finite number; None means 1 / sqrt(D).
+        scale: factor of the scores: any finite number, or a tensor of one that needs no grad; None means 1 / sqrt(D).
         enable_gqa: lets H be a multiple of Hkv; query head h uses key head h // (H / Hkv).
-        causal_alignment: where is_causal and window stand when Nq != Nk. "upper_left" (PyTorch's): shift = 0, the first query
-            is aligned with the first key. "lower_right" (flash-attn's): shift = Nk - Nq, the last with the last.
+        causal_alignment: where is_causal, window and alibi_slopes stand when Nq != Nk. "upper_left" (PyTorch's): shift = 0, the
+            first query is aligned with the first key. "lower_right" (flash-attn's): shift = Nk - Nq, the last with the last.
         window: (left, right), integers >= 0 or None for unbounded: query i sees keys j with
             i + shift - left <= j <= i + shift + right. With is_causal, both hold.
         key_lengths: (B,) int32 or int64. Keys from key_lengths[b] on are not there in batch b: they are not read, their
             gradients are 0, and Nk in the shift is key_lengths[b]. On a GPU, values outside 0..Nk are clamped (a check would
             stop the stream).
-        return_lse: also return the log-sum-exp of the scaled scores.
+        softcap: c > 0: scores s become c * tanh(s / c), before everything that is added.
+        alibi_slopes: (H,) or (B, H), float32 or the dtype of query: -slope * |i + shift - j| is added. Differentiable.
+        sinks: (H,), float32 or the dtype of query: one more logit per head in the softmax's denominator. Differentiable.
+        score_mod: (value, derivative), two @triton.jit functions of (score, b, h, i, j): value replaces the scaled and capped
+            score before ALiBi and attn_mask, derivative is d value / d score.
+        return_lse: also return the log-sum-exp of the logits, with the sink's.
         backend: "portable" or "eager"; None takes the first that can (`tfkern.explain` tells which).
 
     Returns:
         (B, H, Nq, Dv) in query's dtype and memory order. With return_lse also lse (B, H, Nq), float32 (float64 for float64),
-        natural logarithm, differentiable. A query that sees no key gives 0, lse -inf, and zero gradients. (For 16-bit inputs,
-        PyTorch's fused CPU attention, which the backend eager uses where it can, gives lse with errors of some 1e-5.)
+        natural logarithm, differentiable. A query that sees no key gives 0, zero gradients, and lse -inf (or the sink). (For
+        16-bit inputs, PyTorch's fused CPU attention, which the backend eager uses where it can, gives lse with errors of some
+        1e-5.)
 
-    Under torch.autocast, inputs (but float64 ones) are converted to the autocast dtype first, as in PyTorch.
+    Under torch.autocast, inputs and float masks (but float64 ones) are converted to the autocast dtype first, as in PyTorch.
     The backward is deterministic. Second derivatives and forward-mode raise NotImplementedError.
 
     Raises:
@@ -47,51 +60,109 @@ def attention(
         NotImplementedError: what is not built yet.
         tfkern.UnsupportedError: the backend named can't do this problem; the message says why.
 
-    Source: Dao et al., "FlashAttention" (2022) and "FlashAttention-2" (2023); online softmax by Milakov and Gimelshein (2018).
+    Source: Dao et al., "FlashAttention" (2022) and "FlashAttention-2" (2023); online softmax by Milakov and Gimelshein (2018);
+    ALiBi by Press et al. (2022); softcap as in Gemma 2 (2024); sinks by Xiao et al. (2024), learned as in gpt-oss (2025).
     """
-    query, key, value, problem = _prepare(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, key_lengths
-    )
-    if key_lengths is not None:
-        key_lengths = key_lengths.contiguous()
-    out, lse = autograd.attention(query, key, value, key_lengths, problem, backends.choose(problem, backend))
-    return (out, lse) if return_lse else out
+    return _run(
+        call.build(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment=causal_alignment,
+            window=window, key_lengths=key_lengths, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+            score_mod=score_mod,
+        ), return_lse, backend,
+    )  # fmt: skip
 
 
-def explain(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *,
-    causal_alignment="upper_left", window=None, key_lengths=None, return_lse=False, backend=None,
-) -> str:  # fmt: skip
-    """Which backend `attention` would use for these arguments, and why not the ones before it. Computes nothing."""
-    *_, problem = _prepare(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, key_lengths
-    )
+def attention_varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | Tensor | None = None, enable_gqa: bool = False, *,
+    causal_alignment: str = "upper_left", window: tuple[int | None, int | None] | None = None, softcap: float | None = None,
+    alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, score_mod: ScoreMod | None = None,
+    return_lse: bool = False, backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """`attention` of B sequences of any lengths that lie packed behind each other, without padding.
+
+    The lengths stay on the device: nothing waits for it, and no longest length is asked for.
+
+    Args:
+        query: (total_q, H, D), any strides. Differentiable, as key and value.
+        key: (total_k, Hkv, D).
+        value: (total_k, Hkv, Dv).
+        cu_seqlens_q: (B + 1,) int32 or int64, rising from 0: sequence b has the queries from cu_seqlens_q[b] to before
+            cu_seqlens_q[b + 1]. Sequences may be empty. Rows from cu_seqlens_q[B] on belong to none: they give 0. On a GPU
+            the values are not checked (that would stop the stream), but whatever they are, nothing outside the tensors is
+            touched.
+        cu_seqlens_k: the same for keys and values.
+        attn_mask: broadcasts to (B, H, L, M) with L and M at least the longest sequences of queries and of keys; sequence b of
+            lengths n and m uses [b, :, :n, :m]. Its gradient is 0 elsewhere.
+        alibi_slopes: (H,) or (B, H).
+
+    The other arguments as in `attention`; i, j and shift count within a sequence.
+
+    Returns:
+        (total_q, H, Dv) in query's dtype and memory order. With return_lse also lse (H, total_q), differentiable.
+
+    Raises: as attention.
+    """
+    built = call.build(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k, causal_alignment=causal_alignment, window=window, softcap=softcap,
+        alibi_slopes=alibi_slopes, sinks=sinks, score_mod=score_mod,
+    )  # fmt: skip
+    return _run(built, return_lse, backend)
+
+
+def attention_packed(
+    qkv: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+    scale: float | Tensor | None = None, *, cu_seqlens: Tensor | None = None, causal_alignment: str = "upper_left",
+    window: tuple[int | None, int | None] | None = None, key_lengths: Tensor | None = None, softcap: float | None = None,
+    alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, score_mod: ScoreMod | None = None,
+    return_lse: bool = False, backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """`attention` of queries, keys and values that lie in one tensor, as one projection makes them; nothing is copied.
+
+    Args:
+        qkv: (B, N, 3, H, D), or with cu_seqlens (total, 3, H, D). Its gradient is written as one tensor.
+        cu_seqlens: (B + 1,) where packed sequences start, as in `attention_varlen`.
+
+    The other arguments as in `attention` (key_lengths only without cu_seqlens).
+
+    Returns:
+        (B, N, H, D), or (total, H, D), contiguous: `.flatten(-2)` is what the next projection takes, without a copy. With
+        return_lse also lse (B, H, N), or (H, total).
+
+    Raises: as attention.
+    """
+    checks.packed_qkv(qkv, cu_seqlens is not None)
+    qkv = call.autocast(qkv)[0]
+    query, key, value = call.unpack(qkv.detach())
+    options = dict(
+        causal_alignment=causal_alignment, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+        score_mod=score_mod,
+    )  # fmt: skip
+    if cu_seqlens is None:
+        options["key_lengths"] = key_lengths
+    else:
+        if key_lengths is not None:
+            raise ValueError("key_lengths can't be given with cu_seqlens, which tell the lengths; drop one of them")
+        query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+        options |= dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
+    built = call.build(query, key, value, attn_mask, dropout_p, is_causal, scale, **options)
+    out = _run(built, return_lse, backend, qkv)
+    if cu_seqlens is not None:
+        return out
+    return (out[0].transpose(1, 2), out[1]) if return_lse else out.transpose(1, 2)
+
+
+def explain(query: Tensor, key: Tensor, value: Tensor, *args, return_lse=False, backend=None, **kwargs) -> str:
+    """Which backend `attention` would use for these arguments, and why not the ones before it. Computes nothing. With
+    cu_seqlens_q and cu_seqlens_k by name it answers for `attention_varlen`."""
+    problem, _ = call.build(query, key, value, *args, **kwargs, draw_seed=False)
     return backends.explain(problem, backend)
 
 
-def _prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, key_lengths):
-    if attn_mask is not None:
-        raise NotImplementedError(
-            "attn_mask is not built yet; use is_causal, window or key_lengths, or PyTorch's own attention"
-        )
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must be a number in [0, 1], but is {dropout_p!r}")
-    if dropout_p > 0.0:
-        raise NotImplementedError(f"dropout_p = {dropout_p}: attention dropout is not built yet; pass 0.0")
-    query, key, value = _autocast(query, key, value)
-    problem = Problem.build(
-        query, key, value, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, causal_alignment=causal_alignment,
-        window=window, key_lengths=key_lengths,
-    )  # fmt: skip
-    return query, key, value, problem
-
-
-def _autocast(*tensors):
-    """The tensors in the autocast dtype where autocast is on for their device; what is no tensor is left for the checks."""
-    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(
-        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
-    )
+def _run(built, return_lse: bool, backend: str | None, qkv: Tensor | None = None):
+    problem, tensors = built
+    out, lse = autograd.attention(problem, backends.choose(problem, backend), tensors, qkv)
+    if problem.packed:
+        out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)
+    return (out, lse) if return_lse else out

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 MAX_VEC = 16
+MASK_VEC = 8
+MANY = 10**9  # more rows than there can be
 MAX_ROW_STRIDE = 2**31 // 256  # so that 256 rows, more than any tile has, stay within int32
 
 
@@ -35,9 +37,24 @@ def kernel_strides(*tensors: Tensor) -> tuple[int, list[tuple[int, ...]]]:
     # A dim of size 1 is never stepped along: its stride is noise, and would cost alignment or a recompile.
     strides = [tuple(s if n > 1 else 0 for s, n in zip(t.stride(), t.shape, strict=True)) for t in tensors]
     if any((s[3] != 1 and t.shape[3] > 1) or s[2] >= MAX_ROW_STRIDE for s, t in zip(strides, tensors, strict=True)):
-        return 0, [tuple(2 * x + 3 for x in s) for s in strides]
+        return 0, [tuple(map(encode, s)) for s in strides]
     vec = math.gcd(MAX_VEC, *(x for s in strides for x in s[:3]))
-    return vec, [tuple(2 * (x // vec) + 3 for x in s[:3]) for s in strides]
+    return vec, [tuple(encode(x // vec) for x in s[:3]) for s in strides]
+
+
+def mask_strides(mask: Tensor) -> tuple[int, tuple[int, ...]]:
+    """(VEC, strides) of a (B, H, Nq, Nk) mask whose dims of size 1 broadcast. Where keys lie side by side, VEC is 8 if all rows
+    are aligned to that many elements, else 1: two compiled forms, whatever the lengths. Otherwise it is 0."""
+    strides = tuple(s if n > 1 else 0 for s, n in zip(mask.stride(), mask.shape, strict=True))
+    if strides[3] != 1 or strides[2] >= MAX_ROW_STRIDE:
+        return 0, tuple(map(encode, strides))
+    vec = 1 if any(s % MASK_VEC for s in strides[:3]) else MASK_VEC
+    return vec, tuple(encode(s // vec) for s in strides[:3])
+
+
+def encode(n: int) -> int:
+    """A whole number as kernels take it in tuples."""
+    return 2 * n + 3
 
 
 def last_dim_dense(x: Tensor) -> Tensor:
@@ -51,6 +68,11 @@ def like_order(x: Tensor, like: Tensor) -> Tensor:
     if x.numel() == 0 or x.stride() == out.stride():
         return x
     return out.copy_(x)
+
+
+def deliver(x: Tensor, like: Tensor, into: Tensor | None) -> Tensor:
+    """x written into a tensor that is there, or in the dtype and memory order of `like`."""
+    return like_order(x.to(like.dtype), like) if into is None else into.copy_(x)
 
 
 def zeros_in_order_of(like: Tensor, dtype: torch.dtype) -> Tensor:

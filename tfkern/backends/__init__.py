@@ -1,8 +1,8 @@
 """The backends, their order, and the choice between them.
 
 A backend is a module with `unsupported(problem) -> list[str]` (the reasons why it can't do it; empty: it can),
-`forward(problem, q, k, v, key_lengths) -> (out, lse)` and `backward(problem, needed, do, dlse, q, k, v, key_lengths, out, lse)
--> (dq, dk, dv)`; dlse may be None, and so may a gradient that is not `needed` (a bool each).
+`forward(problem, tensors) -> (out, lse)` and `backward(problem, tensors, out, lse, do, dlse, needed, into=None) -> Gradients`;
+dlse may be None, and so may a gradient that is not `needed` (a bool each); `into` are tensors for those of q, k and v.
 """
 
 import functools

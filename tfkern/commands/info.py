@@ -6,9 +6,8 @@ import platform
 import torch
 
 import tfkern
-from tfkern import testing
+from tfkern import call, testing
 from tfkern.backends import BACKENDS, order
-from tfkern.problem import Problem
 
 SELF_CHECK = testing.Case("self-check", 2, 65, 64, n_k=80, options=testing.CAUSAL)
 
@@ -24,7 +23,7 @@ def run(args) -> int:
     print(f"torch    {torch.__version__}\nTriton   {_version('triton')}\ndevice   {describe(device)}\n")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     q = torch.empty(1, 2, 64, 64, dtype=dtype, device=device)
-    problem = Problem.build(q, q, q, is_causal=True)
+    problem = call.build(q, q, q, is_causal=True)[0]
     wrong = 0
     for name in order(device.type):
         if reasons := BACKENDS[name].unsupported(problem):

@@ -1,0 +1,49 @@
+"""Dropout of probabilities, counter-based: the bits of an element depend on its place, not on tiles or on who asks.
+
+Element (i, j) of head h of sequence b takes bits from Philox-4x32 with 7 rounds, the fewest that pass BigCrush (Salmon et al.,
+"Parallel random numbers: as easy as 1, 2, 3", 2011), keyed by the seed, at the counter (j // 8, i, b * heads + h, offset). Its
+128 bits serve eight neighbouring keys, 16 bits each: probabilities come in steps of 1 / 65536.
+"""
+
+import triton
+import triton.language as tl
+
+from . import tile
+
+ROUNDS = tl.constexpr(7)
+
+
+@triton.jit
+def _words(seed, bh, rows, groups):
+    """Four random words for each row and group of eight keys; the two index tensors broadcast to the result's shape."""
+    key = tl.load(seed)
+    offset = tl.load(seed + 1).to(tl.int32)
+    rows, groups = tl.broadcast(rows, groups)
+    return tl.philox(key, groups, rows, tl.zeros_like(rows) + bh, tl.zeros_like(rows) + offset, ROUNDS)
+
+
+@triton.jit
+def _numbers(w0, w1, w2, w3):
+    """Words of shape [A, B] as 16-bit numbers [A, B, 2, 2, 2], those of the lowest word and half first."""
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).to(tl.int32, bitcast=True)
+    return tl.join(words & 0xFFFF, (words >> 16) & 0xFFFF)
+
+
+@triton.jit
+def keep(D, bh, start_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """[BLOCK_M, BLOCK_N]: True where the probability of query start_m + m and key start_n + n survives. start_n % 8 == 0."""
+    rows = (start_m + tl.arange(0, BLOCK_M))[:, None]
+    groups = (start_n // 8 + tl.arange(0, BLOCK_N // 8))[None, :]
+    w0, w1, w2, w3 = _words(D.seed, bh, rows, groups)
+    numbers = _numbers(w0, w1, w2, w3) >= tile.whole(D.threshold)
+    return tl.reshape(numbers, [BLOCK_M, BLOCK_N])
+
+
+@triton.jit
+def keep_transposed(D, bh, start_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The same, [BLOCK_N, BLOCK_M]."""
+    rows = (start_m + tl.arange(0, BLOCK_M))[None, :]
+    groups = (start_n // 8 + tl.arange(0, BLOCK_N // 8))[:, None]
+    w0, w1, w2, w3 = _words(D.seed, bh, rows, groups)
+    numbers = _numbers(w0, w1, w2, w3) >= tile.whole(D.threshold)
+    return tl.reshape(tl.permute(numbers, [0, 2, 3, 4, 1]), [BLOCK_N, BLOCK_M])

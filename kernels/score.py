@@ -1,0 +1,186 @@
+"""From products q . k to logits: scale, softcap, the user's score_mod, ALiBi, bias, and which of them a query sees.
+
+Everything between the dot and the softmax is here, once, for forward and backward. In this order:
+s = scale * q . k;  s = softcap * tanh(s / softcap);  s = MOD(s, b, h, i, j);  s -= slope * |i + shift - j|;  s += bias.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from . import band, tile
+from .features import Mask
+from .tile import whole
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+class Scorer(NamedTuple):
+    """What the scores of one head of one sequence depend on, beside query and key."""
+
+    scale: Any
+    c: Any  # what remains to multiply logits by, to have them in base 2
+    b: Any
+    h: Any
+    n_k: Any
+    shift: Any
+    LEFT: Any
+    RIGHT: Any
+    softcap: Any
+    slope: Any
+    mask: Any  # Mask whose pointer is at this sequence's and head's element (0, 0)
+    bias: Any
+
+
+class Logits(NamedTuple):
+    """What `logits` makes of a tile."""
+
+    s: Any
+    keep: Any
+    slope: Any
+
+
+@triton.jit
+def scale_of(F, scale):
+    """scale as a number or read from where it lies."""
+    if F.scale is not None:
+        return tl.load(F.scale)
+    else:
+        return scale
+
+
+@triton.jit
+def _at_head(M, seq, h, MASK_VEC: tl.constexpr):
+    """What head h of a sequence uses of the mask."""
+    rows = tl.minimum(whole(M.rows), seq.n_q)
+    columns = tl.minimum(whole(M.columns), seq.n_k)
+    return Mask(tile.head(M.ptr, M.stride, seq.b, h, 0, MASK_VEC), M.stride, rows, columns)
+
+
+@triton.jit
+def prepare(F, seq, h, scale, shift, LEFT, RIGHT, MOD: tl.constexpr, MASK_VEC: tl.constexpr):
+    """The Scorer of head h of a sequence. Keys beyond a mask's size, if there are any, are not there."""
+    slope = None
+    mask = None
+    bias = None
+    n_k = seq.n_k
+    if F.slopes is not None:
+        at = whole(F.slopes.stride_b).to(tl.int64) * seq.b + whole(F.slopes.stride_h) * h
+        slope = tl.load(F.slopes.ptr + at).to(tl.float32)
+    if F.mask is not None:
+        mask = _at_head(F.mask, seq, h, MASK_VEC)
+        n_k = mask.columns
+    if F.bias is not None:
+        bias = _at_head(F.bias, seq, h, MASK_VEC)
+        n_k = bias.columns
+    if F.softcap is None and F.slopes is None and F.bias is None and MOD is None:
+        return Scorer(scale, scale * LOG2E, seq.b, h, n_k, shift, LEFT, RIGHT, F.softcap, slope, mask, bias)
+    else:
+        return Scorer(scale, LOG2E, seq.b, h, n_k, shift, LEFT, RIGHT, F.softcap, slope, mask, bias)
+
+
+@triton.jit
+def tanh(x):
+    """To the last bits of float32 everywhere; a polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel."""
+    z = x * x
+    poly = ((((-0.006282466 * z + 0.021077753) * z - 0.053853856) * z + 0.13332602) * z - 0.33333318) * z
+    far = 1.0 - 2.0 / (tl.math.exp2(tl.abs(x) * (2.0 * LOG2E)) + 1.0)
+    return tl.where(tl.abs(x) < 0.55, x + x * poly, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def both(keep, more):
+    """keep & more, where None keeps everything."""
+    if keep is None:
+        return more
+    else:
+        return keep & more
+
+
+@triton.jit
+def where(keep, x):
+    """x, and 0 where not kept; None keeps everything."""
+    if keep is None:
+        return x
+    else:
+        return tl.where(keep, x, 0.0)
+
+
+@triton.jit
+def times(x, factor):
+    """x * factor; None is 1."""
+    if factor is None:
+        return x
+    else:
+        return x * factor
+
+
+@triton.jit
+def distance(offs_m, offs_n, S):
+    """|i + shift - j|, what ALiBi's slope multiplies."""
+    return tl.abs(offs_m + S.shift - offs_n).to(tl.float32)
+
+
+@triton.jit
+def _load(M, offs_m, offs_n, start_m, start_n, other, MASK_VEC: tl.constexpr, RAGGED: tl.constexpr):
+    """A tile of a mask, from query start_m and key start_n on, `other` outside of it. Without RAGGED its columns are there."""
+    row = tile.stride_of(M.stride, 2, MASK_VEC)
+    ptr = M.ptr + start_m * row
+    if MASK_VEC > 0:  # within a tile int32 suffices, as in tile.pointers
+        at = ptr + start_n + ((offs_m - start_m) * row.to(tl.int32) + (offs_n - start_n))
+    else:
+        at = ptr + ((offs_m - start_m) * row + offs_n * tile.stride_of(M.stride, 3, MASK_VEC))
+    inside = offs_m < M.rows
+    if RAGGED:
+        inside = inside & (offs_n < M.columns)
+    return tl.load(at, mask=inside, other=other)
+
+
+@triton.jit
+def logits(
+    s, offs_m, offs_n, start_m, start_n, S,
+    MOD: tl.constexpr, MOD_GRAD: tl.constexpr, MASK_VEC: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """(logits, keep, slope) of the products s of queries offs_m from start_m on and keys offs_n from start_n on, index tensors
+    that broadcast to its shape.
+
+    S.c * logits are base-2 logits. `keep` is where the query sees the key, None where that is everywhere (logits elsewhere may
+    be anything, NaN too); `slope` is d logits / d (scale * q . k), None where it is 1, and not to be used
+    without MOD_GRAD. MASKED: the tile may cross the band's
+    edges; RAGGED: it may reach beyond the last key.
+    """
+    keep = None
+    slope = None
+    if MASKED:
+        keep = band.visible(offs_m, offs_n, S.n_k, S.shift, S.LEFT, S.RIGHT)
+    if S.softcap is not None or S.slope is not None or S.bias is not None or MOD is not None:
+        s = s * S.scale
+    if S.softcap is not None:
+        y = tanh(s / S.softcap)
+        s = y * S.softcap
+        slope = 1.0 - y * y
+    if MOD is not None:
+        if MOD_GRAD is not None:
+            slope = times(MOD_GRAD(s, S.b, S.h, offs_m, offs_n), slope)
+        s = MOD(s, S.b, S.h, offs_m, offs_n)
+    if S.slope is not None:
+        s -= S.slope * distance(offs_m, offs_n, S)
+    if S.bias is not None:
+        bias = _load(S.bias, offs_m, offs_n, start_m, start_n, float("-inf"), MASK_VEC, RAGGED).to(tl.float32)
+        s += bias
+        keep = both(keep, bias != float("-inf"))
+    if S.mask is not None:
+        keep = both(keep, _load(S.mask, offs_m, offs_n, start_m, start_n, 0, MASK_VEC, RAGGED) != 0)
+    return Logits(s, keep, slope)  # not a bare tuple: Triton takes no None in one
+
+
+@triton.jit
+def hide_unseen(x, keep, S, AXIS: tl.constexpr):
+    """x [N, D] with 0 in rows that no query (or key) of the tile meets, along AXIS of keep: with 0 * NaN being NaN, what
+    stands there would reach others through a dot. Only a mask makes such rows; those beyond the band are never loaded."""
+    if S.mask is not None or S.bias is not None:
+        seen = tl.max(keep.to(tl.int32), AXIS) > 0
+        return tl.where(seen[:, None], x, tl.zeros_like(x))
+    else:
+        return x

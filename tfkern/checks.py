@@ -1,0 +1,236 @@
+"""Every check of the arguments of attention. A message names the argument, what is wanted, what came, and what to do."""
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+ALIGNMENTS = ("upper_left", "lower_right")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def operands(query, key, value, packed: bool) -> None:
+    """query, key and value: tensors of the right number of dims that fit each other."""
+    dims = "(total, heads, head_dim)" if packed else "(batch, heads, length, head_dim)"
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        _tensor(name, x)
+        if x.dim() != (3 if packed else 4):
+            raise ValueError(
+                f"{name} must have {3 if packed else 4} dimensions {dims}, but has shape {tuple(x.shape)}; "
+                "add the missing ones with unsqueeze"
+            )
+    if query.dtype not in DTYPES:
+        raise TypeError(f"query must be one of {', '.join(map(str, DTYPES))}, but is {query.dtype}; convert it with .to(dtype)")
+    for name, x in (("key", key), ("value", value)):
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, but is {x.dtype}; convert one of them")
+        _device(name, x, query.device)
+        if not packed and x.shape[0] != query.shape[0]:
+            raise ValueError(
+                f"{name} must have the batch size of query, {query.shape[0]}, but has shape {tuple(x.shape)}; "
+                "repeat it with .expand, which copies nothing"
+            )
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"key must have the head dim of query, {query.shape[-1]}, but has shape {tuple(key.shape)}")
+    if value.shape[:-1] != key.shape[:-1]:
+        at = "length and the heads" if packed else "heads and the length"
+        wanted = tuple(key.shape[:-1]) if packed else tuple(key.shape[1:3])
+        raise ValueError(f"value must have the {at} of key, {wanted}, but has shape {tuple(value.shape)}")
+
+
+def packed_qkv(qkv, varlen: bool) -> None:
+    """qkv is (B, N, 3, H, D), or (total, 3, H, D) with cu_seqlens."""
+    _tensor("qkv", qkv)
+    wanted, dims = ("(total, 3, H, D)", 4) if varlen else ("(B, N, 3, H, D)", 5)
+    if qkv.dim() != dims or qkv.shape[-3] != 3:
+        other = "without" if varlen else "with"
+        raise ValueError(
+            f"qkv must have shape {wanted}, but has {tuple(qkv.shape)}; .unflatten(-1, (3, H, D)) gives it to a projection's "
+            f"output; {other} cu_seqlens the other form is wanted"
+        )
+
+
+def heads(heads: int, kv_heads: int, enable_gqa: bool) -> None:
+    """Equal numbers, or with enable_gqa a multiple."""
+    if heads == kv_heads:
+        return
+    if not enable_gqa:
+        raise ValueError(
+            f"query has {heads} heads, key and value have {kv_heads}; equal numbers are wanted, or enable_gqa=True to let "
+            "groups of query heads share a key head"
+        )
+    if min(heads, kv_heads) == 0 or heads % kv_heads:
+        raise ValueError(
+            f"with enable_gqa the heads of query, {heads}, must be a multiple of those of key and value, {kv_heads}"
+        )
+
+
+def key_lengths(key_lengths, batch: int, n_k: int, device: torch.device) -> None:
+    """(batch,) integers in 0..n_k."""
+    _integers("key_lengths", key_lengths, batch, "one length a batch", device)
+    # On a GPU a look at the values would stop the stream: there the kernels clamp them to 0..Nk instead.
+    if device.type == "cpu" and batch and not 0 <= int(key_lengths.min()) <= int(key_lengths.max()) <= n_k:
+        raise ValueError(f"key_lengths must lie in 0..{n_k}, the length of key, but are {key_lengths.tolist()}")
+
+
+def cu_seqlens(name: str, cu, total: int, device: torch.device, count: int | None = None) -> None:
+    """(B + 1,) integers that rise from 0 to at most total."""
+    if isinstance(cu, Tensor) and (cu.dim() != 1 or cu.shape[0] < 1):
+        raise ValueError(f"{name} must have shape (sequences + 1,), starting with 0, but has {tuple(cu.shape)}")
+    _integers(name, cu, count, "as cu_seqlens_q has", device)
+    if device.type != "cpu":
+        return  # a look at the values would stop the stream; the kernels stay inside the tensors whatever stands there
+    values = cu.tolist()
+    if values[0] != 0 or values != sorted(values) or values[-1] > total:
+        raise ValueError(f"{name} must rise from 0 to at most {total}, the rows that there are, but is {values}")
+
+
+def mask(attn_mask, query: Tensor, shape: tuple[int, int, int, int], packed: bool, longest: tuple[int, int] | None) -> None:
+    """A tensor that broadcasts to (B, H, Nq, Nk); for packed sequences to (B, H, longest query sequence or more, …)."""
+    _tensor("attn_mask", attn_mask)
+    if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise TypeError(
+            f"attn_mask must be bool (True = attend), torch.float32 or the dtype of query, {query.dtype}, but is "
+            f"{attn_mask.dtype}; convert it"
+        )
+    _device("attn_mask", attn_mask, query.device)
+    given = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
+    fits = attn_mask.dim() <= 4 and all(g in (1, s) for g, s in zip(given[:2], shape[:2], strict=True))
+    if packed:
+        if longest is not None:
+            fits = fits and all(g == 1 or g >= n for g, n in zip(given[2:], longest, strict=True))
+        wanted = f"{shape[:2]} and at least the longest sequence of queries and of keys" + (f", {longest}" if longest else "")
+    else:
+        fits = fits and all(g in (1, s) for g, s in zip(given[2:], shape[2:], strict=True))
+        wanted = f"{shape} = (B, H, Nq, Nk)"
+    if not fits:
+        raise ValueError(f"attn_mask must broadcast to {wanted}, but has shape {tuple(attn_mask.shape)}")
+
+
+def slopes(alibi_slopes, query: Tensor, batch: int, heads: int) -> None:
+    """(H,) or (B, H), float32 or the dtype of query."""
+    _vector("alibi_slopes", alibi_slopes, query, [(heads,), (batch, heads)])
+
+
+def sinks(sinks, query: Tensor, heads: int) -> None:
+    """(H,), float32 or the dtype of query."""
+    _vector("sinks", sinks, query, [(heads,)])
+
+
+def softcap(softcap) -> float | None:
+    """A finite number above 0, or None."""
+    if softcap is None:
+        return None
+    _number("softcap", softcap, "a number above 0, or None")
+    if not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap must be a finite number above 0, or None for no cap, but is {softcap}")
+    return float(softcap)
+
+
+def dropout_p(dropout_p) -> float:
+    """A probability."""
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, numbers.Real) or not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be a number in [0, 1], but is {dropout_p!r}")
+    return float(dropout_p)
+
+
+def score_mod(score_mod) -> tuple | None:
+    """A pair of functions, as triton.jit makes them."""
+    if score_mod is None:
+        return None
+    pair = isinstance(score_mod, (tuple, list)) and len(score_mod) == 2
+    if not pair or not all(hasattr(f, "fn") and callable(f.fn) for f in score_mod):
+        raise TypeError(
+            "score_mod must be a pair (value, derivative) of @triton.jit functions of (score, b, h, i, j), but is "
+            f"{score_mod!r}"
+        )
+    return tuple(score_mod)
+
+
+def scale(scale, head_dim: int, query: Tensor) -> float | Tensor:
+    """A finite number, or a tensor of one number that needs no gradient; None is 1 / sqrt(head_dim)."""
+    if scale is None:
+        return head_dim**-0.5 if head_dim else 1.0
+    if not isinstance(scale, Tensor):
+        _number("scale", scale, "a number, a tensor of one, or None (1 / sqrt(head_dim))")
+        if not math.isfinite(scale):
+            raise ValueError(f"scale must be finite, but is {scale}")
+        return float(scale)
+    if scale.numel() != 1 or not scale.is_floating_point():
+        raise ValueError(f"scale must be a tensor of one floating-point number, but is {scale.dtype} {tuple(scale.shape)}")
+    if scale.requires_grad:
+        raise ValueError("scale must not require grad, it gets no gradient; multiply query by it instead, or detach it")
+    if scale.device.type != "cpu":
+        _device("scale", scale, query.device)
+    elif not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, but is {scale}")
+    return scale
+
+
+def flag(name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, but is {value!r}")
+
+
+def alignment(causal_alignment) -> None:
+    if causal_alignment not in ALIGNMENTS:
+        raise ValueError(f"causal_alignment must be one of {ALIGNMENTS}, but is {causal_alignment!r}")
+
+
+def band(window, is_causal: bool, unbounded: int) -> tuple[int | None, int | None]:
+    """(left, right) of window and is_causal together. A side of `unbounded` or more hides nothing: it becomes that number."""
+    left, right = _window(window)
+    if is_causal:
+        right = 0
+    return tuple(None if side is None else min(side, unbounded) for side in (left, right))
+
+
+def _window(window) -> tuple[int | None, int | None]:
+    if window is None:
+        return None, None
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window must be a pair (left, right) of integers or None, but is {window!r}")
+    for name, side in zip(("left", "right"), window, strict=True):
+        if side is None:
+            continue
+        if isinstance(side, bool) or not isinstance(side, numbers.Integral):
+            raise TypeError(f"window's {name} must be an integer or None, but is {side!r}")
+        if side < 0:
+            raise ValueError(f"window's {name} must be 0 or more, but is {side}; None means unbounded")
+    return tuple(None if side is None else int(side) for side in window)
+
+
+def _tensor(name: str, x) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, but is {type(x).__name__}")
+
+
+def _device(name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{name} must be on the device of query, {device}, but is on {x.device}; move one of them")
+
+
+def _number(name: str, x, wanted: str) -> None:
+    if isinstance(x, bool) or not isinstance(x, numbers.Real):
+        raise TypeError(f"{name} must be {wanted}, but is {x!r}")
+
+
+def _integers(name: str, x, count: int | None, what: str, device: torch.device) -> None:
+    number = "" if count is None else f"{count} "
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor of {number}integers, but is {type(x).__name__}; torch.tensor(…) makes one")
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, but is {x.dtype}")
+    if count is not None and x.shape != (count,):
+        raise ValueError(f"{name} must have shape ({count},), {what}, but has {tuple(x.shape)}")
+    _device(name, x, device)
+
+
+def _vector(name: str, x, query: Tensor, shapes: list[tuple[int, ...]]) -> None:
+    _tensor(name, x)
+    if x.dtype not in (torch.float32, query.dtype):
+        raise TypeError(f"{name} must be torch.float32 or the dtype of query, {query.dtype}, but is {x.dtype}; convert it")
+    if tuple(x.shape) not in shapes:
+        raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, but has {tuple(x.shape)}")
+    _device(name, x, query.device)

@@ -1,0 +1,95 @@
+"""What counts as correct.
+
+Correct means: the error against the float64 oracle is at most twice the error that plain PyTorch makes in the same dtype, plus
+one rounding of the result. Plain PyTorch is the naive formula and its autograd.
+
+In float32 it is three times, and for gradients the larger error of that and of the flash backward written out naively. A flash
+backward takes P from a rounded lse and subtracts two sums that autograd never forms (with one key autograd gives an exact 0),
+so that none, PyTorch's own among them, keeps to the first rule; and where two computations differ only in the order of their
+float32 sums, their largest errors were seen to differ by 2.4 times. Flash-attention's tests use three times as well.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import tfkern
+from tfkern import reference
+from tfkern.testing.cases import Case
+from tfkern.testing.inputs import GRADIENTS, Inputs, make_inputs
+
+
+@dataclass(frozen=True)
+class Error:
+    """One quantity's largest error against the oracle, the plain PyTorch error, and the budget that follows."""
+
+    quantity: str
+    error: float
+    plain: float
+    budget: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.budget  # False for NaN
+
+    def __str__(self) -> str:
+        return f"{self.quantity}: error {self.error:.2e}, budget {self.budget:.2e} (plain PyTorch {self.plain:.2e})"
+
+
+def results(function, inputs: Inputs, **more) -> dict[str, Tensor]:
+    """out, lse and the gradients of (out . do + lse . dlse) by every differentiable argument, by any function with attention's
+    arguments. Each call draws the same random bits."""
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.tensors.items()}
+    with torch.random.fork_rng():
+        torch.manual_seed(1234)
+        out, lse = function(**leaves, enable_gqa=True, return_lse=True, **inputs.options, **more)
+    if out.numel() == 0 and not out.requires_grad:  # an oracle that went through no sequence
+        out, lse = (x.requires_grad_() for x in (out, lse))
+    seeds = [inputs.do.to(out.dtype), inputs.dlse.to(lse.dtype)]
+    grads = torch.autograd.grad([out, lse], list(leaves.values()), seeds, allow_unused=True)
+    grads = (torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves.values(), strict=True))
+    return dict(zip(("out", "lse", *(GRADIENTS[name] for name in leaves)), (out, lse, *grads), strict=True))
+
+
+def check(case: Case, dtype: torch.dtype, backend: str, device="cpu", seed: int = 0) -> list[Error]:
+    """Run a case forward and backward by a backend and measure every result against its budget."""
+    inputs = make_inputs(case, dtype, device, seed)
+    found = results(tfkern.attention_varlen if case.lengths else tfkern.attention, inputs, backend=backend)
+    return judge(found, truth(case, inputs), plain(case, inputs))
+
+
+def truth(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    """What the float64 oracle says."""
+    return results(reference.attention_varlen if case.lengths else reference.attention, inputs.cast(torch.float64))
+
+
+def plain(case: Case, inputs: Inputs) -> list[dict[str, Tensor]]:
+    """What plain PyTorch makes of it in the inputs' dtype: autograd's form and, in float32, the flash backward's."""
+    dtype = inputs.tensors["query"].dtype
+    inputs = Inputs(inputs.clean, inputs.clean_do, inputs.clean_dlse, {}, inputs.clean_do, inputs.clean_dlse, inputs.options)
+    forms = [reference.attention, reference.flash] if dtype == torch.float32 else [reference.attention]
+    if case.lengths:
+        return [results(reference.attention_varlen, inputs, naive=form) for form in forms]
+    return [results(form, inputs) for form in forms]
+
+
+def judge(found: dict, truth: dict, plains: list[dict]) -> list[Error]:
+    """The Error of everything found, by the rule above."""
+    return [compare(name, found[name], truth[name], [p[name] for p in plains]) for name in found]
+
+
+def compare(quantity: str, found: Tensor, truth: Tensor, plains: list[Tensor]) -> Error:
+    """The Error of `found` beside the largest of `plains`. -inf (the lse of rows that see no key) must stand where it does in
+    the truth."""
+    if found.shape != truth.shape or not torch.equal(found == -torch.inf, truth == -torch.inf):
+        return Error(quantity, float("nan"), 0.0, 0.0)
+    finite = truth != -torch.inf
+    one_rounding = torch.finfo(found.dtype).eps / 2
+    factor = 3.0 if found.dtype == torch.float32 else 2.0
+    found, truth, *plains = (x.detach().double()[finite] for x in (found, truth, *plains))
+    if truth.numel() == 0:
+        return Error(quantity, 0.0, 0.0, 0.0)
+    error, *plain_errors = ((x - truth).abs().max().item() for x in (found, *plains))
+    plain_error = max(plain_errors)
+    return Error(quantity, error, plain_error, factor * plain_error + one_rounding * truth.abs().max().item())
