@@ -51,7 +51,7 @@ def scale_of(F, scale):
 
 
 @triton.jit
-def _at_head(M, seq, h, MASK_VEC: tl.constexpr):
+def head_mask(M, seq, h, MASK_VEC: tl.constexpr):
     """What head h of a sequence uses of the mask."""
     rows = tl.minimum(whole(M.rows), seq.n_q)
     columns = tl.minimum(whole(M.columns), seq.n_k)
@@ -69,10 +69,10 @@ def prepare(F, seq, h, scale, shift, LEFT, RIGHT, MOD: tl.constexpr, MASK_VEC: t
         at = whole(F.slopes.stride_b).to(tl.int64) * seq.b + whole(F.slopes.stride_h) * h
         slope = tl.load(F.slopes.ptr + at).to(tl.float32)
     if F.mask is not None:
-        mask = _at_head(F.mask, seq, h, MASK_VEC)
+        mask = head_mask(F.mask, seq, h, MASK_VEC)
         n_k = mask.columns
     if F.bias is not None:
-        bias = _at_head(F.bias, seq, h, MASK_VEC)
+        bias = head_mask(F.bias, seq, h, MASK_VEC)
         n_k = bias.columns
     if F.softcap is None and F.slopes is None and F.bias is None and MOD is None:
         return Scorer(scale, scale * LOG2E, seq.b, h, n_k, shift, LEFT, RIGHT, F.softcap, slope, mask, bias)
@@ -123,18 +123,23 @@ def distance(offs_m, offs_n, S):
 
 
 @triton.jit
-def _load(M, offs_m, offs_n, start_m, start_n, other, MASK_VEC: tl.constexpr, RAGGED: tl.constexpr):
-    """A tile of a mask, from query start_m and key start_n on, `other` outside of it. Without RAGGED its columns are there."""
+def mask_pointers(M, offs_m, offs_n, start_m, start_n, MASK_VEC: tl.constexpr):
+    """Pointers to a tile of a head's mask, from query start_m and key start_n on."""
     row = tile.stride_of(M.stride, 2, MASK_VEC)
     ptr = M.ptr + start_m * row
     if MASK_VEC > 0:  # within a tile int32 suffices, as in tile.pointers
-        at = ptr + start_n + ((offs_m - start_m) * row.to(tl.int32) + (offs_n - start_n))
+        return ptr + start_n + ((offs_m - start_m) * row.to(tl.int32) + (offs_n - start_n))
     else:
-        at = ptr + ((offs_m - start_m) * row + offs_n * tile.stride_of(M.stride, 3, MASK_VEC))
+        return ptr + ((offs_m - start_m) * row + offs_n * tile.stride_of(M.stride, 3, MASK_VEC))
+
+
+@triton.jit
+def _load(M, offs_m, offs_n, start_m, start_n, other, MASK_VEC: tl.constexpr, RAGGED: tl.constexpr):
+    """A tile of a mask, `other` outside of it. Without RAGGED its columns are known to be there."""
     inside = offs_m < M.rows
     if RAGGED:
         inside = inside & (offs_n < M.columns)
-    return tl.load(at, mask=inside, other=other)
+    return tl.load(mask_pointers(M, offs_m, offs_n, start_m, start_n, MASK_VEC), mask=inside, other=other)
 
 
 @triton.jit

@@ -37,3 +37,7 @@ def python_without():
         return [sys.executable, "-I", "-c", f"import sys; {blocked}{code}"]
 
     return command
+
+
+def pytest_addoption(parser):
+    parser.addoption("--problems", type=int, default=25, help="how many random problems test_random.py draws")

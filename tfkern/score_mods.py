@@ -7,9 +7,8 @@ import torch
 
 # Names of triton.language that a score_mod may use, and what they are on tensors.
 _OPERATIONS = {
-    "abs": torch.abs, "ceil": torch.ceil, "cos": torch.cos, "erf": torch.erf, "exp": torch.exp, "exp2": torch.exp2,
-    "floor": torch.floor, "log": torch.log, "log2": torch.log2, "rsqrt": torch.rsqrt, "sigmoid": torch.sigmoid,
-    "sin": torch.sin, "sqrt": torch.sqrt, "float32": torch.float32, "int32": torch.int32, "int64": torch.int64,
+    **{name: getattr(torch, name) for name in ("abs", "ceil", "cos", "erf", "exp", "exp2", "floor", "log", "log2", "rsqrt")},
+    **{name: getattr(torch, name) for name in ("sigmoid", "sin", "sqrt", "zeros_like", "float32", "int32", "int64")},
 }  # fmt: skip
 
 

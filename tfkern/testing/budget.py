@@ -7,9 +7,13 @@ In float32 it is three times, and for gradients the larger error of that and of 
 backward takes P from a rounded lse and subtracts two sums that autograd never forms (with one key autograd gives an exact 0),
 so that none, PyTorch's own among them, keeps to the first rule; and where two computations differ only in the order of their
 float32 sums, their largest errors were seen to differ by 2.4 times. Flash-attention's tests use three times as well.
+
+Of a handful of numbers plain PyTorch gets all nearly right by luck now and then, and three times nothing is no measure. So
+where a quantity of fewer than FEW numbers exceeds its budget, what plain PyTorch errs is the largest of DRAWS draws of the
+problem.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +22,9 @@ import tfkern
 from tfkern import reference
 from tfkern.testing.cases import Case
 from tfkern.testing.inputs import GRADIENTS, Inputs, make_inputs
+
+FEW = 256
+DRAWS = 9
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,23 @@ def check(case: Case, dtype: torch.dtype, backend: str, device="cpu", seed: int 
     """Run a case forward and backward by a backend and measure every result against its budget."""
     inputs = make_inputs(case, dtype, device, seed)
     found = results(tfkern.attention_varlen if case.lengths else tfkern.attention, inputs, backend=backend)
-    return judge(found, truth(case, inputs), plain(case, inputs))
+    errors = judge(found, truth(case, inputs), plain(case, inputs))
+    lucky = {e.quantity for e in errors if not e.ok and found[e.quantity].numel() < FEW}
+    if not lucky:
+        return errors
+    more = [_plain_errors(case, make_inputs(case, dtype, device, seed + 1000 * n)) for n in range(1, DRAWS)]
+    return [_with_plain(e, max(m[e.quantity] for m in more), dtype) if e.quantity in lucky else e for e in errors]
+
+
+def _plain_errors(case: Case, inputs: Inputs) -> dict[str, float]:
+    """What plain PyTorch errs in each quantity."""
+    want, forms = truth(case, inputs), plain(case, inputs)
+    return {name: compare(name, forms[0][name], want[name], [form[name] for form in forms]).plain for name in want}
+
+
+def _with_plain(e: Error, plain: float, dtype: torch.dtype) -> Error:
+    """The Error with a larger plain error."""
+    return replace(e, plain=plain, budget=e.budget + _factor(dtype) * (plain - e.plain)) if plain > e.plain else e
 
 
 def truth(case: Case, inputs: Inputs) -> dict[str, Tensor]:
@@ -79,6 +102,11 @@ def judge(found: dict, truth: dict, plains: list[dict]) -> list[Error]:
     return [compare(name, found[name], truth[name], [p[name] for p in plains]) for name in found]
 
 
+def _factor(dtype: torch.dtype) -> float:
+    """How many times plain PyTorch's error is allowed."""
+    return 3.0 if dtype == torch.float32 else 2.0
+
+
 def compare(quantity: str, found: Tensor, truth: Tensor, plains: list[Tensor]) -> Error:
     """The Error of `found` beside the largest of `plains`. -inf (the lse of rows that see no key) must stand where it does in
     the truth."""
@@ -86,7 +114,7 @@ def compare(quantity: str, found: Tensor, truth: Tensor, plains: list[Tensor]) -
         return Error(quantity, float("nan"), 0.0, 0.0)
     finite = truth != -torch.inf
     one_rounding = torch.finfo(found.dtype).eps / 2
-    factor = 3.0 if found.dtype == torch.float32 else 2.0
+    factor = _factor(found.dtype)
     found, truth, *plains = (x.detach().double()[finite] for x in (found, truth, *plains))
     if truth.numel() == 0:
         return Error(quantity, 0.0, 0.0, 0.0)

@@ -1,0 +1,61 @@
+"""Random problems, drawn by hypothesis: any shapes with any features. `pytest tests/test_random.py --problems 2000` draws more."""
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tfkern import testing
+
+SIZES = st.integers(0, 40)
+DTYPES = st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16])
+CASES = set()  # what was drawn, for the count at the end
+
+
+@st.composite
+def cases(draw) -> testing.Case:
+    kv_heads = draw(st.integers(1, 2))
+    fields = dict(heads=kv_heads * draw(st.sampled_from([1, 1, 2, 3])), kv_heads=kv_heads, head_dim=draw(st.integers(1, 33)))
+    if draw(st.booleans()):
+        fields["v_head_dim"] = draw(st.integers(1, 33))
+    options = {}
+    if draw(st.integers(0, 3)) == 0:
+        pairs = draw(st.lists(st.tuples(SIZES, SIZES), max_size=4))
+        fields.update(n_q=0, lengths=(tuple(q for q, _ in pairs), tuple(k for _, k in pairs)))
+    else:
+        fields.update(batch=draw(st.integers(1, 3)), n_q=draw(SIZES), n_k=draw(SIZES))
+        fields["layout"] = draw(st.sampled_from(["bhnd", "bnhd", "packed", "strided", "expanded"]))
+        if draw(st.booleans()):
+            lengths = st.lists(st.integers(0, fields["n_k"]), min_size=fields["batch"], max_size=fields["batch"])
+            options["key_lengths"] = tuple(draw(lengths))
+    options["is_causal"] = draw(st.booleans())
+    options["causal_alignment"] = draw(st.sampled_from(["upper_left", "lower_right"]))
+    side = st.none() | st.integers(0, 45)
+    options["window"] = draw(st.none() | st.tuples(side, side))
+    options["scale"] = draw(st.none() | st.floats(-2, 2, width=32) | st.floats(-2, 2, width=32).map(lambda x: (x,)))
+    options["dropout_p"] = draw(st.sampled_from([0.0, 0.0, 0.1, 0.5, 1.0]))
+    options["softcap"] = draw(st.none() | st.floats(0.25, 50, width=32))
+    dims = st.tuples(*(st.sampled_from([d, "1"]) for d in "bhqk")).map("".join)
+    kind = draw(st.sampled_from([None, None, "bool", "float", "query"]))
+    return testing.Case(
+        "random", **fields, options=options, mask=kind and f"{kind} {draw(dims)}", slopes=draw(st.sampled_from([None, "h", "bh"])),
+        sinks=draw(st.booleans()), score_mod=draw(st.sampled_from([None, None, "signed_log", "cooling"])),
+    )  # fmt: skip
+
+
+def test_random(request, device):
+    count = request.config.getoption("--problems")
+
+    @settings(
+        max_examples=count, deadline=None, derandomize=True, database=None, print_blob=True,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(case=cases(), dtype=DTYPES, seed=st.integers(0, 1000))
+    def run(case, dtype, seed):
+        for backend in ("portable", "eager"):
+            errors = testing.check(case, dtype, backend, device, seed)
+            assert all(e.ok for e in errors), f"{case!r} {backend} {dtype} seed {seed}\n" + "\n".join(map(str, errors))
+        CASES.add((repr(case), dtype, seed))
+
+    run()
+    print(f"{len(CASES)} different problems, no mismatch")
+    assert len(CASES) >= count // 2
