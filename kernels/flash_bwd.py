@@ -36,7 +36,7 @@ def _dq_tiles(
         s, keep, slope = score.logits(
             s, offs_m[:, None], offs_n[None, :], start_m, start_n, S, MOD, MOD_GRAD, MASK_VEC, MASKED, MASKED
         )
-        p = tl.math.exp2(s * S.c - lse[:, None])
+        p = softmax.weights(s, lse[:, None], S)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_DV] @ [BLOCK_DV, BLOCK_N]
         if F.dropout is not None:
             kept = dropout.keep(F.dropout, bh, start_m, start_n, BLOCK_M, BLOCK_N)
@@ -130,7 +130,7 @@ def _dkdv_tiles(
         st, keep, slope = score.logits(
             st, offs_m[None, :], offs_n[:, None], start_m, start_n, S, MOD, MOD_GRAD, MASK_VEC, MASKED, True
         )
-        pt = score.where(keep, tl.math.exp2(st * S.c - lse[None, :]))
+        pt = score.where(keep, softmax.weights(st, lse[None, :], S))
         do = score.hide_unseen(do, keep, S, 0)
         if F.dropout is not None:
             kept = dropout.keep_transposed(F.dropout, bh, start_m, start_n, BLOCK_M, BLOCK_N)
@@ -141,9 +141,7 @@ def _dkdv_tiles(
         dpt = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_DV] @ [BLOCK_DV, BLOCK_M]
         if F.dropout is not None:
             dpt = tl.where(kept, dpt * F.dropout.factor, 0.0)
-        dst = score.times(pt * (dpt - delta[None, :]), slope)
-        if slope is not None or S.mask is not None or S.bias is not None:
-            dst = score.where(keep, dst)  # 0 * NaN in places that nobody sees
+        dst = score.where(keep, score.times(pt * (dpt - delta[None, :]), slope))  # where: 0 * NaN in what is not seen
         q = score.hide_unseen(q, keep, S, 0)
         dk = tl.dot(dst.to(q.dtype), q, dk, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, BLOCK_D]
     return dk, dv

@@ -38,7 +38,7 @@ def _ds(
     v = tile.load(V, stride_v, start_n, 0, hi, BLOCK_N, DV, BLOCK_DV, VEC, True)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_D] @ [BLOCK_D, BLOCK_N]
     s, keep, _ = score.logits(s, offs_m[:, None], offs_n[None, :], start_m, start_n, S, MOD, None, MASK_VEC, True, True)
-    p = tl.math.exp2(s * S.c - lse[:, None])
+    p = softmax.weights(s, lse[:, None], S)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_DV] @ [BLOCK_DV, BLOCK_N]
     if F.dropout is not None:
         kept = dropout.keep(F.dropout, bh, start_m, start_n, BLOCK_M, BLOCK_N)

@@ -27,7 +27,7 @@ def _attend(
         s, keep, _ = score.logits(s, offs_m[:, None], offs_n[None, :], start_m, start_n, S, MOD, None, MASK_VEC, MASKED, MASKED)
         if keep is not None:
             s = tl.where(keep, s, float("-inf"))
-        p, alpha, m_i, l_i = softmax.step(s, m_i, l_i, S.c)
+        p, alpha, m_i, l_i = softmax.step(s, m_i, l_i, S)
         if F.dropout is not None:
             p = tl.where(dropout.keep(F.dropout, bh, start_m, start_n, BLOCK_M, BLOCK_N), p, 0.0)
         v = tile.load(V, stride_v, start_n, lo, hi, BLOCK_N, DV, BLOCK_DV, VEC, MASKED)
@@ -63,7 +63,7 @@ def flash_fwd(
     K = tile.head(K, stride_k, seq.at, h // group, seq.k_row, VEC)
     V = tile.head(V, stride_v, seq.at, h // group, seq.k_row, VEC)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    m_i, l_i = softmax.start(F.sinks, h, seq.b < batch, BLOCK_M)  # rows behind the last packed sequence have no sink
+    m_i, l_i = softmax.start(F.sinks, h, seq.real, BLOCK_M)
     if LEFT is not None:
         acc, m_i, l_i = _attend(
             q, K, V, stride_k, stride_v, acc, m_i, l_i, band.first_tile(lo, F, BLOCK_N), tl.minimum(full_lo, hi), lo, hi,
@@ -75,7 +75,7 @@ def flash_fwd(
         q, K, V, stride_k, stride_v, acc, m_i, l_i, full_hi, hi, lo, hi, start_m, F, S, bh,
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MASK_VEC, True)  # fmt: skip
 
-    o, lse = softmax.finish(acc, m_i, l_i)
+    o, lse = softmax.finish(acc, m_i, l_i, S)
     if F.dropout is not None:
         o *= F.dropout.factor
     O_h = tile.head(O, stride_o, seq.at, h, seq.q_row, VEC)

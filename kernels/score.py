@@ -19,7 +19,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 class Scorer(NamedTuple):
     """What the scores of one head of one sequence depend on, beside query and key."""
 
-    scale: Any
+    scale: Any  # None where logits are products of q and k and nothing else: then it is in c
     c: Any  # what remains to multiply logits by, to have them in base 2
     b: Any
     h: Any
@@ -67,15 +67,15 @@ def prepare(F, seq, h, scale, shift, LEFT, RIGHT, MOD: tl.constexpr, MASK_VEC: t
     n_k = seq.n_k
     if F.slopes is not None:
         at = whole(F.slopes.stride_b).to(tl.int64) * seq.b + whole(F.slopes.stride_h) * h
-        slope = tl.load(F.slopes.ptr + at).to(tl.float32)
+        slope = tl.load(F.slopes.ptr + at, mask=seq.real, other=0.0).to(tl.float32)
     if F.mask is not None:
         mask = head_mask(F.mask, seq, h, MASK_VEC)
         n_k = mask.columns
     if F.bias is not None:
         bias = head_mask(F.bias, seq, h, MASK_VEC)
         n_k = bias.columns
-    if F.softcap is None and F.slopes is None and F.bias is None and MOD is None:
-        return Scorer(scale, scale * LOG2E, seq.b, h, n_k, shift, LEFT, RIGHT, F.softcap, slope, mask, bias)
+    if F.softcap is None and F.slopes is None and F.bias is None and F.sinks is None and MOD is None:
+        return Scorer(None, scale * LOG2E, seq.b, h, n_k, shift, LEFT, RIGHT, F.softcap, slope, mask, bias)
     else:
         return Scorer(scale, LOG2E, seq.b, h, n_k, shift, LEFT, RIGHT, F.softcap, slope, mask, bias)
 
@@ -159,7 +159,7 @@ def logits(
     slope = None
     if MASKED:
         keep = band.visible(offs_m, offs_n, S.n_k, S.shift, S.LEFT, S.RIGHT)
-    if S.softcap is not None or S.slope is not None or S.bias is not None or MOD is not None:
+    if S.scale is not None:
         s = s * S.scale
     if S.softcap is not None:
         y = tanh(s / S.softcap)

@@ -14,7 +14,7 @@ import triton.language as tl
 
 
 class Sequence(NamedTuple):
-    """Sequence b: n_q queries from row q_row and n_k keys from row k_row of batch `at`."""
+    """Sequence b: n_q queries from row q_row and n_k keys from row k_row of batch `at`; not `real`: what is behind the last."""
 
     b: Any
     at: Any
@@ -22,6 +22,7 @@ class Sequence(NamedTuple):
     n_q: Any
     k_row: Any
     n_k: Any
+    real: Any
 
 
 @triton.jit
@@ -58,11 +59,11 @@ def of_batch(F, b, batch, n_q, n_k):
     if F.cu_q is not None:
         q_row, n_q = _span(F.cu_q, b, batch, n_q)
         k_row, n_k = _span(F.cu_k, b, batch, n_k)
-        return Sequence(b, 0, q_row, n_q, k_row, n_k)
+        return Sequence(b, 0, q_row, n_q, k_row, n_k, b < batch)
     else:
         if F.key_lengths is not None:
             n_k = tl.minimum(tl.maximum(tl.load(F.key_lengths + b), 0), n_k).to(tl.int32)
-        return Sequence(b, b, 0, n_q, 0, n_k)
+        return Sequence(b, b, 0, n_q, 0, n_k, b < batch)
 
 
 @triton.jit
@@ -75,8 +76,8 @@ def locate_queries(F, pid, tiles, heads, batch, n_q, n_k, BLOCK: tl.constexpr):
         b = _owner(F.cu_q, tile, batch, n_q, BLOCK)
         s = of_batch(F, b, batch, n_q, n_k)
         start = (tile - s.q_row // BLOCK - b) * BLOCK
-        n_k = tl.where((b < batch) & (start < s.n_q), s.n_k, 0)  # a tile without rows has nothing to do
-        return Sequence(b, 0, s.q_row, s.n_q, s.k_row, n_k), bh, start
+        n_k = tl.where(s.real & (start < s.n_q), s.n_k, 0)  # a tile without rows has nothing to do
+        return Sequence(b, 0, s.q_row, s.n_q, s.k_row, n_k, s.real), bh, start
     else:
         return of_batch(F, bh // heads, batch, n_q, n_k), bh % heads, tile * BLOCK
 
@@ -90,7 +91,7 @@ def locate_keys(F, pid, tiles, heads, batch, n_q, n_k, BLOCK: tl.constexpr):
         b = _owner(F.cu_k, tile, batch, n_k, BLOCK)
         s = of_batch(F, b, batch, n_q, n_k)
         start = (tile - s.k_row // BLOCK - b) * BLOCK
-        n_q = tl.where((b < batch) & (start < s.n_k), s.n_q, 0)
-        return Sequence(b, 0, s.q_row, n_q, s.k_row, s.n_k), bh, start
+        n_q = tl.where(s.real & (start < s.n_k), s.n_q, 0)
+        return Sequence(b, 0, s.q_row, n_q, s.k_row, s.n_k, s.real), bh, start
     else:
         return of_batch(F, bh // heads, batch, n_q, n_k), bh % heads, tile * BLOCK

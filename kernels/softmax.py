@@ -1,5 +1,9 @@
 """Online softmax in base 2: exp2 is one instruction, and scale * log2(e) folds into the multiply-add before it.
 
+That multiply-add rounds c * max and then subtracts it from an exact c * s, which is off by 2^-24 of the maximum: nothing for
+products of queries and keys, everything for a row of biases of -1e9. So `exponent` subtracts first where more than a product
+stands in the logits (score.py: Scorer.scale), and running maxima are kept in units of the logits.
+
 Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); Dao et al., "FlashAttention" (2022).
 """
 
@@ -21,39 +25,57 @@ def fold_scale(q, scale):
 
 
 @triton.jit
+def exponent(s, reference, S):
+    """c * (s - reference), for exp2; s [A, B], reference broadcasts to it."""
+    if S.scale is None:
+        return s * S.c - reference * S.c
+    else:
+        return (s - reference) * S.c
+
+
+@triton.jit
 def start(sinks, h, there, BLOCK_M: tl.constexpr):
-    """Running maximum and sum (base 2) of rows that have seen no key yet: nothing, or the head's sink if it is `there`."""
+    """Running maximum and sum of rows that have seen no key yet: nothing, or the head's sink if it is `there`."""
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     if sinks is not None:
-        sink = tl.where(there, tl.load(sinks + h).to(tl.float32) * LOG2E, float("-inf"))
+        sink = tl.where(there, tl.load(sinks + h).to(tl.float32), float("-inf"))
         m_i = tl.zeros([BLOCK_M], tl.float32) + sink
         l_i += tl.where(sink == float("-inf"), 0.0, 1.0)
     return m_i, l_i
 
 
 @triton.jit
-def step(s, m_i, l_i, c):
-    """Take in a tile of logits s [BLOCK_M, BLOCK_N] (masked = -inf) times c.
+def step(s, m_i, l_i, S):
+    """Take in a tile of logits s [BLOCK_M, BLOCK_N], -inf where masked; S.c times them is base 2.
 
     m_i, l_i [BLOCK_M]: running maximum and sum. Returns p, the factor alpha for what was accumulated so far, m_i, l_i.
     """
-    m_new = tl.maximum(m_i, tl.max(s, 1) * c)
+    m_new = tl.maximum(m_i, tl.max(s, 1))
     m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)  # no key yet: keep -inf - -inf from making NaN
-    p = tl.math.exp2(s * c - m_ref[:, None])
-    alpha = tl.math.exp2(m_i - m_ref)
+    p = tl.math.exp2(exponent(s, m_ref[:, None], S))
+    alpha = tl.math.exp2(exponent(m_i, m_ref, S))
     return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
 
 
 @triton.jit
-def finish(acc, m_i, l_i):
+def finish(acc, m_i, l_i, S):
     """Normalise acc [BLOCK_M, BLOCK_DV]; returns it and lse (natural logarithm). A row that saw no key gives 0 and -inf."""
     l_safe = tl.where(l_i == 0.0, 1.0, l_i)
-    return acc / l_safe[:, None], (m_i + tl.math.log2(l_safe)) * LN2
+    return acc / l_safe[:, None], m_i * (S.c * LN2) + tl.math.log2(l_safe) * LN2
 
 
 @triton.jit
 def load_lse(LSE, rows, lo, hi, MASKED: tl.constexpr):
-    """lse of rows in base 2, for exp2(s * c - lse). Rows outside [lo, hi) and rows that saw no key get +inf: all p are 0."""
+    """lse of rows, natural logarithm. Rows outside [lo, hi) and rows that saw no key get +inf: all their p are 0."""
     lse = load_row_values(LSE, rows, lo, hi, float("inf"), MASKED)
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    return tl.where(lse == float("-inf"), float("inf"), lse)
+
+
+@triton.jit
+def weights(s, lse, S):
+    """P of logits s, from lse [A, 1] or [1, B] of their rows."""
+    if S.scale is None:
+        return tl.math.exp2(s * S.c - lse * LOG2E)
+    else:
+        return tl.math.exp2((s - lse) * LOG2E)

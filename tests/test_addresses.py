@@ -56,7 +56,7 @@ def test_tiles(name):
 
 @triton.jit
 def _mask_addresses(F, OUT, b, h, start_m, start_n, MASK_VEC: tl.constexpr):
-    seq = sequence.Sequence(b, b, 0, 2**30, 0, 2**30)
+    seq = sequence.Sequence(b, b, 0, 2**30, 0, 2**30, True)
     M = score.head_mask(F.bias, seq, h, MASK_VEC)
     offs_m = start_m + tl.arange(0, 16)
     offs_n = start_n + tl.arange(0, 16)

@@ -1,5 +1,7 @@
 """Every error message names the argument, what was wanted and what came."""
 
+import types
+
 import pytest
 import torch
 
@@ -11,6 +13,11 @@ B, H, N, D = 2, 4, 8, 16
 def good(**changes):
     arguments = dict(query=torch.randn(B, H, N, D), key=torch.randn(B, H, N, D), value=torch.randn(B, H, N, D))
     return {**arguments, **changes}
+
+
+def jit(function):
+    """What triton.jit makes of a function, as far as checks see."""
+    return types.SimpleNamespace(fn=function)
 
 
 def zeros(*shape, **kwargs):
@@ -34,12 +41,14 @@ CASES = {
     "backend list": (dict(backend=["eager"]), ValueError, r"but is \['eager'\]"),
     "alignment": (dict(causal_alignment="bottom"), ValueError, r"causal_alignment must be one of \('upper_left', 'lower_right'\), but is 'bottom'"),
     "scale text": (dict(scale="1"), TypeError, "scale must be a number, a tensor of one, or None .* but is '1'"),
-    "scale nan": (dict(scale=float("nan")), ValueError, "scale must be finite, but is nan"),
+    "scale nan": (dict(scale=float("nan")), ValueError, "scale must be finite, at most .* but is nan"),
     "scale of two": (dict(scale=torch.ones(2)), ValueError, r"scale must be a tensor of one floating-point number, but is torch.float32 \(2,\)"),
     "scale of integers": (dict(scale=torch.tensor(1)), ValueError, "scale must be a tensor of one floating-point number, but is torch.int64"),
     "scale with grad": (dict(scale=torch.tensor(1.0, requires_grad=True)), ValueError, "scale must not require grad"),
     "scale tensor infinite": (dict(scale=torch.tensor(float("inf"))), ValueError, "scale must be finite, but is inf"),
-    "softcap zero": (dict(softcap=0.0), ValueError, "softcap must be a finite number above 0, or None for no cap, but is 0.0"),
+    "softcap zero": (dict(softcap=0.0), ValueError, "softcap must be a number above 0 and at most 3.4e.38, or None for no cap, but is 0.0"),
+    "softcap beyond float32": (dict(softcap=10**400), ValueError, "softcap must be a number above 0 and at most"),
+    "scale beyond float32": (dict(scale=-(10**400)), ValueError, "scale must be finite, at most 3.4e.38"),
     "softcap text": (dict(softcap="30"), TypeError, "softcap must be a number above 0, or None, but is '30'"),
     "slopes list": (dict(alibi_slopes=[1.0]), TypeError, "alibi_slopes must be a torch.Tensor, but is list"),
     "slopes shape": (dict(alibi_slopes=zeros(B)), ValueError, r"alibi_slopes must have shape \(4,\) or \(2, 4\), but has \(2,\)"),
@@ -67,6 +76,7 @@ CASES = {
     "mask larger": (dict(attn_mask=torch.ones(3, 1, N, N)), ValueError, r"attn_mask must broadcast to .* but has shape \(3, 1, 8, 8\)"),
     "mask dims": (dict(attn_mask=torch.ones(1, B, H, N, N)), ValueError, "attn_mask must broadcast to"),
     "mask device": (dict(attn_mask=torch.ones(N, N, device="meta")), ValueError, "attn_mask must be on the device of query, cpu, but is on meta"),
+    "score_mod signature": (dict(score_mod=(jit(lambda s: s),) * 2), TypeError, r"score_mod must be a pair .* functions of \(score, b, h, i, j\)"),
     "backend": (dict(backend="magic"), ValueError, r"backend must be None or one of \['portable', 'eager'\], but is 'magic'"),
 }  # fmt: skip
 
@@ -108,6 +118,7 @@ def test_varlen_message(case):
 
 PACKED_CASES = {
     "list": (dict(qkv=[1.0]), TypeError, "qkv must be a torch.Tensor, but is list"),
+    "integers": (dict(qkv=zeros(B, N, 3, H, D).long()), TypeError, "qkv must be one of"),
     "four dims": (dict(qkv=zeros(B, N, H, D)), ValueError, r"qkv must have shape \(B, N, 3, H, D\), but has \(2, 8, 4, 16\)"),
     "not three": (dict(qkv=zeros(B, N, 2, H, D)), ValueError, r"qkv must have shape \(B, N, 3, H, D\)"),
     "varlen": (dict(qkv=zeros(B, N, 3, H, D), cu_seqlens=torch.tensor([0, 2])), ValueError, r"qkv must have shape \(total, 3, H, D\)"),

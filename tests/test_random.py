@@ -1,7 +1,7 @@
 """Random problems, drawn by hypothesis: any shapes with any features. `pytest tests/test_random.py --problems 2000` draws more."""
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tfkern import testing
@@ -47,7 +47,7 @@ def test_random(request, device):
 
     @settings(
         max_examples=count, deadline=None, derandomize=True, database=None, print_blob=True,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=list(HealthCheck), phases=[Phase.generate],  # a Case is short: no minutes of shrinking
     )  # fmt: skip
     @given(case=cases(), dtype=DTYPES, seed=st.integers(0, 1000))
     def run(case, dtype, seed):

@@ -3,26 +3,29 @@
 import torch
 from torch import Tensor
 
-from tfkern import checks, dropout
+from tfkern import checks
 from tfkern.problem import Problem, Tensors
 
 
 def build(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *,
     cu_seqlens_q=None, cu_seqlens_k=None, causal_alignment="upper_left", window=None, key_lengths=None, softcap=None,
-    alibi_slopes=None, sinks=None, score_mod=None, draw_seed=True,
+    alibi_slopes=None, sinks=None, score_mod=None,
 ) -> tuple[Problem, Tensors]:  # fmt: skip
     """Check the arguments of tfkern.attention, or with cu_seqlens those of attention_varlen, and describe the call.
 
-    Raises TypeError or ValueError. Without draw_seed the random generator is left alone, and the Tensors can't run.
+    Raises TypeError or ValueError. The seed of dropout is not drawn yet: the call may still fail.
     """
-    packed = cu_seqlens_q is not None
-    query, key, value, attn_mask = autocast(query, key, value, attn_mask)
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    query, key, value, attn_mask, alibi_slopes, sinks = autocast(query, key, value, attn_mask, alibi_slopes, sinks)
     checks.operands(query, key, value, packed)
     for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
         checks.flag(name, flag)
     longest = None
     if packed:
+        if key_lengths is not None:
+            raise ValueError("key_lengths can't be given with cu_seqlens, which tell the lengths; drop one of them")
+        checks.both_cu_seqlens(cu_seqlens_q, cu_seqlens_k)
         checks.cu_seqlens("cu_seqlens_q", cu_seqlens_q, query.shape[0], query.device)
         checks.cu_seqlens("cu_seqlens_k", cu_seqlens_k, key.shape[0], query.device, len(cu_seqlens_q))
         batch = len(cu_seqlens_q) - 1
@@ -45,7 +48,7 @@ def build(
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     if alibi_slopes is not None:
         checks.slopes(alibi_slopes, query, batch, heads)
-        alibi_slopes = alibi_slopes.view(-1, heads) if alibi_slopes.dim() == 1 else alibi_slopes
+        alibi_slopes = alibi_slopes[None] if alibi_slopes.dim() == 1 else alibi_slopes
     if sinks is not None:
         checks.sinks(sinks, query, heads)
     is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
@@ -57,10 +60,9 @@ def build(
         None if mask is None else tuple(mask.shape), None if bias is None else tuple(bias.shape),
         dropout_p, checks.softcap(softcap), alibi_slopes is not None, sinks is not None, checks.score_mod(score_mod),
     )  # fmt: skip
-    seed = dropout.draw_seed(query.device) if dropout_p and draw_seed else None
     return problem, Tensors(
         query, key, value, bias, alibi_slopes, *map(_contiguous, (sinks,)), mask,
-        *map(_contiguous, (key_lengths, cu_seqlens_q, cu_seqlens_k)), seed, scale,
+        *map(_contiguous, (key_lengths, cu_seqlens_q, cu_seqlens_k)), None, scale,
     )  # fmt: skip
 
 
@@ -90,6 +92,8 @@ def autocast(*tensors):
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
+    if tensors[0].dtype == torch.float64:
+        return tensors
     return tuple(
         x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
     )

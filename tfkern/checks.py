@@ -1,5 +1,6 @@
 """Every check of the arguments of attention. A message names the argument, what is wanted, what came, and what to do."""
 
+import inspect
 import math
 import numbers
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 ALIGNMENTS = ("upper_left", "lower_right")
+LARGEST = torch.finfo(torch.float32).max  # what kernels compute in
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -20,8 +22,7 @@ def operands(query, key, value, packed: bool) -> None:
                 f"{name} must have {3 if packed else 4} dimensions {dims}, but has shape {tuple(x.shape)}; "
                 "add the missing ones with unsqueeze"
             )
-    if query.dtype not in DTYPES:
-        raise TypeError(f"query must be one of {', '.join(map(str, DTYPES))}, but is {query.dtype}; convert it with .to(dtype)")
+    dtype("query", query)
     for name, x in (("key", key), ("value", value)):
         if x.dtype != query.dtype:
             raise TypeError(f"{name} must have the dtype of query, {query.dtype}, but is {x.dtype}; convert one of them")
@@ -39,6 +40,12 @@ def operands(query, key, value, packed: bool) -> None:
         raise ValueError(f"value must have the {at} of key, {wanted}, but has shape {tuple(value.shape)}")
 
 
+def dtype(name: str, x: Tensor) -> None:
+    """One that attention is computed in."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be one of {', '.join(map(str, DTYPES))}, but is {x.dtype}; convert it with .to(dtype)")
+
+
 def packed_qkv(qkv, varlen: bool) -> None:
     """qkv is (B, N, 3, H, D), or (total, 3, H, D) with cu_seqlens."""
     _tensor("qkv", qkv)
@@ -49,6 +56,7 @@ def packed_qkv(qkv, varlen: bool) -> None:
             f"qkv must have shape {wanted}, but has {tuple(qkv.shape)}; .unflatten(-1, (3, H, D)) gives it to a projection's "
             f"output; {other} cu_seqlens the other form is wanted"
         )
+    dtype("qkv", qkv)
 
 
 def heads(heads: int, kv_heads: int, enable_gqa: bool) -> None:
@@ -123,8 +131,8 @@ def softcap(softcap) -> float | None:
     if softcap is None:
         return None
     _number("softcap", softcap, "a number above 0, or None")
-    if not (softcap > 0 and math.isfinite(softcap)):
-        raise ValueError(f"softcap must be a finite number above 0, or None for no cap, but is {softcap}")
+    if not 0 < softcap <= LARGEST:
+        raise ValueError(f"softcap must be a number above 0 and at most {LARGEST:.1e}, or None for no cap, but is {softcap}")
     return float(softcap)
 
 
@@ -140,7 +148,7 @@ def score_mod(score_mod) -> tuple | None:
     if score_mod is None:
         return None
     pair = isinstance(score_mod, (tuple, list)) and len(score_mod) == 2
-    if not pair or not all(hasattr(f, "fn") and callable(f.fn) for f in score_mod):
+    if not pair or not all(hasattr(f, "fn") and len(inspect.signature(f.fn).parameters) == 5 for f in score_mod):
         raise TypeError(
             "score_mod must be a pair (value, derivative) of @triton.jit functions of (score, b, h, i, j), but is "
             f"{score_mod!r}"
@@ -154,8 +162,8 @@ def scale(scale, head_dim: int, query: Tensor) -> float | Tensor:
         return head_dim**-0.5 if head_dim else 1.0
     if not isinstance(scale, Tensor):
         _number("scale", scale, "a number, a tensor of one, or None (1 / sqrt(head_dim))")
-        if not math.isfinite(scale):
-            raise ValueError(f"scale must be finite, but is {scale}")
+        if not -LARGEST <= scale <= LARGEST:
+            raise ValueError(f"scale must be finite, at most {LARGEST:.1e}, but is {scale}")
         return float(scale)
     if scale.numel() != 1 or not scale.is_floating_point():
         raise ValueError(f"scale must be a tensor of one floating-point number, but is {scale.dtype} {tuple(scale.shape)}")
@@ -164,13 +172,19 @@ def scale(scale, head_dim: int, query: Tensor) -> float | Tensor:
     if scale.device.type != "cpu":
         _device("scale", scale, query.device)
     elif not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, but is {scale}")
+        raise ValueError(f"scale must be finite, but is {float(scale)}")
     return scale
 
 
 def flag(name: str, value) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, but is {value!r}")
+
+
+def both_cu_seqlens(cu_q, cu_k) -> None:
+    for name, x in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
+        if x is None:
+            raise TypeError(f"{name} must be a tensor of integers, as the other is given, but is None")
 
 
 def alignment(causal_alignment) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tfkern import dropout
 from tfkern.problem import Problem, Tensors
-from tfkern.score_mods import as_torch
+from tfkern.score_mods import each_head
 
 ELEMENTS = 1 << 22  # scores held at once: 16 MiB of float32, unless one row of queries alone has more
 
@@ -73,7 +73,7 @@ class Tiles:
     def hide_dead(self, x: Tensor, tile: Tile) -> Tensor:
         """Folded rows with 0 where the query sees no key of the tile, which are all that it may see."""
         if tile.keep is None:
-            return x
+            return x if self.p.n_k else torch.zeros_like(x)
         seen = tile.keep.any(3, keepdim=True).expand(self.p.batch, self.p.heads, -1, -1)
         return x.masked_fill(~self.refold(seen), 0.0)
 
@@ -88,11 +88,11 @@ class Tiles:
             s = y * p.softcap
             slope = 1.0 - y * y
         if p.score_mod is not None:
-            value, derivative = map(as_torch, p.score_mod)
-            place = (*self._heads(), *self._offsets(tile.rows, tile.keys))
+            value, derivative = p.score_mod
+            place = (self.first, *self._offsets(tile.rows, tile.keys))
             if want_slope:
-                slope = derivative(s, *place) * (1.0 if slope is None else slope)
-            s = value(s, *place)
+                slope = each_head(derivative, s, *place) * (1.0 if slope is None else slope)
+            s = each_head(value, s, *place)
         if t.slopes is not None:
             s = s - t.slopes.to(s.dtype)[:, :, None, None] * self.distance(tile)
         if t.bias is not None:

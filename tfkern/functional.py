@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from tfkern import autograd, backends, call, checks
+from tfkern import autograd, backends, call, checks, dropout, nested
 
 ScoreMod = tuple[Callable, Callable]
 
@@ -21,7 +21,8 @@ def attention(
     Any combination of the arguments works. docs/features.md has each one's formula, gradient and an example.
 
     Args:
-        query: (B, H, Nq, D), any strides; float16, bfloat16, float32, or float64 (backend eager only). Differentiable.
+        query: (B, H, Nq, D), any strides; float16, bfloat16, float32, or float64 (backend eager only). Or nested, layout
+            torch.jagged, (B, H, ragged, D), as then are key, value and the result. Differentiable.
         key: (B, Hkv, Nk, D), dtype and device of query. Differentiable.
         value: (B, Hkv, Nk, Dv), dtype and device of query. Differentiable.
         attn_mask: broadcasts to (B, H, Nq, Nk), read in place. bool: True = attend. float32 or the dtype of query: added to the
@@ -63,6 +64,12 @@ def attention(
     Source: Dao et al., "FlashAttention" (2022) and "FlashAttention-2" (2023); online softmax by Milakov and Gimelshein (2018);
     ALiBi by Press et al. (2022); softcap as in Gemma 2 (2024); sinks by Xiao et al. (2024), learned as in gpt-oss (2025).
     """
+    if isinstance(query, Tensor) and query.is_nested:
+        return nested.attention(
+            attention_varlen, query, key, value, key_lengths, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal,
+            scale=scale, enable_gqa=enable_gqa, causal_alignment=causal_alignment, window=window, softcap=softcap,
+            alibi_slopes=alibi_slopes, sinks=sinks, score_mod=score_mod, return_lse=return_lse, backend=backend,
+        )  # fmt: skip
     return _run(
         call.build(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment=causal_alignment,
@@ -127,8 +134,8 @@ def attention_packed(
     The other arguments as in `attention` (key_lengths only without cu_seqlens).
 
     Returns:
-        (B, N, H, D), or (total, H, D), contiguous: `.flatten(-2)` is what the next projection takes, without a copy. With
-        return_lse also lse (B, H, N), or (H, total).
+        (B, N, H, D), or (total, H, D), in qkv's memory order: where that is contiguous, `.flatten(-2)` is what the next
+        projection takes, without a copy. With return_lse also lse (B, H, N), or (H, total).
 
     Raises: as attention.
     """
@@ -136,14 +143,10 @@ def attention_packed(
     qkv = call.autocast(qkv)[0]
     query, key, value = call.unpack(qkv.detach())
     options = dict(
-        causal_alignment=causal_alignment, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-        score_mod=score_mod,
+        causal_alignment=causal_alignment, window=window, key_lengths=key_lengths, softcap=softcap,
+        alibi_slopes=alibi_slopes, sinks=sinks, score_mod=score_mod,
     )  # fmt: skip
-    if cu_seqlens is None:
-        options["key_lengths"] = key_lengths
-    else:
-        if key_lengths is not None:
-            raise ValueError("key_lengths can't be given with cu_seqlens, which tell the lengths; drop one of them")
+    if cu_seqlens is not None:
         query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         options |= dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
     built = call.build(query, key, value, attn_mask, dropout_p, is_causal, scale, **options)
@@ -156,13 +159,16 @@ def attention_packed(
 def explain(query: Tensor, key: Tensor, value: Tensor, *args, return_lse=False, backend=None, **kwargs) -> str:
     """Which backend `attention` would use for these arguments, and why not the ones before it. Computes nothing. With
     cu_seqlens_q and cu_seqlens_k by name it answers for `attention_varlen`."""
-    problem, _ = call.build(query, key, value, *args, **kwargs, draw_seed=False)
+    problem, _ = call.build(query, key, value, *args, **kwargs)
     return backends.explain(problem, backend)
 
 
 def _run(built, return_lse: bool, backend: str | None, qkv: Tensor | None = None):
     problem, tensors = built
-    out, lse = autograd.attention(problem, backends.choose(problem, backend), tensors, qkv)
+    chosen = backends.choose(problem, backend)
+    if problem.dropout_p:
+        tensors = tensors._replace(seed=dropout.draw_seed(problem.device))
+    out, lse = autograd.attention(problem, chosen, tensors, qkv)
     if problem.packed:
         out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)
     return (out, lse) if return_lse else out

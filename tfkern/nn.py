@@ -19,7 +19,7 @@ class SelfAttention(nn.Module):
         bias: whether both projections have one.
         is_causal: position i attends to positions j <= i only.
         window: (left, right) as in tfkern.attention.
-        dropout: attention dropout in training; more than 0 raises NotImplementedError in the fused attention for now.
+        dropout: probability with which attention weights are dropped in training.
         attention: a function with the arguments of tfkern.attention, such as tfkern.reference.attention.
     """
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tfkern import dropout
-from tfkern.score_mods import as_torch
+from tfkern.score_mods import each_head
 
 LOG2E = math.log2(math.e)
 
@@ -38,7 +38,7 @@ def logits(
     key_lengths=None, softcap=None, alibi_slopes=None, score_mod=None, first=0,
 ) -> Tensor:  # fmt: skip
     """(B, H, Nq, Nk), -inf where the query does not see the key. `first` is the number of the first sequence of the batch."""
-    (batch, heads, n_q, head_dim), n_k, device = query.shape, key.shape[2], query.device
+    (_, heads, n_q, head_dim), n_k, device = query.shape, key.shape[2], query.device
     if key.shape[1] != heads:
         key = key.repeat_interleave(heads // key.shape[1], dim=1)
     s = (query @ key.transpose(-2, -1)) * (1.0 / math.sqrt(max(head_dim, 1)) if scale is None else scale)
@@ -48,9 +48,7 @@ def logits(
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
     if score_mod is not None:
-        b = torch.arange(first, first + batch, device=device)[:, None, None, None]
-        h = torch.arange(heads, device=device)[:, None, None]
-        s = as_torch(score_mod[0])(s, b, h, i, j).to(s.dtype)
+        s = each_head(score_mod[0], s, first, i, j)
     if alibi_slopes is not None:
         lengths = torch.tensor([n_k], device=device) if key_lengths is None else key_lengths
         shift = (lengths - n_q)[:, None, None, None] if causal_alignment == "lower_right" else 0

@@ -1,9 +1,11 @@
 """A user's change of scores, which is written for the kernels in Triton, on PyTorch tensors too: for the backend eager."""
 
 import functools
+import itertools
 import types
 
 import torch
+from torch import Tensor
 
 # Names of triton.language that a score_mod may use, and what they are on tensors.
 _OPERATIONS = {
@@ -47,19 +49,55 @@ class _Language:
 _language = _Language()
 
 
+class _Module:
+    """What stands for another module: its jit functions and triton.language replaced."""
+
+    def __init__(self, module: types.ModuleType):
+        self._module = module
+
+    def __getattr__(self, name: str):
+        return _replaced(getattr(self._module, name))
+
+
+def _replaced(value):
+    if isinstance(value, types.ModuleType):
+        return _language if value.__name__.startswith("triton.language") else _Module(value)
+    if type(value).__name__ == "constexpr":
+        return value.value
+    return as_torch(value) if hasattr(value, "fn") and callable(value.fn) else value
+
+
 @functools.lru_cache(maxsize=256)
 def as_torch(function):
     """The Python function under a @triton.jit function, with triton.language and other jit functions replaced."""
     python = function.fn
-    replaced = {}
-    for name in python.__code__.co_names:
-        value = python.__globals__.get(name)
-        if isinstance(value, types.ModuleType) and value.__name__.startswith("triton.language"):
-            replaced[name] = _language
-        elif hasattr(value, "fn") and value is not function:
-            replaced[name] = as_torch(value)
-        elif type(value).__name__ == "constexpr":
-            replaced[name] = value.value
-    return types.FunctionType(
-        python.__code__, {**python.__globals__, **replaced}, python.__name__, python.__defaults__, python.__closure__
-    )
+    names = set(python.__code__.co_names)
+    known = {name: _replaced(value) for name, value in python.__globals__.items() if name in names and value is not function}
+    closure = None
+    if python.__closure__:
+        closure = tuple(types.CellType(_replaced(cell.cell_contents)) for cell in python.__closure__)
+    return types.FunctionType(python.__code__, {**python.__globals__, **known}, python.__name__, python.__defaults__, closure)
+
+
+class _Number(torch.Tensor):
+    """A tensor whose % and // round towards zero, as they do on a GPU."""
+
+    def __mod__(self, other):
+        return torch.fmod(self, other)
+
+    def __floordiv__(self, other):
+        return torch.div(self, other, rounding_mode="trunc")
+
+
+def each_head(function, s: Tensor, first: int, i: Tensor, j: Tensor) -> Tensor:
+    """One function of a score_mod on scores (B, H, rows, keys): head by head, b (from `first` on) and h being numbers, as the
+    kernels have it; i and j broadcast to (rows, keys). In the dtype of the scores."""
+    python = as_torch(function)
+    i, j = (x.as_subclass(_Number) for x in (i, j))
+    heads = []
+    for b, h in itertools.product(range(s.shape[0]), range(s.shape[1])):
+        score = s[b, h].as_subclass(_Number)
+        place = (torch.tensor(n, device=s.device).as_subclass(_Number) for n in (first + b, h))
+        value = torch.as_tensor(python(score, *place, i, j), device=s.device)
+        heads.append(value.as_subclass(torch.Tensor).to(s.dtype).broadcast_to(s.shape[2:]))
+    return torch.stack(heads).view(s.shape) if heads else s

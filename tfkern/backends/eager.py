@@ -131,15 +131,17 @@ def _forward_tiled(p: Problem, t: Tensors, first: int, out: Tensor, lse: Tensor)
     tiles = Tiles(p, t, first)
     for tile in tiles:
         s = tiles.logits(tile, tiles.fold(t.q, tile))
-        row_lse = torch.logsumexp(s, -1)
-        if t.sinks is not None:
-            row_lse = torch.logaddexp(row_lse, t.sinks.to(s.dtype)[:, None].expand_as(row_lse))
-        prob = s.sub_(_finite(row_lse)[..., None]).exp_()
+        sinks = torch.full_like(s[:1, :, :1, :1], -math.inf) if t.sinks is None else t.sinks.to(s.dtype).view(1, -1, 1, 1)
+        largest = torch.cat([s, sinks.expand(*s.shape[:3], 1)], -1).amax(-1, keepdim=True)
+        largest = largest.masked_fill(largest == -math.inf, 0.0)  # no key, no sink: -inf - -inf would be NaN
+        prob = s.sub_(largest).exp_()
+        total = prob.sum(-1, keepdim=True) + (sinks - largest).exp()
+        lse[:, :, tile.rows] = (largest + total.log()).squeeze(-1)
         if tile.kept is not None:
             prob = prob * tile.kept
         v = tiles.hide_unseen(tiles.v[:, :, tile.keys], tile)
-        out[:, :, tile.rows] = tiles.unfold(tiles.refold(prob) @ v)  # [rows, keys] @ [keys, Dv]
-        lse[:, :, tile.rows] = row_lse
+        product = tiles.unfold(tiles.refold(prob) @ v)  # [rows, keys] @ [keys, Dv]
+        out[:, :, tile.rows] = product / total.masked_fill(total == 0.0, 1.0)
 
 
 def _backward_tiled(p: Problem, t: Tensors, first: int, out, lse, do, dlse, grads: Gradients) -> None:

@@ -1,5 +1,7 @@
 """The portable Triton kernels (kernels/flash_*.py): any GPU that Triton compiles for, or the interpreter."""
 
+import struct
+
 import torch
 from torch import Tensor
 
@@ -111,8 +113,8 @@ def _launch_dbias(p: Problem, t: Tensors, features, lse, delta, do) -> Tensor:
 def _slope_sums(p: Problem, t: Tensors, parts: Tensor) -> Tensor:
     """The gradient of the slopes from each query's part (B, H, Nq); each sum has one order."""
     if p.packed and len(t.slopes) > 1:
-        # unsafe: a check of the offsets would stop the stream
-        sums = torch.segment_reduce(parts[0].T.contiguous(), "sum", offsets=t.cu_q.long(), unsafe=True)
+        offsets = t.cu_q.long().clamp(0, p.n_q).cummax(0).values  # whatever they hold, a check of them would stop the stream
+        sums = torch.segment_reduce(parts[0].T.contiguous(), "sum", offsets=offsets, unsafe=True)
     else:
         sums = parts.sum(-1)
     return sums.sum_to_size(t.slopes.shape).to(t.slopes.dtype)
@@ -126,11 +128,8 @@ def _sink_sums(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
 
 def _plain_memory(t: Tensors) -> Tensors:
     """No lazy negation, and masks as bytes."""
-    return t._replace(
-        q=t.q.resolve_neg(), k=t.k.resolve_neg(), v=t.v.resolve_neg(),
-        bias=None if t.bias is None else t.bias.resolve_neg(),
-        mask=None if t.mask is None else t.mask.view(torch.uint8),
-    )  # fmt: skip
+    t = Tensors(*(None if x is None else x.resolve_neg() for x in t))
+    return t if t.mask is None else t._replace(mask=t.mask.view(torch.uint8))
 
 
 def _features(p: Problem, t: Tensors):
@@ -164,7 +163,12 @@ def _sizes(p: Problem) -> tuple:
 
 
 def _numbers(p: Problem) -> tuple:
-    return p.scale if p.scale is not None else 1.0, int(p.lower_right), p.left, p.right
+    return _float32(p.scale if p.scale is not None else 1.0), int(p.lower_right), p.left, p.right
+
+
+def _float32(x: float) -> float:
+    """As a launch rounds it; the interpreter would not."""
+    return struct.unpack("f", struct.pack("f", x))[0]
 
 
 def _options(p: Problem, t: Tensors, kernel: str, vec: int) -> dict:

@@ -23,7 +23,7 @@ from tfkern import reference
 from tfkern.testing.cases import Case
 from tfkern.testing.inputs import GRADIENTS, Inputs, make_inputs
 
-FEW = 256
+FEW = 1024
 DRAWS = 9
 
 

@@ -1,0 +1,147 @@
+"""Break the kernels, one place at a time, and see whether the fast tests notice: `make mutants`.
+
+usage: python tests/mutation [--file NAME …] [--workers N] [--limit N]
+
+Each mutant runs in a process of its own, in Triton's interpreter, until the first test fails. One that nothing notices must
+stand in equivalent.json with the reason why it changes no result. Writes result.md; ends 1 if fewer than 95% are killed or a
+survivor has no reason.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+KERNELS = ROOT / "kernels"
+TESTS = ["test_small.py", "test_band.py", "test_addresses.py", "test_dropout.py", "test_features.py", "test_packed.py"]
+SELECTED = "test_small or test_ranges or test_tiles or test_masks or (portable and (bits or matter or softcap or sinks))"
+# What tells quickest about a file comes first; everything else follows for mutants that survive it.
+FIRST = {
+    "band.py": ["window", "lower-right", "window-narrow", "causal"],
+    "dropout.py": ["dropout-window", "dropout"],
+    "flash_bwd.py": ["full", "window-narrow", "padded", "groups", "slopes-window", "bias-of-keys", "packed", "dropout"],
+    "flash_bwd_dbias.py": ["bias-of-nothing", "bias-window", "bias-of-keys", "bias-of-queries", "bias", "packed-bias"],
+    "flash_fwd.py": ["full", "window-narrow", "groups", "dropout", "packed"],
+    "score.py": ["softcap", "bias-window", "slopes", "score-mod-log", "mask", "score-mod", "padded"],
+    "score_mods.py": ["score-mod-log", "score-mod"],
+    "sequence.py": ["packed-many", "packed", "padded", "packed-bias"],
+    "softmax.py": ["full", "strided", "sinks", "bnhd", "padded"],
+    "tile.py": ["full", "strided", "window-narrow", "packed"],
+}
+LIMIT_S = 300
+LIMIT_BYTES = 8 << 30
+
+sys.path.insert(0, str(HERE))
+from mutants import Mutant, mutants  # noqa: E402
+
+
+def killed_by(mutant: Mutant) -> str | None:
+    """Run the fast tests against a mutant: the first that fails, "time" or "crash"; None if all pass."""
+    with tempfile.TemporaryDirectory() as folder:
+        kernels = Path(folder) / "kernels"
+        shutil.copytree(KERNELS, kernels, ignore=shutil.ignore_patterns("__pycache__"))
+        (kernels / mutant.file).write_text(mutant.source)
+        report = Path(folder) / "report"
+        child = multiprocessing.get_context("fork").Process(target=_run_tests, args=(mutant.file, kernels, report))
+        child.start()
+        child.join(LIMIT_S)
+        if child.is_alive():
+            child.kill()
+            child.join()
+            return "time"
+        if child.exitcode == 0:
+            return None
+        return report.read_text().strip() or "crash" if report.exists() else "crash"
+
+
+def _run_tests(file: str, kernels: Path, report: Path) -> None:
+    """In the child: put the mutated kernels in the place of ours and run pytest until something fails."""
+    resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 1)
+        os.dup2(nothing.fileno(), 2)
+    import pytest
+
+    import tfkern.kernels
+
+    tfkern.kernels.__path__[:] = [str(kernels)]
+
+    class First:
+        def pytest_runtest_logreport(self, report):
+            if report.failed:
+                path.write_text(report.nodeid.split("/")[-1])
+
+        def pytest_collectreport(self, report):
+            if report.failed:
+                path.write_text("import")
+
+    path = report
+    first = [f"{ROOT / 'tests' / 'test_small.py'}::test_small[{name}]" for name in FIRST.get(file, [])]
+    files = [str(ROOT / "tests" / name) for name in TESTS]
+    arguments = ["-x", "-q", "-p", "no:cacheprovider", "-k", SELECTED, *first, *files]
+    status = pytest.main(arguments, plugins=[First()])
+    os._exit(0 if status == 0 else 1)
+
+
+def work(mutant: Mutant) -> tuple[Mutant, str | None, float]:
+    start = time.perf_counter()
+    return mutant, killed_by(mutant), time.perf_counter() - start
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--file", nargs="+", default=sorted(p.name for p in KERNELS.glob("*.py")))
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--limit", type=int, help="only every so-manieth mutant, to have that many")
+    args = parser.parse_args()
+    os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+    import triton  # noqa: F401  imported once, before the forks
+
+    torch.set_num_threads(1)
+    todo = [m for name in args.file for m in mutants(name, (KERNELS / name).read_text())]
+    if args.limit:
+        todo = todo[:: max(1, len(todo) // args.limit)]
+    print(f"{len(todo)} mutants", flush=True)
+    results = []
+    # Threads, each with one child at a time: a pool of processes could not kill a child that hangs.
+    from concurrent.futures import ThreadPoolExecutor, as_completed
+
+    with ThreadPoolExecutor(args.workers) as pool:
+        for done in as_completed([pool.submit(work, m) for m in todo]):
+            mutant, killer, seconds = done.result()
+            results.append((mutant, killer))
+            print(f"{len(results):4} {killer or 'SURVIVED':60.60} {seconds:6.1f} s  {mutant}", flush=True)
+    return conclude(results, whole=len(args.file) == len(list(KERNELS.glob("*.py"))) and not args.limit)
+
+
+def conclude(results: list, whole: bool) -> int:
+    """Print the table; write it if it is of all mutants."""
+    reasons = json.loads((HERE / "equivalent.json").read_text())
+    survivors = sorted((m for m, killer in results if killer is None), key=lambda m: (m.file, m.line))
+    unexplained = [m for m in survivors if str(m) not in reasons]
+    share = 1 - len(survivors) / max(1, len(results))
+    total, alive = Counter(m.file for m, _ in results), Counter(m.file for m in survivors)
+    lines = ["# Mutants of the kernels", "", "| file | mutants | killed | survive |", "| --- | --- | --- | --- |"]
+    lines += [f"| {name} | {total[name]} | {total[name] - alive[name]} | {alive[name]} |" for name in sorted(total)]
+    lines += [f"| **all** | {len(results)} | {len(results) - len(survivors)} ({share:.1%}) | {len(survivors)} |", ""]
+    lines += ["What survives, and why it changes no result:", ""]
+    lines += [f"- `{m.file}`: `{m.before}` → `{m.after}`: {reasons.get(str(m), '**no reason known**')}" for m in survivors]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if whole:
+        (HERE / "result.md").write_text(text)
+    return 1 if share < 0.95 or unexplained else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

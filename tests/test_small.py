@@ -1,0 +1,64 @@
+"""Small problems at the smallest tiles, tenths of a second each in the interpreter. `make mutants` holds broken kernels against
+these; each feature meets every kind of tile (cut by the left edge, whole, cut by the right edge, ragged) somewhere here."""
+
+import pytest
+import torch
+
+from tfkern import configs, testing
+from tfkern.testing import Case
+
+# Not square, and other ways round in each kernel: a mix-up of the two sizes must show.
+TILES = dict(
+    flash_fwd=configs.TileConfig(32, 16), flash_bwd_dq=configs.TileConfig(16, 32), flash_bwd_dkdv=configs.TileConfig(16, 32),
+    flash_bwd_dbias=configs.TileConfig(16, 32),
+)  # fmt: skip
+RIGHT = dict(is_causal=True, causal_alignment="lower_right")
+PACKED = ((21, 0, 1, 34), (37, 20, 5, 18))
+
+CASES = [
+    Case("full", 1, 37, 9),
+    Case("groups", 4, 20, 8, n_k=33, kv_heads=2, v_head_dim=3),
+    Case("causal", 1, 70, 16, options=dict(is_causal=True)),
+    Case("lower-right", 1, 37, 8, n_k=70, options=RIGHT),
+    Case("window", 1, 100, 8, options=dict(window=(37, 39))),
+    Case("window-narrow", 1, 70, 8, n_k=90, options=dict(window=(3, 4), causal_alignment="lower_right")),
+    Case("padded", 1, 37, 8, n_k=70, batch=3, options=dict(key_lengths=(70, 0, 33), **RIGHT)),
+    Case("strided", 2, 20, 8, batch=2, layout="strided", options=dict(scale=-0.4)),
+    Case("bnhd", 2, 20, 24, batch=2, layout="bnhd", options=dict(scale=0.0)),
+    Case("mask", 2, 20, 8, n_k=50, batch=2, mask="bool bhqk"),
+    Case("mask-causal", 1, 50, 8, n_k=70, mask="bool 11qk", options=RIGHT),
+    Case("mask-of-queries", 1, 37, 8, mask="bool 11q1"),
+    Case("bias", 2, 20, 8, n_k=70, batch=2, mask="float bhqk"),
+    Case("bias-aligned", 2, 40, 8, n_k=48, batch=1, mask="float 1hqk", options=dict(window=(20, 20))),
+    Case("bias-of-keys", 2, 20, 8, n_k=50, batch=2, mask="float b11k"),
+    Case("bias-of-queries", 2, 37, 8, n_k=50, batch=1, mask="float 1hq1", options=dict(window=(20, 30))),
+    Case("bias-of-nothing", 2, 20, 8, n_k=40, mask="float 1111", options=RIGHT),
+    Case("bias-window", 1, 90, 8, mask="float 11qk", options=dict(window=(20, 9))),
+    Case("dropout", 2, 20, 8, n_k=50, batch=2, options=dict(dropout_p=0.4)),
+    Case("dropout-window", 1, 90, 8, mask="float 11qk", options=dict(window=(21, 10), dropout_p=0.4)),
+    Case("packed", 2, 0, 8, lengths=PACKED, options=dict(causal_alignment="lower_right", window=(20, 2))),
+    Case("packed-bias", 2, 0, 8, lengths=PACKED, mask="float bhqk", sinks=True),
+    Case("packed-bias-of-keys", 2, 0, 8, lengths=PACKED, mask="float 1h1k", options=dict(dropout_p=0.4)),
+    Case("packed-many", 1, 0, 8, lengths=((1, 0, 16, 15, 33, 0, 2, 40), (3, 16, 0, 32, 31, 1, 2, 17)), slopes="bh"),
+    Case("slopes", 2, 20, 8, n_k=50, batch=2, slopes="bh", options=RIGHT),
+    Case("slopes-window", 1, 70, 8, slopes="h", options=dict(window=(30, 30))),
+    Case("sinks", 2, 37, 8, n_k=20, sinks=True, options=dict(window=(5, 5))),
+    Case("softcap", 1, 37, 8, magnitude=3.0, options=dict(softcap=0.5)),
+    Case("score-mod", 2, 20, 8, batch=2, score_mod="cooling", mask="bool bhqk", options=dict(softcap=3.0)),
+    Case("score-mod-log", 1, 37, 8, score_mod="signed_log", options=dict(scale=(-0.5,), window=(20, 10))),
+    Case("large", 1, 37, 8, magnitude=5.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_small(case, device):
+    with configs.override(**TILES):
+        errors = testing.check(case, torch.float32, "portable", device)
+    assert all(e.ok for e in errors), "\n" + "\n".join(map(str, errors))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("full", "bias", "dropout", "packed")], ids=str)
+def test_small_bf16(case, device):
+    with configs.override(**TILES):
+        errors = testing.check(case, torch.bfloat16, "portable", device)
+    assert all(e.ok for e in errors), "\n" + "\n".join(map(str, errors))

@@ -1,0 +1,30 @@
+"""Jagged nested tensors: packed sequences with their boundaries on board."""
+
+import torch
+from torch import Tensor
+
+
+def attention(varlen, query: Tensor, key: Tensor, value: Tensor, key_lengths, **options):
+    """attention_varlen of three nested tensors (B, H, ragged, D). out is nested like query; lse, with return_lse, (H, total).
+
+    Raises ValueError where they are not of layout torch.jagged with the ragged dim behind the heads, and for key_lengths.
+    """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor) or x.layout != torch.jagged or x.dim() != 4:
+            given = f"{x.layout} of {x.dim()} dims" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"{name} must be a nested tensor (B, H, ragged, D) of layout torch.jagged, as query is nested, but is {given}"
+            )
+        if x._ragged_idx != 2:
+            raise ValueError(
+                f"{name} must be (B, H, ragged, D), but dim {x._ragged_idx} is the ragged one; transpose(1, 2) makes it so"
+            )
+        if x.lengths() is not None:
+            raise ValueError(f"{name} must have no holes between its sequences; .contiguous() closes them")
+    if key_lengths is not None:
+        raise ValueError("key_lengths can't be given with nested tensors, which have their lengths; drop it")
+    q, k, v = (x.transpose(1, 2).values() for x in (query, key, value))
+    result = varlen(q, k, v, query.offsets(), key.offsets(), **options)
+    out = result[0] if isinstance(result, tuple) else result
+    out = torch.nested.nested_tensor_from_jagged(out, query.offsets()).transpose(1, 2)
+    return (out, result[1]) if isinstance(result, tuple) else out
