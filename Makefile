@@ -6,7 +6,7 @@ WORKERS ?= auto
 # A mark that the environment is that of these files; any change to them installs anew.
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint gate bench bench-suite install clean
+.PHONY: demo test lint gate mutants random bench bench-suite install clean
 install: $(STAMP)
 
 $(STAMP): setup.py pyproject.toml constraints.txt
@@ -26,11 +26,22 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# `make test` compiles every kernel without, with causal and with all features; this compiles what is left.
+# `make test` compiles every kernel without features, causal, with all of the band, and at one head dim with each feature; this
+# compiles what is left.
 gate: $(STAMP)
 	$(BIN)/python bench/compile_gate.py --dtype bf16 --variant padded odd strided
 	$(BIN)/python bench/compile_gate.py --dtype tf32 --variant all
 	$(BIN)/python bench/compile_gate.py --dtype fp16 --variant plain
+	$(BIN)/python bench/compile_gate.py --dtype bf16 --head-dim 64 128 --variant features
+	$(BIN)/python bench/compile_gate.py --dtype bf16 fp32 --head-dim 16 64 256 --variant everything
+
+# Break the kernels, one place at a time, and see that the tests notice. About an hour on two cores.
+mutants: $(STAMP)
+	TRITON_INTERPRET=1 $(BIN)/python tests/mutation $(ARGS)
+
+# 2,000 random problems; `make test` draws a few of them.
+random: $(STAMP)
+	$(BIN)/pytest tests/test_random.py -q -s --problems 2000 $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/tfkern bench $(ARGS)

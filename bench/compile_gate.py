@@ -3,6 +3,8 @@
 
 usage: compile_gate.py [--arch sm_90 …] [--kernel flash_fwd …] [--dtype bf16 …] [--variant plain …] [--json FILE] [--bounds]
 
+--variant features stands for every feature by itself and all together.
+
 Needs Triton alone, not torch, so that one venv per Triton version is enough. Ends 1 if a kernel does not compile, spills more
 bytes than bench/spills.json allows it (none, if it is not there), or wants more shared memory than its architecture has.
 --bounds raises missing bounds to what was found, instead of failing: for a new kernel or a new Triton. Bounds already there
@@ -152,10 +154,12 @@ def main() -> int:
     parser.add_argument("--kernel", nargs="+")
     parser.add_argument("--dtype", nargs="+", default=["bf16", "fp32"], choices=list(DTYPES))
     parser.add_argument("--head-dim", nargs="+", type=int)
-    parser.add_argument("--variant", nargs="+", default=["plain", "causal", "all"], choices=list(VARIANTS))
+    parser.add_argument("--variant", nargs="+", default=["plain", "causal", "all"], choices=[*VARIANTS, "features"])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--bounds", action="store_true")
     args = parser.parse_args()
+    if args.variant == ["features"]:
+        args.variant = FEATURES
     bounds = json.loads(SPILLS.read_text())
     rows = []
     for job in jobs(args):

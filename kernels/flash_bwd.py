@@ -79,7 +79,7 @@ def flash_bwd_dq(
     q = tile.load(Q_h, stride_q, start_m, 0, seq.n_q, BLOCK_M, D, BLOCK_D, VEC, True)
     o = tile.load(O_h, stride_o, start_m, 0, seq.n_q, BLOCK_M, DV, BLOCK_DV, VEC, True)
     do = tile.load(DO_h, stride_do, start_m, 0, seq.n_q, BLOCK_M, DV, BLOCK_DV, VEC, True)
-    lse = softmax.load_lse(LSE + row, offs_m, 0, seq.n_q, True)
+    lse = softmax.load_lse(LSE + row, offs_m, 0, seq.n_q, S, True)
     products = o.to(tl.float32) * do.to(tl.float32)
     if F.sinks is not None:  # a row that saw no key still has an lse: nothing of its gradient but dlse may count
         products = tl.where(o == 0.0, 0.0, products)
@@ -124,7 +124,7 @@ def _dkdv_tiles(
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q = tile.load(Q, stride_q, start_m, lo, hi, BLOCK_M, D, BLOCK_D, VEC, MASKED)
         do = tile.load(DO, stride_do, start_m, lo, hi, BLOCK_M, DV, BLOCK_DV, VEC, MASKED)
-        lse = softmax.load_lse(LSE, offs_m, lo, hi, MASKED)
+        lse = softmax.load_lse(LSE, offs_m, lo, hi, S, MASKED)
         delta = tile.load_row_values(DELTA, offs_m, lo, hi, 0.0, MASKED)
         st = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_D] @ [BLOCK_D, BLOCK_M]
         st, keep, slope = score.logits(
@@ -141,7 +141,9 @@ def _dkdv_tiles(
         dpt = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_DV] @ [BLOCK_DV, BLOCK_M]
         if F.dropout is not None:
             dpt = tl.where(kept, dpt * F.dropout.factor, 0.0)
-        dst = score.where(keep, score.times(pt * (dpt - delta[None, :]), slope))  # where: 0 * NaN in what is not seen
+        dst = score.times(pt * (dpt - delta[None, :]), slope)
+        if keep is not None:  # 0 * NaN in what is not seen; `keep` itself would have to live on, for 500 instructions more
+            dst = tl.where(pt == 0.0, 0.0, dst)
         q = score.hide_unseen(q, keep, S, 0)
         dk = tl.dot(dst.to(q.dtype), q, dk, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, BLOCK_D]
     return dk, dv

@@ -65,7 +65,7 @@ def _head_sum(
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q = tile.load(Q_h, stride_q, start_m, 0, seq.n_q, BLOCK_M, D, BLOCK_D, VEC, True)
         do = tile.load(DO_h, stride_do, start_m, 0, seq.n_q, BLOCK_M, DV, BLOCK_DV, VEC, True)
-        lse = softmax.load_lse(LSE + row, offs_m, 0, seq.n_q, True)
+        lse = softmax.load_lse(LSE + row, offs_m, 0, seq.n_q, S, True)
         delta = tile.load_row_values(DELTA + row, offs_m, 0, seq.n_q, 0.0, True)
         first = n_lo
         if SUM_COLUMNS:

@@ -66,16 +66,19 @@ def finish(acc, m_i, l_i, S):
 
 
 @triton.jit
-def load_lse(LSE, rows, lo, hi, MASKED: tl.constexpr):
-    """lse of rows, natural logarithm. Rows outside [lo, hi) and rows that saw no key get +inf: all their p are 0."""
+def load_lse(LSE, rows, lo, hi, S, MASKED: tl.constexpr):
+    """lse of rows, for `weights`: in base 2 where logits are linear. Rows outside [lo, hi) and rows that saw no key get +inf: all
+    their p are 0."""
     lse = load_row_values(LSE, rows, lo, hi, float("inf"), MASKED)
+    if S.scale is None:
+        lse *= LOG2E
     return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 @triton.jit
 def weights(s, lse, S):
-    """P of logits s, from lse [A, 1] or [1, B] of their rows."""
+    """P of logits s, from what load_lse gave of their rows, [A, 1] or [1, B]."""
     if S.scale is None:
-        return tl.math.exp2(s * S.c - lse * LOG2E)
+        return tl.math.exp2(s * S.c - lse)
     else:
         return tl.math.exp2((s - lse) * LOG2E)

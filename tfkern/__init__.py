@@ -1,7 +1,7 @@
-"""Fused attention for PyTorch in hand-written Triton: softmax(scale * Q K^T) V, forward and backward."""
+"""Fused attention for PyTorch in hand-written Triton: softmax(scale * Q K^T + bias) V, forward and backward."""
 
 from tfkern.backends import UnsupportedError
 from tfkern.functional import attention, attention_packed, attention_varlen, explain
 
 __all__ = ["UnsupportedError", "attention", "attention_packed", "attention_varlen", "explain"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

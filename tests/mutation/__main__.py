@@ -22,20 +22,20 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 KERNELS = ROOT / "kernels"
-TESTS = ["test_small.py", "test_band.py", "test_addresses.py", "test_dropout.py", "test_features.py", "test_packed.py"]
-SELECTED = "test_small or test_ranges or test_tiles or test_masks or (portable and (bits or matter or softcap or sinks))"
+TESTS = ["test_small.py", "test_band.py", "test_addresses.py", "test_features.py", "test_extremes.py"]
+SELECTED = "test_small or test_ranges or test_addresses or (portable and (exact_near or averages))"
 # What tells quickest about a file comes first; everything else follows for mutants that survive it.
 FIRST = {
-    "band.py": ["window", "lower-right", "window-narrow", "causal"],
+    "band.py": ["test_band.py", "window-narrow", "window", "dropout-window", "lower-right", "padded"],
     "dropout.py": ["dropout-window", "dropout"],
     "flash_bwd.py": ["full", "window-narrow", "padded", "groups", "slopes-window", "bias-of-keys", "packed", "dropout"],
     "flash_bwd_dbias.py": ["bias-of-nothing", "bias-window", "bias-of-keys", "bias-of-queries", "bias", "packed-bias"],
     "flash_fwd.py": ["full", "window-narrow", "groups", "dropout", "packed"],
-    "score.py": ["softcap", "bias-window", "slopes", "score-mod-log", "mask", "score-mod", "padded"],
+    "score.py": ["test_addresses.py", "softcap", "bias-window", "slopes", "score-mod-log", "mask", "score-mod", "padded"],
     "score_mods.py": ["score-mod-log", "score-mod"],
     "sequence.py": ["packed-many", "packed", "padded", "packed-bias"],
     "softmax.py": ["full", "strided", "sinks", "bnhd", "padded"],
-    "tile.py": ["full", "strided", "window-narrow", "packed"],
+    "tile.py": ["test_addresses.py", "full", "strided", "window-narrow", "packed"],
 }
 LIMIT_S = 300
 LIMIT_BYTES = 8 << 30
@@ -75,7 +75,18 @@ def _run_tests(file: str, kernels: Path, report: Path) -> None:
 
     tfkern.kernels.__path__[:] = [str(kernels)]
 
+    first = FIRST.get(file, [])
+
+    def rank(item) -> int:
+        for place, name in enumerate(first):
+            if name == Path(item.fspath).name or item.name == f"test_small[{name}]":
+                return place
+        return len(first)
+
     class First:
+        def pytest_collection_modifyitems(self, items):
+            items.sort(key=rank)
+
         def pytest_runtest_logreport(self, report):
             if report.failed:
                 path.write_text(report.nodeid.split("/")[-1])
@@ -85,9 +96,8 @@ def _run_tests(file: str, kernels: Path, report: Path) -> None:
                 path.write_text("import")
 
     path = report
-    first = [f"{ROOT / 'tests' / 'test_small.py'}::test_small[{name}]" for name in FIRST.get(file, [])]
     files = [str(ROOT / "tests" / name) for name in TESTS]
-    arguments = ["-x", "-q", "-p", "no:cacheprovider", "-k", SELECTED, *first, *files]
+    arguments = ["-x", "-q", "-p", "no:cacheprovider", "-k", SELECTED, *files]
     status = pytest.main(arguments, plugins=[First()])
     os._exit(0 if status == 0 else 1)
 
@@ -104,8 +114,15 @@ def main() -> int:
     parser.add_argument("--limit", type=int, help="only every so-manieth mutant, to have that many")
     args = parser.parse_args()
     os.environ["TRITON_INTERPRET"] = "1"
+    # Imported once, before the forks; what is mutated is imported in the children.
+    import pytest  # noqa: F401
     import torch
-    import triton  # noqa: F401  imported once, before the forks
+    import triton  # noqa: F401
+
+    import tfkern.testing  # noqa: F401
+
+    if any(name.startswith("tfkern.kernels.") for name in sys.modules):
+        raise RuntimeError("the kernels were imported before they could be mutated")
 
     torch.set_num_threads(1)
     todo = [m for name in args.file for m in mutants(name, (KERNELS / name).read_text())]
