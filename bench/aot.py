@@ -19,11 +19,13 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes: registers a thread, spilled bytes a thread, shared memory a program in bytes."""
+    """What one compiled kernel takes: registers a thread, spilled bytes a thread, shared memory a program in bytes, lines of
+    machine code."""
 
     registers: int
     spilled: int
     shared: int
+    instructions: int
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,17 @@ def resources(compiled, arch: str) -> Resources:
     if arch.startswith("gfx"):
         text = compiled.asm["amdgcn"]
         vgprs, spills = (int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count"))
-        return Resources(vgprs, 4 * spills, compiled.metadata.shared)
+        code = re.findall(r"^\t[sv]_|^\t(?:ds|global|buffer)_", text, re.M)
+        return Resources(vgprs, 4 * spills, compiled.metadata.shared, len(code))
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        text = subprocess.run(
-            [cuobjdump, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        text, sass = (
+            subprocess.run([cuobjdump, what, file.name], capture_output=True, text=True, check=True).stdout
+            for what in ("--dump-resource-usage", "--dump-sass")
+        )
     # Triton kernels have no stack of their own: what is on it was spilled.
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text).groups())
-    return Resources(registers, stack + local, compiled.metadata.shared)
+    instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", sass, re.M))
+    return Resources(registers, stack + local, compiled.metadata.shared, instructions)

@@ -170,9 +170,10 @@ def main() -> int:
         rows.append(row)
         c = row["config"]
         tiles = f"{c['block_m']}x{c['block_n']} w{c['num_warps']} s{c['num_stages']}"
-        found = (
-            f"{row.get('registers', '-'):>4} regs {row.get('spilled', '-'):>5} B spilled {row.get('shared', '-'):>7} B shared"
+        instructions, registers, spilled, shared = (
+            row.get(key, "-") for key in ("instructions", "registers", "spilled", "shared")
         )
+        found = f"{instructions:>5} lines {registers:>4} regs {spilled:>5} B spilled {shared:>7} B shared"
         where = f"{row['arch']:7} {row['kernel']:15} {row['dtype']} D{row['head_dim']:<4}{row['variant']:11}{tiles:16}"
         print(where, found, f"{row.get('seconds', '-')} s", row["problem"] or "", flush=True)
     if args.bounds:

@@ -67,8 +67,8 @@ def finish(acc, m_i, l_i, S):
 
 @triton.jit
 def load_lse(LSE, rows, lo, hi, S, MASKED: tl.constexpr):
-    """lse of rows, for `weights`: in base 2 where logits are linear. Rows outside [lo, hi) and rows that saw no key get +inf: all
-    their p are 0."""
+    """lse of rows, for `weights`: in base 2 where logits are linear. Rows outside [lo, hi) and rows that saw no key get +inf:
+    all their p are 0."""
     lse = load_row_values(LSE, rows, lo, hi, float("inf"), MASKED)
     if S.scale is None:
         lse *= LOG2E

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 from tfkern import configs
 
@@ -15,17 +16,48 @@ ROOT = Path(__file__).resolve().parent.parent
 COMPILER = {**os.environ, "TRITON_INTERPRET": "0"}
 
 
+# (registers, SASS instructions) on sm_90, bfloat16, head dim 64, of the commit before the features. What there is more of now
+# is two selects a score in tiles on the band's edge: what a query holds (NaN) must not reach keys that it does not see.
+BEFORE_FEATURES = {
+    "flash_fwd plain": (189, 2096), "flash_fwd causal": (195, 2168), "flash_fwd all": (236, 2800),
+    "flash_bwd_dq plain": (156, 1480), "flash_bwd_dq causal": (162, 1552), "flash_bwd_dq all": (151, 2216),
+    "flash_bwd_dkdv plain": (216, 1640), "flash_bwd_dkdv causal": (225, 2440), "flash_bwd_dkdv all": (228, 2632),
+}  # fmt: skip
+
+
+def gate(tmp_path, *arguments) -> list[dict]:
+    """Run the compile gate, which must find nothing wrong, and return its rows."""
+    table = tmp_path / "rows.json"
+    command = [sys.executable, ROOT / "bench" / "compile_gate.py", *arguments, "--json", table]
+    done = subprocess.run(command, capture_output=True, text=True, env=COMPILER, check=False)
+    rows = json.loads(table.read_text()) if table.exists() else []
+    assert done.returncode == 0, [row for row in rows if row["problem"]] or done.stderr
+    assert not [row for row in rows if row["problem"]]
+    return rows
+
+
 @pytest.mark.parametrize("kernel", configs.KERNELS)
 @pytest.mark.parametrize("arch", configs.ARCHITECTURES)
 def test_gate(arch, kernel, tmp_path):
-    table = tmp_path / "rows.json"
-    command = [sys.executable, ROOT / "bench" / "compile_gate.py", "--arch", arch, "--kernel", kernel, "--json", table]
-    done = subprocess.run(command, capture_output=True, text=True, env=COMPILER, check=False)
-    rows = json.loads(table.read_text()) if table.exists() else []
-    problems = [row for row in rows if row["problem"]]
-    assert done.returncode == 0, problems or done.stderr
+    rows = gate(tmp_path, "--arch", arch, "--kernel", kernel)
     assert len(rows) == 2 * len(configs.HEAD_DIM_CLASSES) * 3  # dtypes x head dims x variants
-    assert not problems
+
+
+@pytest.mark.parametrize("kernel", configs.KERNELS)
+def test_gate_of_the_features(kernel, tmp_path):
+    """Each feature by itself, and all together, at the head dim that matters most. `make gate` has more."""
+    rows = gate(tmp_path, "--arch", "sm_90", "--kernel", kernel, "--dtype", "bf16", "--head-dim", "64", "--variant", "features")
+    assert {row["variant"] for row in rows} >= {"mask", "bias", "dropout", "packed", "softcap", "slopes", "sinks", "score-mod"}
+
+
+@pytest.mark.skipif(triton.__version__ != "3.7.1", reason="counted with Triton 3.7.1")
+def test_absent_features_cost_nothing(tmp_path):
+    """Instructions and registers of the kernels without features, beside those of the commit before there were any."""
+    rows = gate(tmp_path, "--arch", "sm_90", "--dtype", "bf16", "--head-dim", "64", "--variant", "plain", "causal", "all")
+    found = {f"{row['kernel']} {row['variant']}": (row["registers"], row["instructions"]) for row in rows}
+    for name, (registers, instructions) in BEFORE_FEATURES.items():
+        assert found[name][0] <= registers * 1.02, (name, found[name])
+        assert found[name][1] <= instructions * 1.11, (name, found[name])
 
 
 def test_gate_fails_on_what_it_should(tmp_path):
@@ -90,13 +122,19 @@ def record(kernel, grid, device, *args, **kwargs):
 launch.architecture = lambda device: "sm_90"
 launch.launch = record
 
-def call(b, h, h_k, n_q, n_k, d, packed=False, **options):
+def call(b, h, h_k, n_q, n_k, d, packed=False, mask=None, lengths=None, **options):
     def make(heads, n):
         if packed:
             return torch.empty(b, n, 3, heads, d, dtype=torch.bfloat16).permute(2, 0, 3, 1, 4)[1]
         return torch.empty(b, heads, n, d, dtype=torch.bfloat16)
     q, k, v = make(h, n_q), make(h_k, n_k), make(h_k, n_k)
+    if mask is not None:
+        options["attn_mask"] = torch.zeros(*mask, n_q, n_k)
+    if lengths is not None:
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+        options["cu_seqlens_q"] = options["cu_seqlens_k"] = torch.tensor([0] * lengths + [n_q], dtype=torch.int32)
     p, t = calls.build(q, k, v, enable_gqa=True, **options)
+    t = t._replace(seed=torch.zeros(2, dtype=torch.int64) if p.dropout_p else None)
     out, lse = portable.forward(p, t)
     portable.backward(p, t, out, lse, torch.empty_like(out), None, [x is not None for x in t[:6]])
 
@@ -112,6 +150,21 @@ counts.append(compiled(base(packed=True)))                                  # an
 counts.append(compiled([lambda: call(2, 12, 4, 100, 333, 64, scale=-1.0)])) # groups, Nq != Nk, scale
 counts.append(compiled([lambda: call(2, 4, 4, 64, 64, 64, is_causal=True)]))# one new variant: RIGHT is there
 counts.append(compiled([lambda r=r: call(2, 4, 4, 77, 99, 64, window=(None, r), causal_alignment="lower_right") for r in (0, 1, 16, 100, 10**9)]))
+sizes = [(2, 4, 4, n, n, 64) for n in (16, 64, 197, 1000)]
+def added(*more):  # by the same call with other numbers
+    before = dict(seen)
+    for size in sizes:
+        for options in more: call(*size, **options)
+    return {name: seen[name] - before.get(name, 0) for name in seen}
+counts.append([
+    added(dict(dropout_p=0.1), dict(dropout_p=0.7)),
+    added(dict(softcap=1.0), dict(softcap=30.0)),
+    added(dict(alibi_slopes=torch.zeros(4)), dict(alibi_slopes=torch.zeros(2, 4))),
+    added(dict(sinks=torch.zeros(4))),
+    added(dict(lengths=1), dict(lengths=7), dict(lengths=16)),
+    added(dict(scale=torch.tensor(1.0)), dict(scale=torch.tensor(-3.0))),
+    added(dict(mask=(2, 4)), dict(mask=(1, 4)), dict(mask=())),
+])
 print(json.dumps(counts))
 """
 
@@ -120,5 +173,8 @@ def test_new_numbers_compile_nothing_new():
     done = subprocess.run([sys.executable, "-I", "-c", FAKE_GPU], capture_output=True, text=True, env=COMPILER, check=False)
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout.splitlines()[-1])
-    one, two = (dict.fromkeys(configs.KERNELS, n) for n in (1, 2))
-    assert counts == [one, one, one, one, two, two]
+    kernels = ("flash_fwd", "flash_bwd_dq", "flash_bwd_dkdv")
+    one, two = (dict.fromkeys(kernels, n) for n in (1, 2))
+    assert counts[:6] == [one, one, one, one, two, two]
+    # a feature is one form, whatever its numbers; a mask is two, with rows that are aligned and with rows that are not
+    assert counts[6] == [one] * 6 + [{**two, "flash_bwd_dbias": 2}]

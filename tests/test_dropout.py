@@ -50,6 +50,27 @@ def test_bits_are_those_of_the_host(p, backend, device):
     torch.testing.assert_close(found, want.float(), rtol=1e-6, atol=0)
 
 
+@BACKENDS
+def test_the_threshold_itself_survives(backend, device):
+    """Numbers below p * 65536 drop. For each of some elements, p is set to where its own number stands: forward and, in dV, the
+    backward's transposed bits keep it."""
+    torch.manual_seed(5)
+    seed = dropout.draw_seed(torch.device(device))
+    for i, j in ((0, 0), (3, 9), (15, 7), (8, 12)):
+        lo, hi = 0, dropout.STEPS  # the largest threshold at which (i, j) is kept
+        while hi - lo > 1:
+            middle = (lo + hi) // 2
+            kept = reference.kept(seed, middle / dropout.STEPS, (1, 1, 16, 16))[0, 0, i, j] > 0
+            lo, hi = (middle, hi) if kept else (lo, middle)
+        q = torch.zeros(1, 1, 16, 1, device=device)
+        v = torch.eye(16, device=device)[None, None].requires_grad_()
+        torch.manual_seed(5)
+        out = tfkern.attention(q, q, v, dropout_p=lo / dropout.STEPS, backend=backend)
+        (dv,) = torch.autograd.grad(out[0, 0, i].sum(), v)
+        assert out[0, 0, i, j] > 0
+        assert dv[0, 0, j].sum() > 0
+
+
 @pytest.mark.parametrize("tiles", [(16, 16), (16, 64), (64, 16), (32, 128)], ids=str)
 def test_bits_do_not_hang_on_tiles(qkv, tiles, device):
     def run():

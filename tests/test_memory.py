@@ -14,8 +14,10 @@ options = eval(sys.argv[1])
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 def run(n):
     q = torch.randn(1, 1, n, 16, requires_grad=True)
-    lengths = {"key_lengths": torch.tensor([n - 5])} if "key_lengths" in options else {}
-    tfkern.attention(q, q, q, **{**options, **lengths}).sum().backward()
+    more = {"key_lengths": torch.tensor([n - 5])} if "key_lengths" in options else {}
+    if "alibi_slopes" in options:
+        more = {"alibi_slopes": torch.ones(1, requires_grad=True), "sinks": torch.ones(1), "attn_mask": torch.zeros(n, requires_grad=True)}
+    tfkern.attention(q, q, q, **{**options, **more}).sum().backward()
 run(64)
 before = peak()
 run(%d)
@@ -23,7 +25,13 @@ print(json.dumps(peak() - before))
 """
 
 
-@pytest.mark.parametrize("options", [{}, {"window": (100, 100)}, {"key_lengths": 1}], ids=["fused", "window", "tiled-all-keys"])
+OPTIONS = {
+    "fused": {}, "window": {"window": (100, 100)}, "tiled-all-keys": {"key_lengths": 1},
+    "features": {"alibi_slopes": 1, "softcap": 5.0, "is_causal": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 def test_peak(options):
     done = subprocess.run(
         [sys.executable, "-I", "-c", PROGRAM % N, repr(options)], capture_output=True, text=True, check=True

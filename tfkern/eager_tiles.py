@@ -36,7 +36,8 @@ class Tiles:
     def __init__(self, p: Problem, t: Tensors, first: int):
         self.p, self.t, self.first = p, t, first
         self.lengths = None if t.key_lengths is None else t.key_lengths.clamp(0, p.n_k).view(-1, 1, 1, 1)
-        self.step = max(1, min(p.n_q, ELEMENTS // max(1, p.batch * p.heads * p.n_k)))
+        elements = ELEMENTS // 8 if p.heavy else ELEMENTS  # features hold several tiles at once
+        self.step = max(1, min(p.n_q, elements // max(1, p.batch * p.heads * p.n_k)))
         self.compute = p.lse_dtype
         self.banded = p.left is not None or p.right is not None or p.has_key_lengths
         self.k, self.v = self._readable(t.k), self._readable(t.v)

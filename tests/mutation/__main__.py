@@ -1,9 +1,10 @@
 """Break the kernels, one place at a time, and see whether the fast tests notice: `make mutants`.
 
-usage: python tests/mutation [--file NAME …] [--workers N] [--limit N]
+usage: python tests/mutation [--file NAME …] [--workers N] [--limit N] [--survivors]
 
 Each mutant runs in a process of its own, in Triton's interpreter, until the first test fails. One that nothing notices must
-stand in equivalent.json with the reason why it changes no result. Writes result.md; ends 1 if fewer than 95% are killed or a
+stand in equivalent.json with the reason why it changes no result. --survivors runs only those that nothing noticed last time,
+after the tests have been sharpened. Writes last.json (who killed which) and result.md; ends 1 if fewer than 95% are killed or a
 survivor has no reason.
 """
 
@@ -22,8 +23,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 KERNELS = ROOT / "kernels"
-TESTS = ["test_small.py", "test_band.py", "test_addresses.py", "test_features.py", "test_extremes.py"]
-SELECTED = "test_small or test_ranges or test_addresses or (portable and (exact_near or averages))"
+TESTS = ["test_small.py", "test_band.py", "test_addresses.py", "test_dropout.py", "test_features.py", "test_extremes.py"]
+SELECTED = "test_small or test_ranges or test_addresses or (portable and (exact_near or averages or threshold))"
 # What tells quickest about a file comes first; everything else follows for mutants that survive it.
 FIRST = {
     "band.py": ["test_band.py", "window-narrow", "window", "dropout-window", "lower-right", "padded"],
@@ -37,6 +38,7 @@ FIRST = {
     "softmax.py": ["full", "strided", "sinks", "bnhd", "padded"],
     "tile.py": ["test_addresses.py", "full", "strided", "window-narrow", "packed"],
 }
+LAST = HERE / "last.json"
 LIMIT_S = 300
 LIMIT_BYTES = 8 << 30
 
@@ -51,19 +53,22 @@ def killed_by(mutant: Mutant) -> str | None:
         shutil.copytree(KERNELS, kernels, ignore=shutil.ignore_patterns("__pycache__"))
         (kernels / mutant.file).write_text(mutant.source)
         report = Path(folder) / "report"
-        child = multiprocessing.get_context("fork").Process(target=_run_tests, args=(mutant.file, kernels, report))
-        child.start()
-        child.join(LIMIT_S)
-        if child.is_alive():
-            child.kill()
-            child.join()
-            return "time"
-        if child.exitcode == 0:
-            return None
-        return report.read_text().strip() or "crash" if report.exists() else "crash"
+        first = FIRST.get(mutant.file, [])
+        quick = [*(name for name in first if name.endswith(".py")), "test_small.py"]
+        for files in (quick, [name for name in TESTS if name not in quick]):
+            child = multiprocessing.get_context("fork").Process(target=_run_tests, args=(files, first, kernels, report))
+            child.start()
+            child.join(LIMIT_S)
+            if child.is_alive():
+                child.kill()
+                child.join()
+                return "time"
+            if child.exitcode != 0:
+                return report.read_text().strip() or "crash" if report.exists() else "crash"
+    return None
 
 
-def _run_tests(file: str, kernels: Path, report: Path) -> None:
+def _run_tests(files: list[str], first: list[str], kernels: Path, report: Path) -> None:
     """In the child: put the mutated kernels in the place of ours and run pytest until something fails."""
     resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
     with open(os.devnull, "w") as nothing:
@@ -74,8 +79,6 @@ def _run_tests(file: str, kernels: Path, report: Path) -> None:
     import tfkern.kernels
 
     tfkern.kernels.__path__[:] = [str(kernels)]
-
-    first = FIRST.get(file, [])
 
     def rank(item) -> int:
         for place, name in enumerate(first):
@@ -96,10 +99,15 @@ def _run_tests(file: str, kernels: Path, report: Path) -> None:
                 path.write_text("import")
 
     path = report
-    files = [str(ROOT / "tests" / name) for name in TESTS]
-    arguments = ["-x", "-q", "-p", "no:cacheprovider", "-k", SELECTED, *files]
+    plugins = [f"-pno:{name}" for name in ("cacheprovider", "xdist", "benchmark", "hypothesispytest")]  # slow to start
+    arguments = ["-x", "-q", *plugins, "-k", SELECTED, *(str(ROOT / "tests" / name) for name in files)]
     status = pytest.main(arguments, plugins=[First()])
     os._exit(0 if status == 0 else 1)
+
+
+def key(mutant: Mutant) -> str:
+    """What tells a mutant from all others, until its file changes."""
+    return f"{mutant.line}: {mutant}"
 
 
 def work(mutant: Mutant) -> tuple[Mutant, str | None, float]:
@@ -112,6 +120,7 @@ def main() -> int:
     parser.add_argument("--file", nargs="+", default=sorted(p.name for p in KERNELS.glob("*.py")))
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--limit", type=int, help="only every so-manieth mutant, to have that many")
+    parser.add_argument("--survivors", action="store_true", help="only those that survived last time")
     args = parser.parse_args()
     os.environ["TRITON_INTERPRET"] = "1"
     # Imported once, before the forks; what is mutated is imported in the children.
@@ -128,8 +137,10 @@ def main() -> int:
     todo = [m for name in args.file for m in mutants(name, (KERNELS / name).read_text())]
     if args.limit:
         todo = todo[:: max(1, len(todo) // args.limit)]
+    before = json.loads(LAST.read_text()) if args.survivors else {}
+    results = [(m, before[key(m)]) for m in todo if before.get(key(m))]
+    todo = [m for m in todo if not before.get(key(m))]
     print(f"{len(todo)} mutants", flush=True)
-    results = []
     # Threads, each with one child at a time: a pool of processes could not kill a child that hangs.
     from concurrent.futures import ThreadPoolExecutor, as_completed
 
@@ -156,6 +167,7 @@ def conclude(results: list, whole: bool) -> int:
     text = "\n".join(lines) + "\n"
     print(text)
     if whole:
+        LAST.write_text(json.dumps({key(m): killer for m, killer in results}, indent=0, sort_keys=True) + "\n")
         (HERE / "result.md").write_text(text)
     return 1 if share < 0.95 or unexplained else 0
 

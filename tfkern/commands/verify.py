@@ -9,19 +9,9 @@ from tfkern import call, launch, testing
 from tfkern.backends import BACKENDS, order
 
 SHORT = (
-    "vit-197",
-    "causal",
-    "lower-right-wide",
-    "window",
-    "padded",
-    "gqa-everything",
-    "d80",
-    "layout-strided",
-    "bias-of-heads",
-    "dropout-bias",
-    "packed-bias-dropout",
-    "everything",
-)
+    "vit-197", "causal", "lower-right-wide", "window", "padded", "gqa-everything", "d80", "layout-strided",
+    "bias-of-heads", "dropout-bias", "packed-bias-dropout", "everything",
+)  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
