@@ -40,4 +40,4 @@ def python_without():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--problems", type=int, default=25, help="how many random problems test_random.py draws")
+    parser.addoption("--problems", type=int, default=15, help="how many random problems test_random.py draws")

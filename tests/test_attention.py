@@ -20,10 +20,18 @@ def assert_within_budget(errors):
     assert all(e.ok for e in errors), "\n" + "\n".join(map(str, errors))
 
 
+# Both 16-bit formats take the same way through the kernels, and the interpreter is slow: without a GPU float16 runs with the
+# cases where its range or its rounding could matter. `tfkern verify --full` runs all.
+IN_FLOAT16 = {"vit-197", "causal", "d80", "d256", "gqa-everything", "large-logits", "layout-packed", "bias", "bias-of-heads",
+              "dropout-bias", "packed-bias-dropout", "large-fp16", "large-fp16-softcap", "everything", "everything-packed"}  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", ["portable", "eager"])
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
 def test_case(case, backend, dtype, device):
+    if dtype == "fp16" and backend == "portable" and device == "cpu" and case.name not in IN_FLOAT16:
+        pytest.skip("float16 in the interpreter: a selection of the cases")
     assert_within_budget(testing.check(case, DTYPES[dtype], backend, device))
 
 
@@ -58,7 +66,10 @@ def test_eager_is_exact_in_float64(case, elements, monkeypatch):
     found = testing.results(tfkern.attention_varlen if case.lengths else tfkern.attention, inputs, backend="eager")
     truth = testing.truth(case, inputs)
     for name in found:
-        torch.testing.assert_close(found[name], truth[name], rtol=1e-12, atol=1e-12)
+        exact = (
+            1e-12 * case.magnitude**2 if found[name].dtype == torch.float64 else 1e-6
+        )  # biases, slopes and sinks are float32
+        torch.testing.assert_close(found[name].double(), truth[name], rtol=exact, atol=exact)
 
 
 @pytest.mark.parametrize("kind", ["every second", "expanded", "int32"])

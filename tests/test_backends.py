@@ -40,7 +40,7 @@ def test_explain(monkeypatch):
     monkeypatch.setenv("TFKERN_BACKENDS", "portable,eager")
     text = tfkern.explain(q, q, q)
     assert text.startswith("eager runs")
-    assert "portable: head dim 300 is outside 1..256" in text
+    assert "portable: head dim 300 is outside 0..256" in text
     assert "no backend can do this problem" in tfkern.explain(q, q, q, backend="portable")
 
 

@@ -1,12 +1,8 @@
 """Strides: memory order, what is promised to the compiler, and that no length changes it."""
 
-import pytest
 import torch
-import triton
-import triton.language as tl
 
-from tfkern import interpreter, layout
-from tfkern.kernels import tile
+from tfkern import layout
 
 
 def decoded(vec, strides):
@@ -41,30 +37,6 @@ def test_rows_too_far_apart_for_int32_take_the_general_form():
     assert layout.kernel_strides(far)[0] == 0
     near = torch.empty_strided((2, 2, 2, 64), (0, 0, layout.MAX_ROW_STRIDE - 16, 1), device="meta")
     assert layout.kernel_strides(near)[0] == 16
-
-
-@triton.jit
-def _offsets(OUT, stride, b, h, start, VEC: tl.constexpr):
-    base = tl.full([], 0, tl.int64)
-    tl.store(OUT, tile.head(base, stride, b, h, VEC))
-    rows = tile._pointers(base, stride, start, 16, 16, VEC)
-    tl.store(OUT + 1 + tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :], rows)
-
-
-@pytest.mark.parametrize("vec", [0, 1, 16])
-def test_addresses_beyond_int32(vec, device):
-    """Strides and offsets past 2**31 elements, without the memory."""
-    strides = (5 * 2**31, 2**31 + 16, 2**22, 1) if vec else (5 * 2**31, 2**31 + 16, 2**24 + 3, 2**25 + 1)
-    encoded = tuple(2 * (s // max(vec, 1)) + 3 for s in strides)
-    out = torch.empty(257, dtype=torch.int64, device=device)
-    args = (out, encoded, 3, 2, 5000, vec)
-    if interpreter.interpreting():
-        interpreter.run(_offsets, 1, args, {})
-    else:
-        _offsets[(1,)](*args)
-    assert out[0] == 3 * strides[0] + 2 * strides[1]
-    rows, cols = 5000 + torch.arange(16)[:, None], torch.arange(16)[None, :]
-    assert torch.equal(out[1:].cpu().view(16, 16), rows * strides[2] + cols * strides[3])
 
 
 def test_size_one_and_expanded_dims_do_not_decide_the_order():

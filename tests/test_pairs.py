@@ -71,9 +71,8 @@ def test_every_pair_meets():
     assert len({str(case(c)) for c in CHOICES}) == len(CHOICES)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("backend", ["portable", "eager"])
 @pytest.mark.parametrize("case", [case(c) for c in CHOICES], ids=str)
-def test_pair(case, backend, dtype, device):
-    errors = testing.check(case, dtype, backend, device)
+def test_pair(case, backend, device):
+    errors = testing.check(case, torch.float32, backend, device)
     assert all(e.ok for e in errors), "\n" + "\n".join(map(str, errors))

@@ -131,7 +131,8 @@ def _forward_tiled(p: Problem, t: Tensors, first: int, out: Tensor, lse: Tensor)
     tiles = Tiles(p, t, first)
     for tile in tiles:
         s = tiles.logits(tile, tiles.fold(t.q, tile))
-        sinks = torch.full_like(s[:1, :, :1, :1], -math.inf) if t.sinks is None else t.sinks.to(s.dtype).view(1, -1, 1, 1)
+        sinks = s.new_full((p.heads,), -math.inf) if t.sinks is None else t.sinks.to(s.dtype)
+        sinks = sinks[:, None, None]
         largest = torch.cat([s, sinks.expand(*s.shape[:3], 1)], -1).amax(-1, keepdim=True)
         largest = largest.masked_fill(largest == -math.inf, 0.0)  # no key, no sink: -inf - -inf would be NaN
         prob = s.sub_(largest).exp_()

@@ -112,6 +112,8 @@ def _launch_dbias(p: Problem, t: Tensors, features, lse, delta, do) -> Tensor:
 
 def _slope_sums(p: Problem, t: Tensors, parts: Tensor) -> Tensor:
     """The gradient of the slopes from each query's part (B, H, Nq); each sum has one order."""
+    if p.packed and p.batch == 0:
+        return torch.zeros_like(t.slopes)
     if p.packed and len(t.slopes) > 1:
         offsets = t.cu_q.long().clamp(0, p.n_q).cummax(0).values  # whatever they hold, a check of them would stop the stream
         sums = torch.segment_reduce(parts[0].T.contiguous(), "sum", offsets=offsets, unsafe=True)
