@@ -82,6 +82,7 @@ def arguments(kernel, dtype: str, head_dim: int, config, variant: str) -> dict:
         PRECISION="tf32" if dtype == "tf32" else "ieee",
         MOD=score_mods.signed_log if "MOD" in there else None,
         MOD_GRAD=score_mods.signed_log_derivative if "MOD" in there else None,
+        LINEAR=not there & {"bias", "softcap", "slopes", "sinks", "MOD"} and kernel.__name__ != "flash_bwd_dbias",
         MASK_VEC=mask_vec, SUM_ROWS=False, SUM_COLUMNS=False, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
     )  # fmt: skip
     kinds = {}

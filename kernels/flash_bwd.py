@@ -21,10 +21,10 @@ DKDV_RUN_TIME = [n for n in RUN_TIME if n not in ("stride_o", "stride_dq")]
 
 @triton.jit
 def _dq_tiles(
-    q, do, lse, delta, K, V, stride_k, stride_v, dq, dslope, start, stop, lo, hi, start_m, F, S, bh,
+    q, do, lse, delta, K, V, stride_k, stride_v, dq, dslope, start, stop, lo, hi, start_m, LEFT, RIGHT, F, S, bh,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, VEC: tl.constexpr, PRECISION: tl.constexpr, MOD: tl.constexpr, MOD_GRAD: tl.constexpr,
-    MASK_VEC: tl.constexpr, MASKED: tl.constexpr,
+    LINEAR: tl.constexpr, MASK_VEC: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add the key tiles of [start, stop) to dq, and to dslope [BLOCK_M] each query's part of the gradient of ALiBi's slope."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -34,19 +34,19 @@ def _dq_tiles(
         v = tile.load(V, stride_v, start_n, lo, hi, BLOCK_N, DV, BLOCK_DV, VEC, MASKED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_D] @ [BLOCK_D, BLOCK_N]
         s, keep, slope = score.logits(
-            s, offs_m[:, None], offs_n[None, :], start_m, start_n, S, MOD, MOD_GRAD, MASK_VEC, MASKED, MASKED
-        )
-        p = softmax.weights(s, lse[:, None], S)
+            s, offs_m[:, None], offs_n[None, :], start_m, start_n, F, S, LEFT, RIGHT,
+            MOD, MOD_GRAD, LINEAR, MASK_VEC, MASKED, MASKED)  # fmt: skip
+        p = softmax.weights(s, lse[:, None], S, LINEAR)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_DV] @ [BLOCK_DV, BLOCK_N]
         if F.dropout is not None:
             kept = dropout.keep(F.dropout, bh, start_m, start_n, BLOCK_M, BLOCK_N)
             dp = tl.where(kept, dp * F.dropout.factor, 0.0)
-        ds = score.where(keep, p * (dp - delta[:, None]))
-        if S.slope is not None:
+        ds = tl.where(keep, p * (dp - delta[:, None]), 0.0)
+        if F.slopes is not None:
             dslope -= tl.sum(ds * score.distance(offs_m[:, None], offs_n[None, :], S), 1)
-        if slope is not None:
-            ds = score.where(keep, ds * slope)
-        k = score.hide_unseen(k, keep, S, 0)
+        if F.softcap is not None or MOD is not None:
+            ds = tl.where(keep, ds * slope, 0.0)
+        k = score.hide_unseen(k, keep, F, 0)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N] @ [BLOCK_N, BLOCK_D]
     return dq, dslope
 
@@ -56,7 +56,7 @@ def flash_bwd_dq(
     Q, K, V, O, DO, LSE, DLSE, DELTA, DQ, DSLOPES, F, stride_q, stride_k, stride_v, stride_o, stride_do, stride_dq,
     batch, heads, group, n_q, n_k, tiles, scale, align, LEFT, RIGHT,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VEC: tl.constexpr,
-    PRECISION: tl.constexpr, MOD: tl.constexpr, MOD_GRAD: tl.constexpr, MASK_VEC: tl.constexpr,
+    PRECISION: tl.constexpr, MOD: tl.constexpr, MOD_GRAD: tl.constexpr, LINEAR: tl.constexpr, MASK_VEC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid as flash_fwd. Writes DQ, DELTA, and with slopes DSLOPES: each query's part of their gradient.
@@ -67,7 +67,7 @@ def flash_bwd_dq(
     offs_m = start_m + tl.arange(0, BLOCK_M)
     shift = align * (seq.n_k - seq.n_q)
     scale = score.scale_of(F, scale)
-    S = score.prepare(F, seq, h, scale, shift, LEFT, RIGHT, MOD, MASK_VEC)
+    S = score.prepare(F, seq, h, scale, shift, LINEAR, MASK_VEC)
     end_m = tl.minimum(start_m + BLOCK_M, seq.n_q)
     lo, full_lo, full_hi, hi = band.key_range(start_m, end_m, S.n_k, shift, LEFT, RIGHT, F, BLOCK_N)
 
@@ -79,7 +79,7 @@ def flash_bwd_dq(
     q = tile.load(Q_h, stride_q, start_m, 0, seq.n_q, BLOCK_M, D, BLOCK_D, VEC, True)
     o = tile.load(O_h, stride_o, start_m, 0, seq.n_q, BLOCK_M, DV, BLOCK_DV, VEC, True)
     do = tile.load(DO_h, stride_do, start_m, 0, seq.n_q, BLOCK_M, DV, BLOCK_DV, VEC, True)
-    lse = softmax.load_lse(LSE + row, offs_m, 0, seq.n_q, S, True)
+    lse = softmax.load_lse(LSE + row, offs_m, 0, seq.n_q, LINEAR, True)
     products = o.to(tl.float32) * do.to(tl.float32)
     if F.sinks is not None:  # a row that saw no key still has an lse: nothing of its gradient but dlse may count
         products = tl.where(o == 0.0, 0.0, products)
@@ -97,14 +97,14 @@ def flash_bwd_dq(
     if LEFT is not None:
         dq, dslope = _dq_tiles(
             q, do, lse, delta, K, V, stride_k, stride_v, dq, dslope, band.first_tile(lo, F, BLOCK_N),
-            tl.minimum(full_lo, hi), lo, hi, start_m, F, S, bh, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-            VEC, PRECISION, MOD, MOD_GRAD, MASK_VEC, True)  # fmt: skip
+            tl.minimum(full_lo, hi), lo, hi, start_m, LEFT, RIGHT, F, S, bh, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+            VEC, PRECISION, MOD, MOD_GRAD, LINEAR, MASK_VEC, True)  # fmt: skip
     dq, dslope = _dq_tiles(
-        q, do, lse, delta, K, V, stride_k, stride_v, dq, dslope, full_lo, full_hi, lo, hi, start_m, F, S, bh,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MOD_GRAD, MASK_VEC, False)  # fmt: skip
+        q, do, lse, delta, K, V, stride_k, stride_v, dq, dslope, full_lo, full_hi, lo, hi, start_m, LEFT, RIGHT, F, S, bh,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MOD_GRAD, LINEAR, MASK_VEC, False)  # fmt: skip
     dq, dslope = _dq_tiles(
-        q, do, lse, delta, K, V, stride_k, stride_v, dq, dslope, full_hi, hi, lo, hi, start_m, F, S, bh,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MOD_GRAD, MASK_VEC, True)  # fmt: skip
+        q, do, lse, delta, K, V, stride_k, stride_v, dq, dslope, full_hi, hi, lo, hi, start_m, LEFT, RIGHT, F, S, bh,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MOD_GRAD, LINEAR, MASK_VEC, True)  # fmt: skip
     DQ_h = tile.head(DQ, stride_dq, seq.at, h, seq.q_row, VEC)
     tile.store(DQ_h, stride_dq, start_m, seq.n_q, dq * scale, BLOCK_M, D, BLOCK_D, VEC)
     if DSLOPES is not None:
@@ -113,10 +113,10 @@ def flash_bwd_dq(
 
 @triton.jit
 def _dkdv_tiles(
-    k, v, Q, DO, LSE, DELTA, stride_q, stride_do, dk, dv, start, stop, lo, hi, start_n, F, S, bh,
+    k, v, Q, DO, LSE, DELTA, stride_q, stride_do, dk, dv, start, stop, lo, hi, start_n, LEFT, RIGHT, F, S, bh,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, VEC: tl.constexpr, PRECISION: tl.constexpr, MOD: tl.constexpr, MOD_GRAD: tl.constexpr,
-    MASK_VEC: tl.constexpr, MASKED: tl.constexpr,
+    LINEAR: tl.constexpr, MASK_VEC: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add the query tiles of [start, stop) to dk and dv. Scores are held transposed, so that P^T and dS^T are left operands."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -124,14 +124,14 @@ def _dkdv_tiles(
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q = tile.load(Q, stride_q, start_m, lo, hi, BLOCK_M, D, BLOCK_D, VEC, MASKED)
         do = tile.load(DO, stride_do, start_m, lo, hi, BLOCK_M, DV, BLOCK_DV, VEC, MASKED)
-        lse = softmax.load_lse(LSE, offs_m, lo, hi, S, MASKED)
+        lse = softmax.load_lse(LSE, offs_m, lo, hi, LINEAR, MASKED)
         delta = tile.load_row_values(DELTA, offs_m, lo, hi, 0.0, MASKED)
         st = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_D] @ [BLOCK_D, BLOCK_M]
         st, keep, slope = score.logits(
-            st, offs_m[None, :], offs_n[:, None], start_m, start_n, S, MOD, MOD_GRAD, MASK_VEC, MASKED, True
-        )
-        pt = score.where(keep, softmax.weights(st, lse[None, :], S))
-        do = score.hide_unseen(do, keep, S, 0)
+            st, offs_m[None, :], offs_n[:, None], start_m, start_n, F, S, LEFT, RIGHT,
+            MOD, MOD_GRAD, LINEAR, MASK_VEC, MASKED, True)  # fmt: skip
+        pt = tl.where(keep, softmax.weights(st, lse[None, :], S, LINEAR), 0.0)
+        do = score.hide_unseen(do, keep, F, 0)
         if F.dropout is not None:
             kept = dropout.keep_transposed(F.dropout, bh, start_m, start_n, BLOCK_M, BLOCK_N)
             # [BLOCK_N, BLOCK_M] @ [BLOCK_M, BLOCK_DV]
@@ -141,10 +141,11 @@ def _dkdv_tiles(
         dpt = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_DV] @ [BLOCK_DV, BLOCK_M]
         if F.dropout is not None:
             dpt = tl.where(kept, dpt * F.dropout.factor, 0.0)
-        dst = score.times(pt * (dpt - delta[None, :]), slope)
-        if keep is not None:  # 0 * NaN in what is not seen; `keep` itself would have to live on, for 500 instructions more
+        dst = pt * (dpt - delta[None, :]) * slope
+        if MASKED or F.mask is not None or F.bias is not None:
+            # 0 * NaN in what is not seen; `keep` itself would have to live on, for 500 instructions more
             dst = tl.where(pt == 0.0, 0.0, dst)
-        q = score.hide_unseen(q, keep, S, 0)
+        q = score.hide_unseen(q, keep, F, 0)
         dk = tl.dot(dst.to(q.dtype), q, dk, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, BLOCK_D]
     return dk, dv
 
@@ -154,7 +155,7 @@ def flash_bwd_dkdv(
     Q, K, V, DO, LSE, DELTA, DK, DV_OUT, F, stride_q, stride_k, stride_v, stride_do, stride_dk, stride_dv,
     batch, heads, group, n_q, n_k, tiles, scale, align, LEFT, RIGHT,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VEC: tl.constexpr,
-    PRECISION: tl.constexpr, MOD: tl.constexpr, MOD_GRAD: tl.constexpr, MASK_VEC: tl.constexpr,
+    PRECISION: tl.constexpr, MOD: tl.constexpr, MOD_GRAD: tl.constexpr, LINEAR: tl.constexpr, MASK_VEC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (batch * heads / group * tiles,), tiles = ceil(n_k / BLOCK_N); packed: (heads / group * tiles,), as in sequence.py.
@@ -169,7 +170,7 @@ def flash_bwd_dkdv(
         rows = seq.n_k
     shift = align * (seq.n_k - seq.n_q)
     scale = score.scale_of(F, scale)
-    there = score.prepare(F, seq, h_k * group, scale, shift, LEFT, RIGHT, MOD, MASK_VEC).n_k
+    there = score.prepare(F, seq, h_k * group, scale, shift, LINEAR, MASK_VEC).n_k
     # Only keys that some query sees are read: what the others hold (padding, NaN) must not matter.
     seen_lo, _, _, seen_hi = band.key_range(0, seq.n_q, there, shift, LEFT, RIGHT, F, BLOCK_N)
     end_n = tl.minimum(start_n + BLOCK_N, there)
@@ -185,21 +186,23 @@ def flash_bwd_dkdv(
     for member in range(group):
         h = h_k * group + member
         bh = seq.b * heads + h
-        S = score.prepare(F, seq, h, scale, shift, LEFT, RIGHT, MOD, MASK_VEC)
+        S = score.prepare(F, seq, h, scale, shift, LINEAR, MASK_VEC)
         row = (seq.at * heads + h).to(tl.int64) * n_q + seq.q_row
         Q_h = tile.head(Q, stride_q, seq.at, h, seq.q_row, VEC)
         DO_h = tile.head(DO, stride_do, seq.at, h, seq.q_row, VEC)
         if RIGHT is not None:
             dk, dv = _dkdv_tiles(
                 k, v, Q_h, DO_h, LSE + row, DELTA + row, stride_q, stride_do, dk, dv, band.first_tile(lo, F, BLOCK_M),
-                tl.minimum(full_lo, hi), lo, hi, start_n, F, S, bh, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-                VEC, PRECISION, MOD, MOD_GRAD, MASK_VEC, True)  # fmt: skip
+                tl.minimum(full_lo, hi), lo, hi, start_n, LEFT, RIGHT, F, S, bh, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+                VEC, PRECISION, MOD, MOD_GRAD, LINEAR, MASK_VEC, True)  # fmt: skip
         dk, dv = _dkdv_tiles(
-            k, v, Q_h, DO_h, LSE + row, DELTA + row, stride_q, stride_do, dk, dv, full_lo, full_hi, lo, hi, start_n, F, S, bh,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MOD_GRAD, MASK_VEC, False)  # fmt: skip
+            k, v, Q_h, DO_h, LSE + row, DELTA + row, stride_q, stride_do, dk, dv, full_lo, full_hi, lo, hi,
+            start_n, LEFT, RIGHT, F, S, bh, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+            VEC, PRECISION, MOD, MOD_GRAD, LINEAR, MASK_VEC, False)  # fmt: skip
         dk, dv = _dkdv_tiles(
-            k, v, Q_h, DO_h, LSE + row, DELTA + row, stride_q, stride_do, dk, dv, full_hi, hi, lo, hi, start_n, F, S, bh,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MOD_GRAD, MASK_VEC, True)  # fmt: skip
+            k, v, Q_h, DO_h, LSE + row, DELTA + row, stride_q, stride_do, dk, dv, full_hi, hi, lo, hi,
+            start_n, LEFT, RIGHT, F, S, bh, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+            VEC, PRECISION, MOD, MOD_GRAD, LINEAR, MASK_VEC, True)  # fmt: skip
 
     if F.dropout is not None:
         dv *= F.dropout.factor

@@ -27,9 +27,10 @@ def _owned(index, size, all_of, SUM: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _ds(
-    q, do, lse, delta, K, V, stride_k, stride_v, start_m, start_n, hi, F, S, bh,
+    q, do, lse, delta, K, V, stride_k, stride_v, start_m, start_n, hi, LEFT, RIGHT, F, S, bh,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, VEC: tl.constexpr, PRECISION: tl.constexpr, MOD: tl.constexpr, MASK_VEC: tl.constexpr,
+    BLOCK_N: tl.constexpr, VEC: tl.constexpr, PRECISION: tl.constexpr,
+    MOD: tl.constexpr, LINEAR: tl.constexpr, MASK_VEC: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the logits of one tile [BLOCK_M, BLOCK_N]."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -37,21 +38,24 @@ def _ds(
     k = tile.load(K, stride_k, start_n, 0, hi, BLOCK_N, D, BLOCK_D, VEC, True)
     v = tile.load(V, stride_v, start_n, 0, hi, BLOCK_N, DV, BLOCK_DV, VEC, True)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_D] @ [BLOCK_D, BLOCK_N]
-    s, keep, _ = score.logits(s, offs_m[:, None], offs_n[None, :], start_m, start_n, S, MOD, None, MASK_VEC, True, True)
-    p = softmax.weights(s, lse[:, None], S)
+    s, keep, _ = score.logits(
+        s, offs_m[:, None], offs_n[None, :], start_m, start_n, F, S, LEFT, RIGHT, MOD, None, LINEAR, MASK_VEC, True, True
+    )
+    p = softmax.weights(s, lse[:, None], S, LINEAR)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_DV] @ [BLOCK_DV, BLOCK_N]
     if F.dropout is not None:
         kept = dropout.keep(F.dropout, bh, start_m, start_n, BLOCK_M, BLOCK_N)
         dp = tl.where(kept, dp * F.dropout.factor, 0.0)
-    return tl.where(keep & (offs_m < S.bias.rows)[:, None], p * (dp - delta[:, None]), 0.0)
+    return tl.where(keep & (offs_m < S.mask.rows)[:, None], p * (dp - delta[:, None]), 0.0)
 
 
 @triton.jit
 def _head_sum(
-    acc, Q, K, V, DO, LSE, DELTA, F, S, seq, stride_q, stride_k, stride_v, stride_do, m_lo, m_hi, n_lo, n_hi, heads, group, n_q,
+    acc, Q, K, V, DO, LSE, DELTA, LEFT, RIGHT, F, S, seq, stride_q, stride_k, stride_v, stride_do,
+    m_lo, m_hi, n_lo, n_hi, heads, group, n_q,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, VEC: tl.constexpr, PRECISION: tl.constexpr, MOD: tl.constexpr, MASK_VEC: tl.constexpr,
-    SUM_COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr, VEC: tl.constexpr, PRECISION: tl.constexpr,
+    MOD: tl.constexpr, LINEAR: tl.constexpr, MASK_VEC: tl.constexpr, SUM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Add the scores of queries [m_lo, m_hi) and keys [n_lo, n_hi) of head S.h of a sequence to acc."""
     row = (seq.at * heads + S.h).to(tl.int64) * n_q + seq.q_row
@@ -61,11 +65,11 @@ def _head_sum(
     V_h = tile.head(V, stride_v, seq.at, S.h // group, seq.k_row, VEC)
     for start_m in range(m_lo, tl.minimum(m_hi, seq.n_q), BLOCK_M):
         end_m = tl.minimum(start_m + BLOCK_M, seq.n_q)
-        lo, _, _, hi = band.key_range(start_m, end_m, S.n_k, S.shift, S.LEFT, S.RIGHT, F, BLOCK_N)
+        lo, _, _, hi = band.key_range(start_m, end_m, S.n_k, S.shift, LEFT, RIGHT, F, BLOCK_N)
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q = tile.load(Q_h, stride_q, start_m, 0, seq.n_q, BLOCK_M, D, BLOCK_D, VEC, True)
         do = tile.load(DO_h, stride_do, start_m, 0, seq.n_q, BLOCK_M, DV, BLOCK_DV, VEC, True)
-        lse = softmax.load_lse(LSE + row, offs_m, 0, seq.n_q, S, True)
+        lse = softmax.load_lse(LSE + row, offs_m, 0, seq.n_q, LINEAR, True)
         delta = tile.load_row_values(DELTA + row, offs_m, 0, seq.n_q, 0.0, True)
         first = n_lo
         if SUM_COLUMNS:
@@ -74,8 +78,8 @@ def _head_sum(
             hi = tl.where(n_lo + BLOCK_N > lo, hi, 0)
         for start_n in tl.range(first, tl.minimum(n_hi, hi), BLOCK_N):
             acc += _ds(
-                q, do, lse, delta, K_h, V_h, stride_k, stride_v, start_m, start_n, hi, F, S, seq.b * heads + S.h,
-                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MASK_VEC)  # fmt: skip
+                q, do, lse, delta, K_h, V_h, stride_k, stride_v, start_m, start_n, hi, LEFT, RIGHT, F, S, seq.b * heads + S.h,
+                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, LINEAR, MASK_VEC)  # fmt: skip
     return acc
 
 
@@ -84,8 +88,8 @@ def flash_bwd_dbias(
     Q, K, V, DO, LSE, DELTA, DBIAS, F, stride_q, stride_k, stride_v, stride_do, batch, heads, group, n_q, n_k,
     scale, align, LEFT, RIGHT, bias_batch, bias_heads, bias_rows, bias_columns,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VEC: tl.constexpr,
-    PRECISION: tl.constexpr, MOD: tl.constexpr, MASK_VEC: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, MOD: tl.constexpr, LINEAR: tl.constexpr, MASK_VEC: tl.constexpr,
+    SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (bias_batch * bias_heads * ceil(bias_rows / BLOCK_M) * ceil(bias_columns / BLOCK_N),).
 
@@ -107,11 +111,11 @@ def flash_bwd_dbias(
         m_lo, m_hi = _owned(tile_m, bias_rows, seq.n_q, SUM_ROWS, BLOCK_M)
         n_lo, n_hi = _owned(tile_n, bias_columns, seq.n_k, SUM_COLUMNS, BLOCK_N)
         for h in range(tl.where(bias_heads == 1, 0, bias_h), tl.where(bias_heads == 1, heads, bias_h + 1)):
-            S = score.prepare(F, seq, h, scale, align * (seq.n_k - seq.n_q), LEFT, RIGHT, MOD, MASK_VEC)
+            S = score.prepare(F, seq, h, scale, align * (seq.n_k - seq.n_q), LINEAR, MASK_VEC)
             acc = _head_sum(
-                acc, Q, K, V, DO, LSE, DELTA, F, S, seq, stride_q, stride_k, stride_v, stride_do, m_lo, m_hi, n_lo, n_hi,
-                heads, group, n_q, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MASK_VEC,
-                SUM_COLUMNS)  # fmt: skip
+                acc, Q, K, V, DO, LSE, DELTA, LEFT, RIGHT, F, S, seq, stride_q, stride_k, stride_v, stride_do,
+                m_lo, m_hi, n_lo, n_hi, heads, group, n_q, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+                VEC, PRECISION, MOD, LINEAR, MASK_VEC, SUM_COLUMNS)  # fmt: skip
 
     if SUM_ROWS:
         acc = tl.broadcast_to(tl.sum(acc, 0)[None, :], [BLOCK_M, BLOCK_N])

@@ -13,10 +13,10 @@ RUN_TIME = [
 
 @triton.jit
 def _attend(
-    q, K, V, stride_k, stride_v, acc, m_i, l_i, start, stop, lo, hi, start_m, F, S, bh,
+    q, K, V, stride_k, stride_v, acc, m_i, l_i, start, stop, lo, hi, start_m, LEFT, RIGHT, F, S, bh,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, VEC: tl.constexpr, PRECISION: tl.constexpr, MOD: tl.constexpr, MASK_VEC: tl.constexpr,
-    MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, VEC: tl.constexpr, PRECISION: tl.constexpr,
+    MOD: tl.constexpr, LINEAR: tl.constexpr, MASK_VEC: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Take the key tiles of [start, stop) into (acc, m_i, l_i)."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -24,14 +24,29 @@ def _attend(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = tile.load(K, stride_k, start_n, lo, hi, BLOCK_N, D, BLOCK_D, VEC, MASKED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_D] @ [BLOCK_D, BLOCK_N]
-        s, keep, _ = score.logits(s, offs_m[:, None], offs_n[None, :], start_m, start_n, S, MOD, None, MASK_VEC, MASKED, MASKED)
-        if keep is not None:
-            s = tl.where(keep, s, float("-inf"))
-        p, alpha, m_i, l_i = softmax.step(s, m_i, l_i, S)
+        s, keep, _ = score.logits(
+            s,
+            offs_m[:, None],
+            offs_n[None, :],
+            start_m,
+            start_n,
+            F,
+            S,
+            LEFT,
+            RIGHT,
+            MOD,
+            None,
+            LINEAR,
+            MASK_VEC,
+            MASKED,
+            MASKED,
+        )
+        s = tl.where(keep, s, float("-inf"))
+        p, alpha, m_i, l_i = softmax.step(s, m_i, l_i, S, LINEAR)
         if F.dropout is not None:
             p = tl.where(dropout.keep(F.dropout, bh, start_m, start_n, BLOCK_M, BLOCK_N), p, 0.0)
         v = tile.load(V, stride_v, start_n, lo, hi, BLOCK_N, DV, BLOCK_DV, VEC, MASKED)
-        v = score.hide_unseen(v, keep, S, 0)
+        v = score.hide_unseen(v, keep, F, 0)
         # [BLOCK_M, BLOCK_N] @ [BLOCK_N, BLOCK_DV]
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return acc, m_i, l_i
@@ -42,7 +57,8 @@ def flash_fwd(
     Q, K, V, O, LSE, F, stride_q, stride_k, stride_v, stride_o,
     batch, heads, group, n_q, n_k, tiles, scale, align, LEFT, RIGHT,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VEC: tl.constexpr,
-    PRECISION: tl.constexpr, MOD: tl.constexpr, MASK_VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, MOD: tl.constexpr, LINEAR: tl.constexpr, MASK_VEC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (batch * heads * tiles,), tiles = ceil(n_q / BLOCK_M); packed: (heads * tiles,), tiles as in sequence.py.
 
@@ -55,7 +71,7 @@ def flash_fwd(
     Q_h = tile.head(Q, stride_q, seq.at, h, seq.q_row, VEC)
     q = tile.load(Q_h, stride_q, start_m, 0, seq.n_q, BLOCK_M, D, BLOCK_D, VEC, True)
     q, scale = softmax.fold_scale(q, score.scale_of(F, scale))
-    S = score.prepare(F, seq, h, scale, shift, LEFT, RIGHT, MOD, MASK_VEC)
+    S = score.prepare(F, seq, h, scale, shift, LINEAR, MASK_VEC)
     end_m = tl.minimum(start_m + BLOCK_M, seq.n_q)
     lo, full_lo, full_hi, hi = band.key_range(start_m, end_m, S.n_k, shift, LEFT, RIGHT, F, BLOCK_N)
 
@@ -67,13 +83,14 @@ def flash_fwd(
     if LEFT is not None:
         acc, m_i, l_i = _attend(
             q, K, V, stride_k, stride_v, acc, m_i, l_i, band.first_tile(lo, F, BLOCK_N), tl.minimum(full_lo, hi), lo, hi,
-            start_m, F, S, bh, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MASK_VEC, True)  # fmt: skip
+            start_m, LEFT, RIGHT, F, S, bh, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+            VEC, PRECISION, MOD, LINEAR, MASK_VEC, True)  # fmt: skip
     acc, m_i, l_i = _attend(
-        q, K, V, stride_k, stride_v, acc, m_i, l_i, full_lo, full_hi, lo, hi, start_m, F, S, bh,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MASK_VEC, False)  # fmt: skip
+        q, K, V, stride_k, stride_v, acc, m_i, l_i, full_lo, full_hi, lo, hi, start_m, LEFT, RIGHT, F, S, bh,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, LINEAR, MASK_VEC, False)  # fmt: skip
     acc, m_i, l_i = _attend(
-        q, K, V, stride_k, stride_v, acc, m_i, l_i, full_hi, hi, lo, hi, start_m, F, S, bh,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MASK_VEC, True)  # fmt: skip
+        q, K, V, stride_k, stride_v, acc, m_i, l_i, full_hi, hi, lo, hi, start_m, LEFT, RIGHT, F, S, bh,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, LINEAR, MASK_VEC, True)  # fmt: skip
 
     o, lse = softmax.finish(acc, m_i, l_i, S)
     if F.dropout is not None:

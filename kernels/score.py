@@ -17,28 +17,17 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class Scorer(NamedTuple):
-    """What the scores of one head of one sequence depend on, beside query and key."""
+    """What the scores of one head of one sequence depend on, beside query and key. What the call does not have is 0 here:
+    Triton 3.6 returns no None from a function, and F tells."""
 
-    scale: Any  # None where logits are products of q and k and nothing else: then it is in c
-    c: Any  # what remains to multiply logits by, to have them in base 2
+    scale: Any
+    c: Any  # what remains to multiply logits by, to have them in base 2; where logits are LINEAR, scale is in it
     b: Any
     h: Any
     n_k: Any
     shift: Any
-    LEFT: Any
-    RIGHT: Any
-    softcap: Any
     slope: Any
-    mask: Any  # Mask whose pointer is at this sequence's and head's element (0, 0)
-    bias: Any
-
-
-class Logits(NamedTuple):
-    """What `logits` makes of a tile."""
-
-    s: Any
-    keep: Any
-    slope: Any
+    mask: Any  # the bool mask or the bias; its pointer is at this sequence's and head's element (0, 0)
 
 
 @triton.jit
@@ -59,25 +48,24 @@ def head_mask(M, seq, h, MASK_VEC: tl.constexpr):
 
 
 @triton.jit
-def prepare(F, seq, h, scale, shift, LEFT, RIGHT, MOD: tl.constexpr, MASK_VEC: tl.constexpr):
-    """The Scorer of head h of a sequence. Keys beyond a mask's size, if there are any, are not there."""
-    slope = None
-    mask = None
-    bias = None
-    n_k = seq.n_k
+def prepare(F, seq, h, scale, shift, LINEAR: tl.constexpr, MASK_VEC: tl.constexpr):
+    """The Scorer of head h of a sequence. Keys beyond a mask's size, if there are any, are not there. LINEAR: logits are
+    products of q and k and nothing else."""
+    slope = 0.0
+    c = LOG2E
+    if LINEAR:
+        c = scale * LOG2E
     if F.slopes is not None:
         at = whole(F.slopes.stride_b).to(tl.int64) * seq.b + whole(F.slopes.stride_h) * h
         slope = tl.load(F.slopes.ptr + at, mask=seq.real, other=0.0).to(tl.float32)
     if F.mask is not None:
         mask = head_mask(F.mask, seq, h, MASK_VEC)
-        n_k = mask.columns
-    if F.bias is not None:
+        return Scorer(scale, c, seq.b, h, mask.columns, shift, slope, mask)
+    elif F.bias is not None:
         bias = head_mask(F.bias, seq, h, MASK_VEC)
-        n_k = bias.columns
-    if F.softcap is None and F.slopes is None and F.bias is None and F.sinks is None and MOD is None:
-        return Scorer(None, scale * LOG2E, seq.b, h, n_k, shift, LEFT, RIGHT, F.softcap, slope, mask, bias)
+        return Scorer(scale, c, seq.b, h, bias.columns, shift, slope, bias)
     else:
-        return Scorer(scale, LOG2E, seq.b, h, n_k, shift, LEFT, RIGHT, F.softcap, slope, mask, bias)
+        return Scorer(scale, c, seq.b, h, seq.n_k, shift, slope, 0)
 
 
 @triton.jit
@@ -87,33 +75,6 @@ def tanh(x):
     poly = ((((-0.006282466 * z + 0.021077753) * z - 0.053853856) * z + 0.13332602) * z - 0.33333318) * z
     far = 1.0 - 2.0 / (tl.math.exp2(tl.abs(x) * (2.0 * LOG2E)) + 1.0)
     return tl.where(tl.abs(x) < 0.55, x + x * poly, tl.where(x < 0.0, -far, far))
-
-
-@triton.jit
-def both(keep, more):
-    """keep & more, where None keeps everything."""
-    if keep is None:
-        return more
-    else:
-        return keep & more
-
-
-@triton.jit
-def where(keep, x):
-    """x, and 0 where not kept; None keeps everything."""
-    if keep is None:
-        return x
-    else:
-        return tl.where(keep, x, 0.0)
-
-
-@triton.jit
-def times(x, factor):
-    """x * factor; None is 1."""
-    if factor is None:
-        return x
-    else:
-        return x * factor
 
 
 @triton.jit
@@ -144,47 +105,46 @@ def _load(M, offs_m, offs_n, start_m, start_n, other, MASK_VEC: tl.constexpr, RA
 
 @triton.jit
 def logits(
-    s, offs_m, offs_n, start_m, start_n, S,
-    MOD: tl.constexpr, MOD_GRAD: tl.constexpr, MASK_VEC: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr,
+    s, offs_m, offs_n, start_m, start_n, F, S, LEFT, RIGHT, MOD: tl.constexpr, MOD_GRAD: tl.constexpr, LINEAR: tl.constexpr,
+    MASK_VEC: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """(logits, keep, slope) of the products s of queries offs_m from start_m on and keys offs_n from start_n on, index tensors
     that broadcast to its shape.
 
-    S.c * logits are base-2 logits. `keep` is where the query sees the key, None where that is everywhere (logits elsewhere may
-    be anything, NaN too); `slope` is d logits / d (scale * q . k), None where it is 1, and not to be used
-    without MOD_GRAD. MASKED: the tile may cross the band's
-    edges; RAGGED: it may reach beyond the last key.
+    S.c * logits are base-2 logits. `keep` is where the query sees the key (logits elsewhere may be anything, NaN too); `slope`
+    is d logits / d (scale * q . k), not to be used without MOD_GRAD. Where they are true and 1 everywhere, they are constants
+    that fold away. MASKED: the tile may cross the band's edges; RAGGED: it may reach beyond the last key.
     """
-    keep = None
-    slope = None
+    keep = tl.full(s.shape, True, tl.int1)
+    slope = tl.full(s.shape, 1.0, tl.float32)
     if MASKED:
-        keep = band.visible(offs_m, offs_n, S.n_k, S.shift, S.LEFT, S.RIGHT)
-    if S.scale is not None:
+        keep = band.visible(offs_m, offs_n, S.n_k, S.shift, LEFT, RIGHT)
+    if not LINEAR:
         s = s * S.scale
-    if S.softcap is not None:
-        y = tanh(s / S.softcap)
-        s = y * S.softcap
+    if F.softcap is not None:
+        y = tanh(s / F.softcap)
+        s = y * F.softcap
         slope = 1.0 - y * y
     if MOD is not None:
         if MOD_GRAD is not None:
-            slope = times(MOD_GRAD(s, S.b, S.h, offs_m, offs_n), slope)
+            slope = slope * MOD_GRAD(s, S.b, S.h, offs_m, offs_n)
         s = MOD(s, S.b, S.h, offs_m, offs_n)
-    if S.slope is not None:
+    if F.slopes is not None:
         s -= S.slope * distance(offs_m, offs_n, S)
-    if S.bias is not None:
-        bias = _load(S.bias, offs_m, offs_n, start_m, start_n, float("-inf"), MASK_VEC, RAGGED).to(tl.float32)
+    if F.bias is not None:
+        bias = _load(S.mask, offs_m, offs_n, start_m, start_n, float("-inf"), MASK_VEC, RAGGED).to(tl.float32)
         s += bias
-        keep = both(keep, bias != float("-inf"))
-    if S.mask is not None:
-        keep = both(keep, _load(S.mask, offs_m, offs_n, start_m, start_n, 0, MASK_VEC, RAGGED) != 0)
-    return Logits(s, keep, slope)  # not a bare tuple: Triton takes no None in one
+        keep = keep & (bias != float("-inf"))
+    if F.mask is not None:
+        keep = keep & (_load(S.mask, offs_m, offs_n, start_m, start_n, 0, MASK_VEC, RAGGED) != 0)
+    return s, keep, slope
 
 
 @triton.jit
-def hide_unseen(x, keep, S, AXIS: tl.constexpr):
+def hide_unseen(x, keep, F, AXIS: tl.constexpr):
     """x [N, D] with 0 in rows that no query (or key) of the tile meets, along AXIS of keep: with 0 * NaN being NaN, what
     stands there would reach others through a dot. Only a mask makes such rows; those beyond the band are never loaded."""
-    if S.mask is not None or S.bias is not None:
+    if F.mask is not None or F.bias is not None:
         seen = tl.max(keep.to(tl.int32), AXIS) > 0
         return tl.where(seen[:, None], x, tl.zeros_like(x))
     else:

@@ -2,7 +2,7 @@
 
 That multiply-add rounds c * max and then subtracts it from an exact c * s, which is off by 2^-24 of the maximum: nothing for
 products of queries and keys, everything for a row of biases of -1e9. So `exponent` subtracts first where more than a product
-stands in the logits (score.py: Scorer.scale), and running maxima are kept in units of the logits.
+stands in the logits (not LINEAR), and running maxima are kept in units of the logits.
 
 Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); Dao et al., "FlashAttention" (2022).
 """
@@ -25,9 +25,9 @@ def fold_scale(q, scale):
 
 
 @triton.jit
-def exponent(s, reference, S):
+def exponent(s, reference, S, LINEAR: tl.constexpr):
     """c * (s - reference), for exp2; s [A, B], reference broadcasts to it."""
-    if S.scale is None:
+    if LINEAR:
         return s * S.c - reference * S.c
     else:
         return (s - reference) * S.c
@@ -46,15 +46,15 @@ def start(sinks, h, there, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def step(s, m_i, l_i, S):
+def step(s, m_i, l_i, S, LINEAR: tl.constexpr):
     """Take in a tile of logits s [BLOCK_M, BLOCK_N], -inf where masked; S.c times them is base 2.
 
     m_i, l_i [BLOCK_M]: running maximum and sum. Returns p, the factor alpha for what was accumulated so far, m_i, l_i.
     """
     m_new = tl.maximum(m_i, tl.max(s, 1))
     m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)  # no key yet: keep -inf - -inf from making NaN
-    p = tl.math.exp2(exponent(s, m_ref[:, None], S))
-    alpha = tl.math.exp2(exponent(m_i, m_ref, S))
+    p = tl.math.exp2(exponent(s, m_ref[:, None], S, LINEAR))
+    alpha = tl.math.exp2(exponent(m_i, m_ref, S, LINEAR))
     return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
 
 
@@ -66,19 +66,19 @@ def finish(acc, m_i, l_i, S):
 
 
 @triton.jit
-def load_lse(LSE, rows, lo, hi, S, MASKED: tl.constexpr):
+def load_lse(LSE, rows, lo, hi, LINEAR: tl.constexpr, MASKED: tl.constexpr):
     """lse of rows, for `weights`: in base 2 where logits are linear. Rows outside [lo, hi) and rows that saw no key get +inf:
     all their p are 0."""
     lse = load_row_values(LSE, rows, lo, hi, float("inf"), MASKED)
-    if S.scale is None:
+    if LINEAR:
         lse *= LOG2E
     return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 @triton.jit
-def weights(s, lse, S):
+def weights(s, lse, S, LINEAR: tl.constexpr):
     """P of logits s, from what load_lse gave of their rows, [A, 1] or [1, B]."""
-    if S.scale is None:
+    if LINEAR:
         return tl.math.exp2(s * S.c - lse)
     else:
         return tl.math.exp2((s - lse) * LOG2E)

@@ -80,6 +80,11 @@ class Problem:
         return bool(self.mask or self.bias or self.dropout_p or self.softcap or self.has_slopes or self.score_mod)
 
     @property
+    def linear(self) -> bool:
+        """Whether logits are products of queries and keys, scaled, and nothing else."""
+        return not (self.bias or self.softcap or self.has_slopes or self.has_sinks or self.score_mod)
+
+    @property
     def plain(self) -> bool:
         """Whether scores are nothing but scale * q . k within a band."""
         return not (

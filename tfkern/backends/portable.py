@@ -180,8 +180,8 @@ def _options(p: Problem, t: Tensors, kernel: str, vec: int) -> dict:
     masks = [x for x in (t.mask, t.bias) if x is not None]
     value, derivative = p.score_mod or (None, None)
     options = dict(
-        D=p.head_dim, DV=p.v_head_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, VEC=vec, PRECISION=_precision(p), MOD=value,
-        MASK_VEC=layout.mask_strides(masks[0])[0] if masks else 0,
+        D=p.head_dim, DV=p.v_head_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, VEC=vec, PRECISION=_precision(p),
+        MOD=value, LINEAR=p.linear, MASK_VEC=layout.mask_strides(masks[0])[0] if masks else 0,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
         enable_fp_fusion=True,  # scores are one multiply-add; Triton 3.10 turns fusion off by default
     )  # fmt: skip
