@@ -159,8 +159,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--bounds", action="store_true")
     args = parser.parse_args()
-    if args.variant == ["features"]:
-        args.variant = FEATURES
+    args.variant = [v for name in args.variant for v in (FEATURES if name == "features" else [name])]
     bounds = json.loads(SPILLS.read_text())
     rows = []
     for job in jobs(args):
