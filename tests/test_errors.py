@@ -133,6 +133,14 @@ def test_packed_message(case):
         tfkern.attention_packed(**changes)
 
 
+def test_messages_are_the_same_under_autocast():
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(TypeError, match=r"query must be a torch\.Tensor, but is list"),
+    ):
+        tfkern.attention(**good(query=[1.0]))
+
+
 def test_good_arguments_pass():
     assert tfkern.attention(**good()).shape == (B, H, N, D)
 

@@ -61,7 +61,7 @@ def build(
         dropout_p, checks.softcap(softcap), alibi_slopes is not None, sinks is not None, checks.score_mod(score_mod),
     )  # fmt: skip
     return problem, Tensors(
-        query, key, value, bias, alibi_slopes, *map(_contiguous, (sinks,)), mask,
+        query, key, value, bias, alibi_slopes, _contiguous(sinks), mask,
         *map(_contiguous, (key_lengths, cu_seqlens_q, cu_seqlens_k)), None, scale,
     )  # fmt: skip
 
@@ -92,7 +92,7 @@ def autocast(*tensors):
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
-    if tensors[0].dtype == torch.float64:
+    if isinstance(tensors[0], Tensor) and tensors[0].dtype == torch.float64:
         return tensors
     return tuple(
         x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
