@@ -1,4 +1,5 @@
-"""The mended bfloat16 of Triton's interpreter: conversions round as PyTorch's, dots are right."""
+"""What we mend in Triton's interpreter: bfloat16 conversions round as PyTorch's and dots are right; no address beside a
+kernel's tensors is followed."""
 
 import pytest
 import torch
@@ -42,3 +43,22 @@ def test_dot():
     out = torch.empty(32, 32)
     interpreter.run(_dot, 1, (a, b, out, 32), {})
     torch.testing.assert_close(out, a.float() @ b.float())
+
+
+@triton.jit
+def _copy(X, OUT, n_read, n_write, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(OUT + i, tl.load(X + i, mask=i < n_read, other=0.0), mask=i < n_write)
+
+
+@pytest.mark.parametrize(("n_read", "n_write", "wrong"), [(8, 8, None), (0, 0, None), (9, 8, "read"), (8, 9, "write")])
+def test_addresses_beside_the_tensors_raise(n_read, n_write, wrong):
+    """Even where the storage goes on: what a view does not show is not the kernel's."""
+    x, out = torch.arange(16.0)[2:10], torch.zeros(16)[:8]
+    if wrong is None:
+        interpreter.run(_copy, 1, (x, out, n_read, n_write, 16), {})
+        assert torch.equal(out[:n_write], x[:n_write])
+    else:
+        with pytest.raises(triton.runtime.errors.InterpreterError, match=f"{wrong} bytes .*0, 36.* of a tensor that has 32"):
+            interpreter.run(_copy, 1, (x, out, n_read, n_write, 16), {})
+        assert not out.any()

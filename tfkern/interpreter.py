@@ -1,4 +1,5 @@
-"""Running kernels in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors, with its bfloat16 mended."""
+"""Running kernels in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors, with its bfloat16 mended and every address
+checked against the tensors that the kernel was given: a read or write beside them raises instead of finding a neighbour."""
 
 import functools
 import os
@@ -40,11 +41,57 @@ def prepare() -> None:
     original_dot, InterpreterBuilder.create_dot = InterpreterBuilder.create_dot, dot
     original_cast, InterpreterBuilder.cast_impl = InterpreterBuilder.cast_impl, cast
 
+    def load(self, pointers, mask, *rest):
+        _check(pointers, mask, "read")
+        return original_load(self, pointers, mask, *rest)
+
+    def store(self, pointers, value, mask, *rest):
+        _check(pointers, mask, "write")
+        return original_store(self, pointers, value, mask, *rest)
+
+    original_load, InterpreterBuilder.create_masked_load = InterpreterBuilder.create_masked_load, load
+    original_store, InterpreterBuilder.create_masked_store = InterpreterBuilder.create_masked_store, store
+
+
+_spans: list[tuple[int, int]] = []  # first byte and one beyond the last of each tensor of the kernel that runs
+
+
+def _check(pointers, mask, verb: str) -> None:
+    """All addresses of one load or store are inside one tensor."""
+    at = pointers.data[mask.data]
+    if at.size == 0:
+        return
+    first, last = int(at.min()), int(at.max()) + pointers.get_element_ty().primitive_bitwidth // 8
+    if not any(lo <= first and last <= hi for lo, hi in _spans):
+        near = min(_spans, key=lambda span: min(abs(first - span[0]), abs(last - span[1])), default=(0, 0))
+        raise IndexError(
+            f"a kernel would {verb} bytes [{first - near[0]}, {last - near[0]}) of a tensor that has {near[1] - near[0]}"
+        )
+
+
+def _tensors(args):
+    """The tensors among arguments, tuples of arguments included."""
+    for arg in args:
+        if isinstance(arg, tuple):
+            yield from _tensors(arg)
+        elif hasattr(arg, "data_ptr"):
+            yield arg
+
+
+def _span(tensor) -> tuple[int, int]:
+    """The first byte of a tensor, and one beyond its last."""
+    start = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return start, start
+    elements = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + elements * tensor.element_size()
+
 
 def run(kernel, grid: int, args, kwargs) -> None:
     """Run grid programs of a kernel. Overflow and NaN are results on a GPU, so they are no warnings here."""
     import numpy as np
 
     prepare()
+    _spans[:] = [_span(t) for t in _tensors((*args, *kwargs.values()))]
     with np.errstate(all="ignore"):
         kernel[(grid,)](*args, **kwargs)
