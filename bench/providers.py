@@ -21,15 +21,17 @@ NAIVE_BYTES = 8 * 2**30  # more N x N scores than this are not tried
 
 
 class UnavailableError(RuntimeError):
-    """This provider can't be timed here; the message says why."""
+    """This provider can't be timed here; the message says why. `wrong` if it is that its results are."""
+
+    @property
+    def wrong(self) -> bool:
+        return str(self).startswith("wrong results")
 
 
 def _tfkern(name: str, shape: Shape, dtype: torch.dtype, device: torch.device):
     example = torch.empty(1, 1, 1, shape.head_dim, dtype=dtype, device=device)
     if reasons := BACKENDS[name].unsupported(call.build(example, example, example)[0]):
         raise UnavailableError("; ".join(reasons))
-    if name == "portable" and device.type == "cpu":
-        raise UnavailableError("Triton's interpreter is for checking, not for timing")
     return functools.partial(tfkern.attention, is_causal=shape.is_causal, backend=name)
 
 

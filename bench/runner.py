@@ -3,9 +3,11 @@
 import dataclasses
 import datetime
 import functools
+import importlib.metadata
 import json
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,45 +29,117 @@ def machine() -> dict:
         torch=torch.__version__, python=platform.python_version(), device="cpu", threads=torch.get_num_threads(),
     )  # fmt: skip
     if torch.cuda.is_available():
-        about.update(device=torch.cuda.get_device_name(), cuda=torch.version.cuda)
+        about.update(device=torch.cuda.get_device_name(), cuda=torch.version.cuda, triton=_version("triton"))
+        about.update(
+            clocks=_ask("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,power.limit", "--format=csv,noheader")
+        )
+    if commit := _ask("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"):
+        about.update(commit=commit)
     return about
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _ask(*command: str) -> str | None:
+    """What a program prints, or None if it is not there or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def folder_name(device: str) -> str:
+    """A GPU's name as a folder: "h100-80gb-hbm3"."""
+    return "-".join(word for word in device.lower().replace("nvidia", "").split())
 
 
 def run(dtype: torch.dtype, device: torch.device, seconds: float = 0.3, providers=None) -> Iterator[dict]:
     """A row for each shape, direction and provider: medians in ms with the 20th and 80th percentile, or why there is none."""
     for shape in GPU_SHAPES if device.type == "cuda" else CPU_SHAPES:
         for name in providers or PROVIDERS:
+            if name == "tfkern portable" and device.type == "cpu":
+                reason = "Triton's interpreter is for checking, not for timing"
+                yield dict(shape=shape.name, provider=name, skipped=reason)
+                continue
             try:
                 yield from figures(name, shape, dtype, device, seconds)
             except UnavailableError as reason:
                 yield dict(shape=shape.name, provider=name, skipped=str(reason))
-            except RuntimeError as error:  # out of memory among them: one provider's failure is its row, not the end
-                yield dict(shape=shape.name, provider=name, skipped=f"failed: {str(error).splitlines()[0]}")
 
 
-def figures(name: str, shape: Shape, dtype: torch.dtype, device: torch.device, seconds: float) -> Iterator[dict]:
-    """The rows of one provider on one shape. UnavailableError where it can't be had or is wrong."""
-    function = PROVIDERS[name](shape, dtype, device)
-    if wrong := [str(e) for e in verify(function, shape, dtype, device) if not e.ok]:
-        raise UnavailableError("wrong results: " + "; ".join(wrong))
-    for direction, call in calls(function, shape, dtype, device).items():
-        p20, p50, p80 = time_it(call, device, seconds)
-        tflops = shape.flops(direction != "forward") / p50 / 1e9
-        yield dict(shape=shape.name, direction=direction, provider=name, ms=p50, p20=p20, p80=p80, tflops=tflops)
+def figures(
+    name: str, shape: Shape, dtype: torch.dtype, device: torch.device, seconds: float, graphs: bool = False
+) -> Iterator[dict]:
+    """The rows of one provider on one shape; with `graphs` replayed from a CUDA graph, without the Python around it.
+    UnavailableError where it can't be had, fails, or is wrong."""
+    if graphs and device.type != "cuda":
+        raise UnavailableError("there are no CUDA graphs without a GPU")
+    try:
+        function = PROVIDERS[name](shape, dtype, device)
+        if wrong := [str(e) for e in verify(function, shape, dtype, device) if not e.ok]:
+            raise UnavailableError("wrong results: " + "; ".join(wrong))
+        for direction, call in calls(function, shape, dtype, device).items():
+            p20, p50, p80 = time_it(captured(call) if graphs else call, device, seconds)
+            tflops = shape.flops(direction) / p50 / 1e9
+            yield dict(
+                shape=shape.name, direction=direction, provider=name, ms=p50, p20=p20, p80=p80, tflops=tflops, graph=graphs
+            )
+    except RuntimeError as error:  # out of memory among them: one provider's failure is its row, not the end
+        if isinstance(error, UnavailableError):
+            raise
+        raise UnavailableError(f"failed: {str(error).splitlines()[0]}") from error
 
 
 def calls(function, shape: Shape, dtype, device) -> dict[str, Callable[[], object]]:
-    """What is timed. Forward runs without autograd, as in inference."""
+    """What is timed. Forward runs without autograd, as in inference; backward from one forward's graph."""
     q, k, v, do = shape.inputs(dtype, device)
 
     def forward():
         with torch.no_grad():
             return function(q, k, v)
 
-    def both():
-        return torch.autograd.grad(function(q, k, v), (q, k, v), do)
+    out = function(q, k, v)
+    return {
+        "forward": forward,
+        "backward": lambda: torch.autograd.grad(out, (q, k, v), do, retain_graph=True),
+        "forward+backward": lambda: torch.autograd.grad(function(q, k, v), (q, k, v), do),
+    }
 
-    return {"forward": forward, "forward+backward": both}
+
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """The replay of a CUDA graph of a call."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def peak_memory(name: str, length: int, dtype: torch.dtype, device: torch.device) -> Iterator[dict]:
+    """Bytes beyond the inputs that a forward and a backward of one head group take at their peak."""
+    shape = Shape(f"memory-{length}", 1, 8, length, 64)
+    function = PROVIDERS[name](shape, dtype, device)
+    q, k, v, do = shape.inputs(dtype, device)
+    if device.type != "cuda":
+        torch.autograd.grad(function(q, k, v), (q, k, v), do)
+        yield dict(provider=name, length=length, skipped="there is no GPU whose memory could be measured")
+        return
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.autograd.grad(function(q, k, v), (q, k, v), do)
+    torch.cuda.synchronize()
+    yield dict(provider=name, length=length, bytes=torch.cuda.max_memory_allocated() - before)
 
 
 def verify(function, shape: Shape, dtype, device) -> list[testing.Error]:

@@ -16,15 +16,20 @@ class Shape:
     head_dim: int
     is_causal: bool = False
 
-    def flops(self, backward: bool) -> float:
+    def flops(self, direction: str) -> float:
         """Of the two matrix products forward, and of the five more backward; half of them under a causal mask."""
         forward = 4.0 * self.batch * self.heads * self.length**2 * self.head_dim * (0.5 if self.is_causal else 1.0)
-        return forward * (3.5 if backward else 1.0)
+        return forward * {"forward": 1.0, "backward": 2.5, "forward+backward": 3.5}[direction]
 
-    def bytes(self, backward: bool, itemsize: int) -> float:
-        """Read and written at least: q, k, v and out, and backward those again with their gradients."""
+    def exps(self, direction: str) -> float:
+        """Exponentials: one a score, forward and again backward."""
+        scores = self.batch * self.heads * self.length**2 * (0.5 if self.is_causal else 1.0)
+        return scores * (2.0 if direction == "forward+backward" else 1.0)
+
+    def bytes(self, direction: str, itemsize: int) -> float:
+        """Read and written at least: q, k, v and out, and backward those again with the four gradients."""
         tensor = self.batch * self.heads * self.length * self.head_dim * itemsize
-        return tensor * (4 + 8 if backward else 4)
+        return tensor * {"forward": 4, "backward": 8, "forward+backward": 12}[direction]
 
     def inputs(self, dtype: torch.dtype, device, generator=None):
         """q, k, v requiring grad, and do: views of packed projections, as a model's layer has them."""
@@ -49,3 +54,4 @@ CPU_SHAPES = [
     Shape("bert-base-512", 1, 12, 512, 64),
     Shape("gpt2-1024", 1, 12, 1024, 64, is_causal=True),
 ]
+DRY_SHAPES = [Shape("dry-40", 1, 2, 40, 16), Shape("dry-33-causal", 1, 2, 33, 16, is_causal=True)]

@@ -44,3 +44,6 @@ class Features(NamedTuple):
     slopes: Any = None  # Slopes
     sinks: Any = None  # (H,)
     dropout: Any = None  # Dropout
+
+
+NONE = Features()

@@ -86,7 +86,6 @@ def flash_bwd_dq(
     delta = tl.sum(products, 1)
     if DLSE is not None:
         delta -= tl.load(DLSE + row + offs_m, mask=in_rows, other=0.0)  # d lse / d s = p, so its gradient joins delta
-    delta = tl.where(lse == float("inf"), 0.0, delta)  # nothing comes of a row that saw no key, whatever its gradient holds
     tl.store(DELTA + row + offs_m, delta, mask=in_rows)
 
     bh = seq.b * heads + h

@@ -106,11 +106,11 @@ def flash_bwd_dbias(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     bias_b = outer // bias_heads
     bias_h = outer % bias_heads
-    for b in range(tl.where(bias_batch == 1, 0, bias_b), tl.where(bias_batch == 1, batch, bias_b + 1)):
+    for b in range(bias_b, tl.where(bias_batch == 1, batch, bias_b + 1)):
         seq = sequence.of_batch(F, b, batch, n_q, n_k)
         m_lo, m_hi = _owned(tile_m, bias_rows, seq.n_q, SUM_ROWS, BLOCK_M)
         n_lo, n_hi = _owned(tile_n, bias_columns, seq.n_k, SUM_COLUMNS, BLOCK_N)
-        for h in range(tl.where(bias_heads == 1, 0, bias_h), tl.where(bias_heads == 1, heads, bias_h + 1)):
+        for h in range(bias_h, tl.where(bias_heads == 1, heads, bias_h + 1)):
             S = score.prepare(F, seq, h, scale, align * (seq.n_k - seq.n_q), LINEAR, MASK_VEC)
             acc = _head_sum(
                 acc, Q, K, V, DO, LSE, DELTA, LEFT, RIGHT, F, S, seq, stride_q, stride_k, stride_v, stride_do,

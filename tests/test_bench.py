@@ -56,10 +56,11 @@ def test_command_writes_results_and_a_plot(tiny, tmp_path, capsys):
 
 def test_flops_and_bytes():
     full = Shape("full", 2, 3, 10, 8)
-    assert full.flops(backward=False) == 4 * 2 * 3 * 10 * 10 * 8
-    assert full.flops(backward=True) == 3.5 * full.flops(backward=False)
-    assert Shape("half", 2, 3, 10, 8, is_causal=True).flops(backward=False) == full.flops(backward=False) / 2
-    assert full.bytes(backward=False, itemsize=2) == 4 * 2 * 3 * 10 * 8 * 2
+    assert full.flops("forward") == 4 * 2 * 3 * 10 * 10 * 8
+    assert full.flops("forward+backward") == full.flops("forward") + full.flops("backward") == 3.5 * full.flops("forward")
+    assert Shape("half", 2, 3, 10, 8, is_causal=True).flops("forward") == full.flops("forward") / 2
+    assert full.bytes("forward", itemsize=2) == 4 * 2 * 3 * 10 * 8 * 2
+    assert full.exps("forward+backward") == 2 * full.exps("forward") == 2 * 2 * 3 * 10 * 10
 
 
 def test_inputs_are_views_of_a_packed_projection():

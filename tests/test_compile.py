@@ -96,31 +96,17 @@ def test_override_is_undone_and_checked():
 
 
 FAKE_GPU = """
-import json, types, torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from tfkern import launch
-from tfkern.backends import portable
+import json, torch
 from tfkern import call as calls
+from tfkern.backends import portable
+from tfkern.bench import fake_gpu
+from tfkern.kernels import flash_bwd, flash_bwd_dbias, flash_fwd
 
-class Fake:  # all that the JIT asks of a driver before it launches
-    utils = types.SimpleNamespace(
-        load_binary=lambda *a: (1, 2, 100, 0, 1024), unload_module=lambda *a: None,
-        get_device_properties=lambda d: {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536})
-    launcher_cls = lambda self, src, metadata: lambda *a, **k: None
-    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
-    get_current_device = lambda self: 0
-    get_current_stream = lambda self, d: 0
-    get_active_torch_device = lambda self: None
-    map_python_to_cpp_type = lambda self, t: t
-
-driver.set_active(Fake())
-seen = {}
-def record(kernel, grid, device, *args, **kwargs):
-    kernel.warmup(*args, grid=(1,), **kwargs)
-    seen[kernel.fn.__name__] = sum(len(cache[0]) for cache in kernel.device_caches.values())
-launch.architecture = lambda device: "sm_90"
-launch.launch = record
+fake_gpu.pretend()
+kernels = (flash_fwd.flash_fwd, flash_bwd.flash_bwd_dq, flash_bwd.flash_bwd_dkdv, flash_bwd_dbias.flash_bwd_dbias)
+def count():
+    counts = {k.fn.__name__: sum(len(cache[0]) for cache in k.device_caches.values()) for k in kernels}
+    return {name: n for name, n in counts.items() if n}
 
 def call(b, h, h_k, n_q, n_k, d, packed=False, mask=None, lengths=None, **options):
     def make(heads, n):
@@ -140,7 +126,7 @@ def call(b, h, h_k, n_q, n_k, d, packed=False, mask=None, lengths=None, **option
 
 def compiled(calls):
     for c in calls: c()
-    return dict(seen)
+    return count()
 
 counts = []
 base = lambda **o: [lambda n=n, b=b, h=h, o=o: call(b, h, h, n, n, 64, **o) for n in (1, 2, 15, 16, 17, 64, 197, 512, 1000, 1024) for b, h in ((1, 1), (2, 12), (16, 16))]
@@ -152,10 +138,10 @@ counts.append(compiled([lambda: call(2, 4, 4, 64, 64, 64, is_causal=True)]))# on
 counts.append(compiled([lambda r=r: call(2, 4, 4, 77, 99, 64, window=(None, r), causal_alignment="lower_right") for r in (0, 1, 16, 100, 10**9)]))
 sizes = [(2, 4, 4, n, n, 64) for n in (16, 64, 197, 1000)]
 def added(*more):  # by the same call with other numbers
-    before = dict(seen)
+    before = count()
     for size in sizes:
         for options in more: call(*size, **options)
-    return {name: seen[name] - before.get(name, 0) for name in seen}
+    return {name: n - before.get(name, 0) for name, n in count().items() if n != before.get(name, 0)}
 counts.append([
     added(dict(dropout_p=0.1), dict(dropout_p=0.7)),
     added(dict(softcap=1.0), dict(softcap=30.0)),

@@ -4,7 +4,9 @@ these; each feature meets every kind of tile (cut by the left edge, whole, cut b
 import pytest
 import torch
 
-from tfkern import configs, testing
+import tfkern
+from tfkern import checks, configs, interpreter, score_mods, testing
+from tfkern.kernels import score_mods as kernel_mods
 from tfkern.testing import Case
 
 # Not square, and other ways round in each kernel: a mix-up of the two sizes must show.
@@ -17,18 +19,20 @@ PACKED = ((21, 0, 1, 34), (37, 20, 5, 18))
 
 CASES = [
     Case("full", 1, 37, 9),
-    Case("groups", 4, 20, 8, n_k=33, kv_heads=2, v_head_dim=3),
+    Case("groups", 4, 20, 8, n_k=33, batch=2, kv_heads=2, v_head_dim=3),
     Case("causal", 1, 70, 16, options=dict(is_causal=True)),
     Case("lower-right", 1, 37, 8, n_k=70, options=RIGHT),
     Case("window", 1, 100, 8, options=dict(window=(37, 39))),
     Case("window-narrow", 1, 70, 8, n_k=90, options=dict(window=(3, 4), causal_alignment="lower_right")),
     Case("padded", 1, 37, 8, n_k=70, batch=3, options=dict(key_lengths=(70, 0, 33), **RIGHT)),
+    Case("padded-any", 1, 37, 8, n_k=70, batch=2, options=dict(key_lengths=(33, 69))),
     Case("strided", 2, 20, 8, batch=2, layout="strided", options=dict(scale=-0.4)),
     Case("bnhd", 2, 20, 24, batch=2, layout="bnhd", options=dict(scale=0.0)),
     Case("mask", 2, 20, 8, n_k=50, batch=2, mask="bool bhqk"),
     Case("mask-causal", 1, 50, 8, n_k=70, mask="bool 11qk", options=RIGHT),
     Case("mask-of-queries", 1, 37, 8, mask="bool 11q1"),
     Case("bias", 2, 20, 8, n_k=70, batch=2, mask="float bhqk"),
+    Case("bias-groups", 4, 20, 8, n_k=33, batch=2, kv_heads=2, mask="float bhqk"),
     Case("bias-aligned", 2, 40, 8, n_k=48, batch=1, mask="float 1hqk", options=dict(window=(20, 20))),
     Case("bias-of-keys", 2, 20, 8, n_k=50, batch=2, mask="float b11k"),
     Case("bias-of-queries", 2, 37, 8, n_k=50, batch=1, mask="float 1hq1", options=dict(window=(20, 30))),
@@ -37,6 +41,7 @@ CASES = [
     Case("dropout", 2, 20, 8, n_k=50, batch=2, options=dict(dropout_p=0.4)),
     Case("dropout-window", 1, 90, 8, mask="float 11qk", options=dict(window=(21, 10), dropout_p=0.4)),
     Case("packed", 2, 0, 8, lengths=PACKED, options=dict(causal_alignment="lower_right", window=(20, 2))),
+    Case("packed-groups", 4, 0, 8, kv_heads=2, lengths=PACKED),
     Case("packed-bias", 2, 0, 8, lengths=PACKED, mask="float bhqk", sinks=True),
     Case("packed-bias-of-keys", 2, 0, 8, lengths=PACKED, mask="float 1h1k", options=dict(dropout_p=0.4)),
     Case("packed-many", 1, 0, 8, lengths=((1, 0, 16, 15, 33, 0, 2, 40), (3, 16, 0, 32, 31, 1, 2, 17)), slopes="bh"),
@@ -62,3 +67,35 @@ def test_small_bf16(case, device):
     with configs.override(**TILES):
         errors = testing.check(case, torch.bfloat16, "portable", device)
     assert all(e.ok for e in errors), "\n" + "\n".join(map(str, errors))
+
+
+@pytest.mark.parametrize("mask", [torch.float32, torch.bool], ids=str)
+@pytest.mark.skipif(not interpreter.interpreting(), reason="only the interpreter sees an address beside a tensor")
+def test_a_mask_smaller_than_its_sequences_is_not_left(mask, monkeypatch):
+    """On a GPU nobody checks that packed sequences fit their mask; nothing beside it may be read or written even so."""
+    monkeypatch.setattr(checks, "mask", lambda *args: None)
+    q = torch.randn(40, 1, 8, requires_grad=True)
+    bias = torch.zeros(1, 1, 20, 18).to(mask)
+    if mask == torch.float32:
+        bias.requires_grad_()
+    ends = torch.tensor([0, 33, 40])
+    with configs.override(**TILES):
+        out = tfkern.attention_varlen(q, q, q, ends, ends, bias, backend="portable")
+        out.nansum().backward()
+
+
+def test_the_examples_of_score_mod_are_what_they_say():
+    """The kernels and the oracle share them, so nothing else would notice if both were wrong."""
+    s = torch.randn(2, 3, 5, 7, dtype=torch.float64)
+    i, j = torch.arange(5)[:, None], torch.arange(7)[None, :]
+    b, h = torch.arange(2)[:, None, None, None], torch.arange(3)[:, None, None]
+    temperature = 1.0 + 0.125 * (h + b + 1) * torch.log2(1.0 + (i - j).abs())
+    wanted = {
+        kernel_mods.signed_log: s.sign() * (1 + s.abs()).log(),
+        kernel_mods.signed_log_derivative: 1 / (1 + s.abs()),
+        kernel_mods.cooling: s / temperature,
+        kernel_mods.cooling_derivative: (1 / temperature).expand_as(s),
+    }
+    for function, value in wanted.items():
+        found = score_mods.each_head(function, s, 0, i, j)
+        torch.testing.assert_close(found.expand_as(s), value.to(found.dtype))

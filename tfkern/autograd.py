@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tfkern import call
 from tfkern.problem import Gradients, Problem, Tensors
@@ -12,7 +13,22 @@ def attention(problem: Problem, backend, tensors: Tensors, qkv: Tensor | None = 
     value are views, the gradient of those is one tensor like it."""
     if qkv is not None:
         tensors = tensors._replace(q=qkv, k=None, v=None)
-    return Attention.apply(problem, backend, *tensors)
+    if not _transformed() and not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:6])):
+        return Attention.forward(problem, backend, *tensors)
+    return _apply(Attention, problem, backend, *tensors)
+
+
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode AD may have a say in what a Function does."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _apply(function, *args):
+    """function.apply for 3 microseconds, not 27: PyTorch's own first binds the arguments to the signature of forward, for the
+    sake of transforms, which are the only ones to need it."""
+    if _transformed():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)
 
 
 def _unpacked(t: Tensors) -> Tensors:
@@ -44,7 +60,12 @@ class Attention(torch.autograd.Function):
         if do is None:
             do = torch.zeros_like(out)
         needed = ctx.needs_input_grad[2 : 2 + len(Gradients._fields)]
-        grads = AttentionBackward.apply(ctx.problem, ctx.backend, needed, do, dlse, out, lse, *tensors)
+        # Where nobody will differentiate the gradients, as in most backwards, their Function has nothing to record.
+        arguments = (ctx.problem, ctx.backend, needed, do, dlse, out, lse, *tensors)
+        if torch.is_grad_enabled() or _transformed():
+            grads = _apply(AttentionBackward, *arguments)
+        else:
+            grads = AttentionBackward.forward(*arguments)
         return None, None, *grads, *(None,) * (len(tensors) - len(grads))
 
     @staticmethod

@@ -6,7 +6,12 @@ from torch import Tensor
 from tfkern import checks
 from tfkern.problem import Problem, Tensors
 
+# What a call is, by all that its checks look at, so that the next call like it needs none of them.
+_problems: dict[tuple, Problem] = {}
+MANY_PROBLEMS = 4096
 
+
+@torch.compiler.disable
 def build(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *,
     cu_seqlens_q=None, cu_seqlens_k=None, causal_alignment="upper_left", window=None, key_lengths=None, softcap=None,
@@ -16,8 +21,41 @@ def build(
 
     Raises TypeError or ValueError. The seed of dropout is not drawn yet: the call may still fail.
     """
-    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     query, key, value, attn_mask, alibi_slopes, sinks = autocast(query, key, value, attn_mask, alibi_slopes, sinks)
+    tensors = query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k
+    options = dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap, score_mod
+    signature = _signature(tensors, options)
+    problem = None if signature is None else _problems.get(signature)
+    if problem is None:
+        problem = _describe(*tensors, *options)
+        if signature is not None:
+            if len(_problems) >= MANY_PROBLEMS:
+                _problems.clear()
+            _problems[signature] = problem
+    return problem, _collect(problem, *tensors, scale)
+
+
+def _signature(tensors: tuple, options: tuple) -> tuple | None:
+    """All that the checks look at, or None where they look at values that tensors hold, or can't be kept."""
+    try:
+        if isinstance(options[2], Tensor) or (tensors[6:] != (None, None, None) and tensors[0].device.type == "cpu"):
+            return None
+        signature = (
+            *[None if x is None else (x.shape, x.dtype, x.device) for x in tensors], options,
+            *[x.__class__ for x in options],  # 1 and 1.0 and True are equal, and not all are welcome
+        )  # fmt: skip
+        hash(signature)
+    except (AttributeError, TypeError):  # not tensors, or a list among the options: the checks will tell
+        return None
+    return signature
+
+
+def _describe(
+    query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k,
+    dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap, score_mod,
+) -> Problem:  # fmt: skip
+    """Every check, and what is to be computed."""
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     checks.operands(query, key, value, packed)
     for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
         checks.flag(name, flag)
@@ -31,38 +69,46 @@ def build(
         batch = len(cu_seqlens_q) - 1
         if query.device.type == "cpu" and attn_mask is not None and batch:
             longest = (int(cu_seqlens_q.diff().max()), int(cu_seqlens_k.diff().max()))
-        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
     else:
         batch = query.shape[0]
-    _, heads, n_q, head_dim = query.shape
-    _, kv_heads, n_k, v_head_dim = value.shape
+    heads, n_q, head_dim = _sizes(query, packed)
+    kv_heads, n_k, v_head_dim = _sizes(value, packed)
     checks.heads(heads, kv_heads, enable_gqa)
     if key_lengths is not None:
         checks.key_lengths(key_lengths, batch, n_k, query.device)
     checks.alignment(causal_alignment)
     left, right = checks.band(window, is_causal, n_q + n_k)
-    scale = checks.scale(scale, head_dim, query)
+    scale = _number(checks.scale(scale, head_dim, query), query)
     dropout_p = checks.dropout_p(dropout_p)
+    mask, bias = None, None
     if attn_mask is not None:
         checks.mask(attn_mask, query, (batch, heads, n_q, n_k), packed, longest)
-        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+        shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
+        mask, bias = (shape, None) if attn_mask.dtype == torch.bool else (None, shape)
     if alibi_slopes is not None:
         checks.slopes(alibi_slopes, query, batch, heads)
-        alibi_slopes = alibi_slopes[None] if alibi_slopes.dim() == 1 else alibi_slopes
     if sinks is not None:
         checks.sinks(sinks, query, heads)
-    is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
-    mask, bias = (attn_mask, None) if is_bool else (None, attn_mask)
-    number, scale = _scale(scale, query)
-    problem = Problem(
-        batch, heads, kv_heads, n_q, n_k, head_dim, v_head_dim, query.dtype, query.device, number,
-        left, right, causal_alignment == "lower_right", packed, key_lengths is not None,
-        None if mask is None else tuple(mask.shape), None if bias is None else tuple(bias.shape),
-        dropout_p, checks.softcap(softcap), alibi_slopes is not None, sinks is not None, checks.score_mod(score_mod),
+    return Problem(
+        batch, heads, kv_heads, n_q, n_k, head_dim, v_head_dim, query.dtype, query.device, scale, left, right,
+        causal_alignment == "lower_right", packed, key_lengths is not None, mask, bias, dropout_p, checks.softcap(softcap),
+        alibi_slopes is not None, sinks is not None, checks.score_mod(score_mod),
     )  # fmt: skip
-    return problem, Tensors(
-        query, key, value, bias, alibi_slopes, _contiguous(sinks), mask,
-        *map(_contiguous, (key_lengths, cu_seqlens_q, cu_seqlens_k)), None, scale,
+
+
+def _collect(p: Problem, query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, cu_q, cu_k, scale) -> Tensors:
+    """The tensors of a call, as views of the shapes that backends want."""
+    if p.packed:
+        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    if attn_mask is not None:
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    if alibi_slopes is not None and alibi_slopes.dim() == 1:
+        alibi_slopes = alibi_slopes[None]
+    if p.scale is None:
+        scale = scale.reshape(()).to(p.lse_dtype)
+    return Tensors(
+        query, key, value, attn_mask if p.bias else None, alibi_slopes, _contiguous(sinks), attn_mask if p.mask else None,
+        _contiguous(key_lengths), _contiguous(cu_q), _contiguous(cu_k), None, scale if p.scale is None else None,
     )  # fmt: skip
 
 
@@ -77,13 +123,20 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _scale(scale, query: Tensor) -> tuple[float | None, Tensor | None]:
-    """(number, tensor), one of them None. A tensor in the CPU's memory is a number to any other device."""
-    if not isinstance(scale, Tensor):
-        return scale, None
-    if scale.device != query.device:
-        return float(scale), None
-    return None, scale.reshape(()).to(torch.float64 if query.dtype == torch.float64 else torch.float32)
+def _sizes(x: Tensor, packed: bool) -> tuple[int, int, int]:
+    """(heads, rows, head dim) of (B, H, N, D), or of packed (total, H, D)."""
+    if packed:
+        rows, heads, dim = x.shape
+    else:
+        _, heads, rows, dim = x.shape
+    return heads, rows, dim
+
+
+def _number(scale, query: Tensor) -> float | None:
+    """A scale as a number, None if only its own device knows it. One in the CPU's memory is a number to any other device."""
+    if isinstance(scale, Tensor):
+        return None if scale.device == query.device else float(scale)
+    return scale
 
 
 def autocast(*tensors):

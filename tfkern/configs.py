@@ -81,6 +81,11 @@ def override(**configs: TileConfig):
         _overrides.update(before)
 
 
+def overrides() -> tuple:
+    """What is overridden now: with it, the answers of tile_config may be kept."""
+    return tuple(_overrides.items())
+
+
 def _rows(*configs: TileConfig) -> dict[int, TileConfig]:
     return dict(zip(HEAD_DIM_CLASSES, configs, strict=True))
 

@@ -5,8 +5,9 @@ import functools
 import os
 
 
+@functools.cache
 def interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter. Must not change once Triton is imported."""
+    """Whether Triton kernels run in its interpreter. Decided once, as Triton does when it is imported."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 

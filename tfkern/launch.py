@@ -1,11 +1,19 @@
-"""Launching kernels: which architecture a device has, on which its tiles depend, and the call itself."""
+"""Launching kernels: which architecture a device has, on which its tiles depend, and the call itself.
+
+Triton's own launch path binds and classifies every argument in Python, for each call. A Launch does that once: what it found
+is kept as a Handle under all that a compiled kernel depends on, and further calls go straight to the C launcher.
+"""
 
 import functools
 import importlib.util
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from tfkern import interpreter
+
+ALIGNMENT = 16  # bytes; the JIT compiles a form of its own for pointers that are multiples of it
 
 
 @functools.cache
@@ -31,12 +39,118 @@ def architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def launch(kernel, grid: int, device: torch.device, *args, **kwargs) -> None:
-    """Run grid programs of a kernel on the device's current stream; none if grid is 0."""
-    if grid == 0:
-        return
-    if interpreter.interpreting():
-        interpreter.run(kernel, grid, args, kwargs)
-    else:
-        with torch.cuda.device(device):
-            kernel[(grid,)](*args, **kwargs)
+def unsupported(device: torch.device) -> list[str]:
+    """The reasons why kernels can't run on a device."""
+    reasons = [reason] if (reason := missing()) else []
+    if device.type == "cpu":
+        if not interpreter.interpreting():
+            reasons.append("CPU tensors need Triton's interpreter (TRITON_INTERPRET=1 before the first import)")
+    elif device.type != "cuda":
+        reasons.append(f"runs on CUDA and ROCm devices, not on {device.type}")
+    elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        reasons.append("needs compute capability 8.0 or newer")
+    return reasons
+
+
+class Handle(NamedTuple):
+    """A compiled kernel, loaded on one device."""
+
+    run: object  # the C launcher
+    function: int
+    metadata: tuple
+    kernel: object  # keeps the module loaded
+
+
+# By what a compiled kernel depends on, not by lengths, so that a new length finds what an old one compiled.
+_handles: dict[tuple, Handle] = {}
+
+
+class Launch:
+    """`grid` programs of a kernel on a device, everything given but the tensors.
+
+    The kernel's parameters are tensors, then its Features, then `numbers`, then `constants` by name; `options` are for the
+    compiler (num_warps …).
+    """
+
+    def __init__(self, kernel, grid: int, device: torch.device, numbers: tuple, constants: dict, options: dict):
+        self.kernel, self.grid, self.device, self.index = kernel, grid, device, device.index or 0
+        self.numbers, self.constants, self.options = numbers, constants, options
+        names = kernel.arg_names
+        self.tail = (*numbers, *(constants[name] for name in names[len(names) - len(constants) :]))
+        self.handles: dict[tuple, Handle] = {}
+
+    def __call__(self, tensors: tuple, features: tuple = (), feature_tensors: tuple = ()) -> None:
+        """Run it on the current stream of the device; feature_tensors are those within `features`."""
+        if self.grid == 0:
+            return
+        if interpreter.interpreting():
+            arguments = (*tensors, features, *self.numbers)
+            interpreter.run(self.kernel, self.grid, arguments, {**self.constants, **self.options})
+            return
+        driver = _triton()[0].active
+        if driver.get_current_device() != self.index:
+            with torch.cuda.device(self.device):
+                self(tensors, features, feature_tensors)
+            return
+        pointers = [None if x is None else x.data_ptr() for x in tensors]
+        form = _form(pointers, feature_tensors)
+        handle = self.handles.get(form) or self._known(form, tensors, features)
+        if handle is None or _hooked():
+            compiled = self.kernel[(self.grid,)](*tensors, features, *self.numbers, **self.constants, **self.options)
+            handle = Handle(compiled.run, compiled.function, compiled.packed_metadata, compiled)
+            _handles[self._key(form, tensors, features)] = self.handles[form] = handle
+            return
+        handle.run(
+            self.grid, 1, 1, driver.get_current_stream(self.index), handle.function, handle.metadata, None, None, None,
+            *pointers, features, *self.tail,
+        )  # fmt: skip
+
+    def _known(self, form, tensors: tuple, features: tuple) -> Handle | None:
+        """What another length has compiled."""
+        handle = _handles.get(self._key(form, tensors, features))
+        if handle is not None:
+            self.handles[form] = handle
+        return handle
+
+    def _key(self, form, tensors: tuple, features: tuple) -> tuple:
+        """All that the JIT compiles anew for, and the device."""
+        kinds = _kinds((tensors, features, self.numbers))
+        return self.kernel, self.index, form, kinds, *self.constants.items(), *self.options.items()
+
+
+def _form(pointers: list, feature_tensors: tuple):
+    """Which pointers are aligned: 0 where all are, as almost always."""
+    together = 0
+    for pointer in pointers:
+        if pointer:
+            together |= pointer
+    for tensor in feature_tensors:
+        together |= tensor.data_ptr()
+    if together % ALIGNMENT == 0:
+        return 0
+    return tuple((p or 0) % ALIGNMENT == 0 for p in (*pointers, *(x.data_ptr() for x in feature_tensors)))
+
+
+def _kinds(x):
+    """The types of arguments as the JIT tells them apart. No parameter of our kernels is specialised on its number."""
+    if isinstance(x, tuple):
+        return tuple(map(_kinds, x))
+    if isinstance(x, Tensor):
+        return x.dtype
+    if isinstance(x, int):
+        return "i32" if -(2**31) <= x < 2**31 else "i64"
+    return type(x)
+
+
+@functools.cache
+def _triton():
+    from triton import knobs
+    from triton.runtime import driver
+
+    return driver, knobs.runtime
+
+
+def _hooked() -> bool:
+    """Whether a profiler wants to be told of launches, with what only the JIT's own path tells it."""
+    runtime = _triton()[1]
+    return any(getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))

@@ -13,6 +13,13 @@ MAX_ROW_STRIDE = 2**31 // 256  # so that 256 rows, more than any tile has, stay 
 
 def empty_in_order_of(like: Tensor, last_dim: int) -> Tensor:
     """Uninitialised (B, H, N, last_dim) whose first three dims lie in memory in the order that they have in `like`, dense."""
+    # Not a permuted view of a dense tensor: autograd forbids in-place changes of views that a Function returns.
+    strides = strides_in_order_of(like, last_dim)
+    return torch.empty_strided((*like.shape[:3], last_dim), strides, dtype=like.dtype, device=like.device)
+
+
+def strides_in_order_of(like: Tensor, last_dim: int) -> tuple[int, int, int, int]:
+    """Strides of that."""
     # Stable, and blind to dims of size 1 or stride 0, which say nothing about order: they stay where they stand.
     telling = [d for d in range(3) if like.shape[d] > 1 and like.stride(d) > 0]
     placed = iter(sorted(telling, key=like.stride, reverse=True))
@@ -20,8 +27,7 @@ def empty_in_order_of(like: Tensor, last_dim: int) -> Tensor:
     strides, step = [0, 0, 0, 1], last_dim
     for d in reversed(order):
         strides[d], step = step, step * like.shape[d]
-    # Not a permuted view of a dense tensor: autograd forbids in-place changes of views that a Function returns.
-    return torch.empty_strided((*like.shape[:3], last_dim), strides, dtype=like.dtype, device=like.device)
+    return tuple(strides)
 
 
 def kernel_strides(*tensors: Tensor) -> tuple[int, list[tuple[int, ...]]]:

@@ -1,6 +1,7 @@
 """What is to be computed, without the tensors (Problem), and the tensors (Tensors). The checks are in checks.py."""
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,14 @@ class Problem:
     has_slopes: bool = False
     has_sinks: bool = False
     score_mod: tuple | None = None
+    plans: dict = field(default_factory=dict, compare=False, repr=False)  # what a backend wants to work out only once
+
+    def __post_init__(self):
+        values = [getattr(self, f.name) for f in fields(self) if f.compare]
+        object.__setattr__(self, "_hash", hash(tuple(values)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @property
     def group(self) -> int:
@@ -84,9 +93,7 @@ class Problem:
         """Whether logits are products of queries and keys, scaled, and nothing else."""
         return not (self.bias or self.softcap or self.has_slopes or self.has_sinks or self.score_mod)
 
-    @property
+    @functools.cached_property
     def plain(self) -> bool:
-        """Whether scores are nothing but scale * q . k within a band."""
-        return not (
-            self.heavy or self.packed or self.has_key_lengths or self.has_sinks or self.scale is None
-        )  # fmt: skip
+        """Whether scores are nothing but scale * q . k within a band: no tensor is there beside q, k and v."""
+        return not (self.heavy or self.packed or self.has_key_lengths or self.has_sinks or self.scale is None)

@@ -15,7 +15,7 @@ DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 SHAPES = {shape.name: shape for shape in (GPU_SHAPES if DEVICE.type == "cuda" else CPU_SHAPES)}
 
 
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+@pytest.mark.parametrize("direction", ["forward", "backward", "forward+backward"])
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_speed(benchmark, shape, provider, direction):
@@ -34,7 +34,8 @@ def test_speed(benchmark, shape, provider, direction):
             torch.cuda.synchronize()
 
     benchmark.pedantic(synchronised, rounds=5, iterations=1, warmup_rounds=1)
-    backward = direction != "forward"
+    seconds, least = benchmark.stats.stats.median, shape.bytes(direction, DTYPE.itemsize)
     benchmark.extra_info.update(
-        tflops=shape.flops(backward) / benchmark.stats.stats.median / 1e12, bytes=shape.bytes(backward, DTYPE.itemsize)
-    )
+        tflops=shape.flops(direction) / seconds / 1e12, bytes=least, gigabytes_per_second=least / seconds / 1e9,
+        direction=direction, provider=provider,
+    )  # fmt: skip

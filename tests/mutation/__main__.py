@@ -14,10 +14,12 @@ import multiprocessing
 import os
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -39,7 +41,7 @@ FIRST = {
     "tile.py": ["test_addresses.py", "full", "strided", "window-narrow", "packed"],
 }
 LAST = HERE / "last.json"
-LIMIT_S = 300
+LIMIT_S = 120  # of processor time for each of two parts; the tests take a third of that
 LIMIT_BYTES = 8 << 30
 
 sys.path.insert(0, str(HERE))
@@ -58,10 +60,8 @@ def killed_by(mutant: Mutant) -> str | None:
         for files in (quick, [name for name in TESTS if name not in quick]):
             child = multiprocessing.get_context("fork").Process(target=_run_tests, args=(files, first, kernels, report))
             child.start()
-            child.join(LIMIT_S)
-            if child.is_alive():
-                child.kill()
-                child.join()
+            child.join()
+            if child.exitcode == -signal.SIGXCPU:
                 return "time"
             if child.exitcode != 0:
                 return report.read_text().strip() or "crash" if report.exists() else "crash"
@@ -70,6 +70,7 @@ def killed_by(mutant: Mutant) -> str | None:
 
 def _run_tests(files: list[str], first: list[str], kernels: Path, report: Path) -> None:
     """In the child: put the mutated kernels in the place of ours and run pytest until something fails."""
+    resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_S, LIMIT_S + 5))
     resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
     with open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), 1)
@@ -105,14 +106,18 @@ def _run_tests(files: list[str], first: list[str], kernels: Path, report: Path) 
     os._exit(0 if status == 0 else 1)
 
 
-def key(mutant: Mutant) -> str:
-    """What tells a mutant from all others, until its file changes."""
-    return f"{mutant.line}: {mutant}"
+def named(found: list[Mutant]) -> dict[str, Mutant]:
+    """Mutants by a name that stays when lines move: the change, and which one of those that read the same."""
+    names, seen = {}, Counter()
+    for mutant in found:
+        seen[str(mutant)] += 1
+        names[f"{mutant}" + (f" #{seen[str(mutant)]}" if seen[str(mutant)] > 1 else "")] = mutant
+    return names
 
 
-def work(mutant: Mutant) -> tuple[Mutant, str | None, float]:
+def work(name: str, mutant: Mutant) -> tuple[str, str | None, float]:
     start = time.perf_counter()
-    return mutant, killed_by(mutant), time.perf_counter() - start
+    return name, killed_by(mutant), time.perf_counter() - start
 
 
 def main() -> int:
@@ -134,40 +139,42 @@ def main() -> int:
         raise RuntimeError("the kernels were imported before they could be mutated")
 
     torch.set_num_threads(1)
-    todo = [m for name in args.file for m in mutants(name, (KERNELS / name).read_text())]
+    found = named([m for name in args.file for m in mutants(name, (KERNELS / name).read_text())])
+    names = list(found)
     if args.limit:
-        todo = todo[:: max(1, len(todo) // args.limit)]
+        names = names[:: max(1, len(names) // args.limit)]
     before = json.loads(LAST.read_text()) if args.survivors else {}
-    results = [(m, before[key(m)]) for m in todo if before.get(key(m))]
-    todo = [m for m in todo if not before.get(key(m))]
+    results = {name: before[name] for name in names if before.get(name)}
+    todo = [name for name in names if name not in results]
     print(f"{len(todo)} mutants", flush=True)
-    # Threads, each with one child at a time: a pool of processes could not kill a child that hangs.
-    from concurrent.futures import ThreadPoolExecutor, as_completed
-
+    # Threads, each with one child at a time: a pool of processes could not end a child that hangs.
     with ThreadPoolExecutor(args.workers) as pool:
-        for done in as_completed([pool.submit(work, m) for m in todo]):
-            mutant, killer, seconds = done.result()
-            results.append((mutant, killer))
-            print(f"{len(results):4} {killer or 'SURVIVED':60.60} {seconds:6.1f} s  {mutant}", flush=True)
-    return conclude(results, whole=len(args.file) == len(list(KERNELS.glob("*.py"))) and not args.limit)
+        for done in as_completed([pool.submit(work, name, found[name]) for name in todo]):
+            name, killer, seconds = done.result()
+            results[name] = killer
+            print(f"{len(results):4} {killer or 'SURVIVED':60.60} {seconds:6.1f} s  {name}", flush=True)
+    whole = len(args.file) == len(list(KERNELS.glob("*.py"))) and not args.limit
+    return conclude({name: found[name] for name in names}, results, whole)
 
 
-def conclude(results: list, whole: bool) -> int:
+def conclude(found: dict[str, Mutant], results: dict[str, str | None], whole: bool) -> int:
     """Print the table; write it if it is of all mutants."""
     reasons = json.loads((HERE / "equivalent.json").read_text())
-    survivors = sorted((m for m, killer in results if killer is None), key=lambda m: (m.file, m.line))
-    unexplained = [m for m in survivors if str(m) not in reasons]
-    share = 1 - len(survivors) / max(1, len(results))
-    total, alive = Counter(m.file for m, _ in results), Counter(m.file for m in survivors)
+    survivors = {name: m for name, m in found.items() if results[name] is None}
+    unexplained = [name for name in survivors if name not in reasons]
+    share = 1 - len(survivors) / max(1, len(found))
+    total, alive = Counter(m.file for m in found.values()), Counter(m.file for m in survivors.values())
     lines = ["# Mutants of the kernels", "", "| file | mutants | killed | survive |", "| --- | --- | --- | --- |"]
     lines += [f"| {name} | {total[name]} | {total[name] - alive[name]} | {alive[name]} |" for name in sorted(total)]
-    lines += [f"| **all** | {len(results)} | {len(results) - len(survivors)} ({share:.1%}) | {len(survivors)} |", ""]
+    lines += [f"| **all** | {len(found)} | {len(found) - len(survivors)} ({share:.1%}) | {len(survivors)} |", ""]
     lines += ["What survives, and why it changes no result:", ""]
-    lines += [f"- `{m.file}`: `{m.before}` → `{m.after}`: {reasons.get(str(m), '**no reason known**')}" for m in survivors]
+    lines += [
+        f"- `{m.file}`: `{m.before}` → `{m.after}`: {reasons.get(name, '**no reason known**')}" for name, m in survivors.items()
+    ]
     text = "\n".join(lines) + "\n"
     print(text)
     if whole:
-        LAST.write_text(json.dumps({key(m): killer for m, killer in results}, indent=0, sort_keys=True) + "\n")
+        LAST.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
         (HERE / "result.md").write_text(text)
     return 1 if share < 0.95 or unexplained else 0
 

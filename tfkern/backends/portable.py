@@ -1,26 +1,18 @@
 """The portable Triton kernels (kernels/flash_*.py): any GPU that Triton compiles for, or the interpreter."""
 
 import struct
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tfkern import configs, dropout, interpreter, launch, layout
+from tfkern import configs, dropout, launch, layout
 from tfkern.problem import Gradients, Problem, Tensors
 
 
 def unsupported(problem: Problem) -> list[str]:
     """The reasons why these kernels can't do the problem here."""
-    reasons = []
-    if missing := launch.missing():
-        reasons.append(missing)
-    if problem.device.type == "cpu":
-        if not interpreter.interpreting():
-            reasons.append("CPU tensors need Triton's interpreter (TRITON_INTERPRET=1 before the first import)")
-    elif problem.device.type != "cuda":
-        reasons.append(f"runs on CUDA and ROCm devices, not on {problem.device.type}")
-    elif torch.version.hip is None and torch.cuda.get_device_capability(problem.device) < (8, 0):
-        reasons.append("needs compute capability 8.0 or newer")
+    reasons = launch.unsupported(problem.device)
     if problem.dtype == torch.float64:
         reasons.append("float64 has no fused kernel")
     for name, dim in (("head dim", problem.head_dim), ("value head dim", problem.v_head_dim)):
@@ -29,85 +21,133 @@ def unsupported(problem: Problem) -> list[str]:
     return reasons
 
 
+class Blank:
+    """A result of a kernel before there is memory for it: as `like`, with another last dim, in its memory order."""
+
+    def __init__(self, like: Tensor, last_dim: int):
+        self.shape = (*like.shape[:3], last_dim)
+        self.strides = layout.strides_in_order_of(like, last_dim)
+        self.options = dict(dtype=like.dtype, device=like.device)
+
+    def stride(self) -> tuple:
+        return self.strides
+
+    def empty(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.strides, **self.options)
+
+
 def forward(problem: Problem, t: Tensors) -> tuple[Tensor, Tensor]:
     """out in q's memory order, lse (B, H, Nq) float32; B is 1 for packed sequences."""
-    from tfkern.kernels import flash_fwd
-
-    p, t = problem, _plain_memory(t)
-    out = layout.empty_in_order_of(t.q, p.v_head_dim)
-    lse = torch.empty(t.q.shape[:3], dtype=torch.float32, device=p.device)
-    vec, strides = layout.kernel_strides(t.q, t.k, t.v, out)
-    options = _options(p, t, "flash_fwd", vec)
-    tiles = _tiles(p, p.n_q, options["BLOCK_M"])
-    launch.launch(
-        flash_fwd.flash_fwd, t.q.shape[0] * p.heads * tiles, p.device,
-        t.q, t.k, t.v, out, lse, _features(p, t), *strides, *_sizes(p), tiles, *_numbers(p), **options,
-    )  # fmt: skip
+    p, t = problem, _plain_memory(problem, t)
+    launch_fwd, result = _plan(p, _plan_forward, t)
+    out = result.empty()
+    lse = torch.empty(result.shape[:3], dtype=torch.float32, device=p.device)
+    launch_fwd((t.q, t.k, t.v, out, lse), *_features(p, t))
     return out, lse
 
 
 def backward(problem: Problem, t: Tensors, out, lse, do, dlse, needed, into=None) -> Gradients:
     """The needed gradients, those of q, k and v in the memory order of what they are the gradients of, or written into the
     three tensors given."""
-    p, t = problem, _plain_memory(t)
+    p, t = problem, _plain_memory(problem, t)
     do = layout.last_dim_dense(do.resolve_neg())
     dlse = None if dlse is None else dlse.resolve_neg().contiguous()
-    dq, dk, dv = into or (layout.empty_in_order_of(x, x.shape[-1]) for x in (t.q, t.k, t.v))
     need = Gradients(*needed)
+    plan = _plan(p, _plan_backward, t, out, do, need, into, dlse is None)
+    dq, dk, dv = into or (result.empty() for result in plan.results)
+    delta = torch.empty_like(lse)
+    dslopes = torch.empty_like(lse) if need.slopes else None
     features = _features(p, t)
-    delta, dslopes = _launch_dq(p, t, features, out, lse, do, dlse, dq, need.slopes)
+    # delta and, where slopes need a gradient, each query's part of it, come of this one, so it is needed for any gradient.
+    plan.dq((t.q, t.k, t.v, out, do, lse, dlse, delta, dq, dslopes), *features)
     if need.k or need.v:
-        _launch_dkdv(p, t, features, lse, delta, do, dk, dv)
+        plan.dkdv((t.q, t.k, t.v, do, lse, delta, dk, dv), *features)
+    dbias = None
+    if need.bias:
+        dbias = torch.empty(p.bias, dtype=t.bias.dtype, device=p.device)
+        plan.dbias((t.q, t.k, t.v, do, lse, delta, dbias), *features)
     return Gradients(
-        dq, *((dk, dv) if need.k or need.v else (None, None)),
-        _launch_dbias(p, t, features, lse, delta, do) if need.bias else None,
-        _slope_sums(p, t, dslopes) if need.slopes else None,
+        dq, *((dk, dv) if need.k or need.v else (None, None)), dbias, _slope_sums(p, t, dslopes) if need.slopes else None,
         _sink_sums(t.sinks, lse, delta) if need.sinks else None,
     )  # fmt: skip
 
 
-def _launch_dq(p: Problem, t: Tensors, features, out, lse, do, dlse, dq, need_slopes: bool):
-    """delta and, where slopes need a gradient, each query's part of it; this kernel is needed for any gradient."""
-    from tfkern.kernels import flash_bwd
+def _plan(p: Problem, make, t: Tensors, *more):
+    """What `make` plans, once for all calls whose tensors lie in memory as these do. The problem keeps it."""
+    key = (make, configs.overrides(), _precision(p), *map(_memory, t[:3] if p.plain else t), *map(_memory, more))
+    plan = p.plans.get(key)
+    if plan is None:
+        plan = p.plans[key] = make(p, t, *more)
+    return plan
 
-    delta = torch.empty_like(lse)
-    dslopes = torch.empty_like(lse) if need_slopes else None
+
+def _memory(x):
+    """How a tensor lies in memory; anything else stands for itself."""
+    if isinstance(x, Tensor):
+        return x.stride(), x.dtype
+    return tuple(map(_memory, x)) if isinstance(x, tuple) else x
+
+
+def _plan_forward(p: Problem, t: Tensors) -> tuple[launch.Launch, Blank]:
+    from tfkern.kernels import flash_fwd
+
+    result = Blank(t.q, p.v_head_dim)
+    vec, strides = layout.kernel_strides(t.q, t.k, t.v, result)
+    return _launch(p, t, flash_fwd.flash_fwd, vec, strides, p.heads), result
+
+
+class BackwardPlan(NamedTuple):
+    """The launches of a backward, and what dq, dk and dv are to be."""
+
+    dq: launch.Launch
+    dkdv: launch.Launch
+    dbias: launch.Launch | None
+    results: tuple[Blank, Blank, Blank]
+
+
+def _plan_backward(p: Problem, t: Tensors, out, do, need: Gradients, into, without_dlse: bool) -> BackwardPlan:
+    from tfkern.kernels import flash_bwd, flash_bwd_dbias
+
+    results = tuple(Blank(x, x.shape[-1]) for x in t[:3])
+    dq, dk, dv = into or results
     vec, strides = layout.kernel_strides(t.q, t.k, t.v, out, do, dq)
-    options = _options(p, t, "flash_bwd_dq", vec)
-    tiles = _tiles(p, p.n_q, options["BLOCK_M"])
-    launch.launch(
-        flash_bwd.flash_bwd_dq, t.q.shape[0] * p.heads * tiles, p.device,
-        t.q, t.k, t.v, out, do, lse, dlse, delta, dq, dslopes, features, *strides, *_sizes(p), tiles, *_numbers(p), **options,
-    )  # fmt: skip
-    return delta, dslopes
-
-
-def _launch_dkdv(p: Problem, t: Tensors, features, lse, delta, do, dk, dv) -> None:
-    from tfkern.kernels import flash_bwd
-
+    launch_dq = _launch(p, t, flash_bwd.flash_bwd_dq, vec, strides, p.heads)
     vec, strides = layout.kernel_strides(t.q, t.k, t.v, do, dk, dv)
-    options = _options(p, t, "flash_bwd_dkdv", vec)
-    tiles = _tiles(p, p.n_k, options["BLOCK_N"])
-    launch.launch(
-        flash_bwd.flash_bwd_dkdv, t.q.shape[0] * p.kv_heads * tiles, p.device,
-        t.q, t.k, t.v, do, lse, delta, dk, dv, features, *strides, *_sizes(p), tiles, *_numbers(p), **options,
+    launch_dkdv = _launch(p, t, flash_bwd.flash_bwd_dkdv, vec, strides, p.kv_heads)
+    launch_dbias = None
+    if need.bias:
+        vec, strides = layout.kernel_strides(t.q, t.k, t.v, do)
+        launch_dbias = _launch(p, t, flash_bwd_dbias.flash_bwd_dbias, vec, strides, p.heads)
+    return BackwardPlan(launch_dq, launch_dkdv, launch_dbias, results)
+
+
+def _launch(p: Problem, t: Tensors, kernel, vec: int, strides: list, heads: int) -> launch.Launch:
+    """A kernel with its grid, its numbers and what it is compiled for; `heads` are those that its programs share out."""
+    name = kernel.__name__
+    block_d, block_dv = configs.head_dim_class(p.head_dim), configs.head_dim_class(p.v_head_dim)
+    config = configs.tile_config(launch.architecture(p.device), name, p.dtype.itemsize, max(block_d, block_dv), p.heavy)
+    sizes = (p.batch, p.heads, p.group, p.n_q, p.n_k)
+    numbers = (_float32(p.scale if p.scale is not None else 1.0), int(p.lower_right), p.left, p.right)
+    constants = dict(
+        D=p.head_dim, DV=p.v_head_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, VEC=vec, PRECISION=_precision(p),
+        MOD=p.score_mod and p.score_mod[0], MOD_GRAD=p.score_mod and p.score_mod[1], LINEAR=p.linear, MASK_VEC=_mask_vec(t),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n,
     )  # fmt: skip
-
-
-def _launch_dbias(p: Problem, t: Tensors, features, lse, delta, do) -> Tensor:
-    from tfkern.kernels import flash_bwd_dbias
-
-    dbias = torch.empty(p.bias, dtype=t.bias.dtype, device=p.device)
-    vec, strides = layout.kernel_strides(t.q, t.k, t.v, do)
-    options = _options(p, t, "flash_bwd_dbias", vec)
-    batch, heads, rows, columns = p.bias
-    sums = dict(SUM_ROWS=rows == 1, SUM_COLUMNS=columns == 1)
-    grid = batch * heads * -(-rows // options["BLOCK_M"]) * -(-columns // options["BLOCK_N"])
-    launch.launch(
-        flash_bwd_dbias.flash_bwd_dbias, grid, p.device,
-        t.q, t.k, t.v, do, lse, delta, dbias, features, *strides, *_sizes(p), *_numbers(p), *p.bias, **options, **sums,
-    )  # fmt: skip
-    return dbias
+    if name == "flash_bwd_dbias":
+        batch, bias_heads, rows, columns = p.bias
+        constants |= dict(SUM_ROWS=rows == 1, SUM_COLUMNS=columns == 1)
+        grid = batch * bias_heads * -(-rows // config.block_m) * -(-columns // config.block_n)
+        arguments = (*strides, *sizes, *numbers, *p.bias)
+    else:
+        rows, block = (p.n_k, config.block_n) if name == "flash_bwd_dkdv" else (p.n_q, config.block_m)
+        # of all rows of a head, or for packed sequences as many as they may need at most (kernels/sequence.py)
+        tiles = rows // block + p.batch + 1 if p.packed else -(-rows // block)
+        grid = (1 if p.packed else p.batch) * heads * tiles
+        arguments = (*strides, *sizes, tiles, *numbers)
+    # Scores are one multiply-add; Triton 3.10 turns fusion off by default.
+    options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    return launch.Launch(kernel, grid, p.device, arguments, constants, options)
 
 
 def _slope_sums(p: Problem, t: Tensors, parts: Tensor) -> Tensor:
@@ -128,15 +168,20 @@ def _sink_sums(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     return -(p * delta).masked_fill_(lse == -torch.inf, 0.0).sum((0, 2)).to(sinks.dtype)
 
 
-def _plain_memory(t: Tensors) -> Tensors:
+def _plain_memory(p: Problem, t: Tensors) -> Tensors:
     """No lazy negation, and masks as bytes."""
-    t = Tensors(*(None if x is None else x.resolve_neg() for x in t))
+    if any([x is not None and x.is_neg() for x in (t[:3] if p.plain else t)]):
+        t = Tensors(*(None if x is None else x.resolve_neg() for x in t))
     return t if t.mask is None else t._replace(mask=t.mask.view(torch.uint8))
 
 
-def _features(p: Problem, t: Tensors):
-    """The optional arguments as kernels/features.py has them."""
+def _features(p: Problem, t: Tensors) -> tuple[tuple, tuple]:
+    """The optional arguments as kernels/features.py has them, and the tensors among them."""
     from tfkern.kernels import features as device
+
+    if p.plain:
+        return device.NONE, ()
+    tensors = tuple(x for x in t[3:] if x is not None)
 
     def mask(x: Tensor | None):
         if x is None:
@@ -152,20 +197,12 @@ def _features(p: Problem, t: Tensors):
         bias=mask(t.bias), slopes=None if t.slopes is None else device.Slopes(t.slopes, *stepped(t.slopes)), sinks=t.sinks,
         dropout=device.Dropout(t.seed, layout.encode(dropout.threshold(p.dropout_p)), dropout.factor(p.dropout_p))
         if p.dropout_p else None,
-    )  # fmt: skip
+    ), tensors  # fmt: skip
 
 
-def _tiles(p: Problem, rows: int, block: int) -> int:
-    """Tiles of a head: of all its rows, or for packed sequences as many as they may need at most (kernels/sequence.py)."""
-    return rows // block + p.batch + 1 if p.packed else -(-rows // block)
-
-
-def _sizes(p: Problem) -> tuple:
-    return p.batch, p.heads, p.group, p.n_q, p.n_k
-
-
-def _numbers(p: Problem) -> tuple:
-    return _float32(p.scale if p.scale is not None else 1.0), int(p.lower_right), p.left, p.right
+def _mask_vec(t: Tensors) -> int:
+    masks = [x for x in (t.mask, t.bias) if x is not None]
+    return layout.mask_strides(masks[0])[0] if masks else 0
 
 
 def _float32(x: float) -> float:
@@ -173,26 +210,10 @@ def _float32(x: float) -> float:
     return struct.unpack("f", struct.pack("f", x))[0]
 
 
-def _options(p: Problem, t: Tensors, kernel: str, vec: int) -> dict:
-    """The compile-time arguments: what a kernel is compiled anew for."""
-    block_d, block_dv = configs.head_dim_class(p.head_dim), configs.head_dim_class(p.v_head_dim)
-    config = configs.tile_config(launch.architecture(p.device), kernel, p.dtype.itemsize, max(block_d, block_dv), p.heavy)
-    masks = [x for x in (t.mask, t.bias) if x is not None]
-    value, derivative = p.score_mod or (None, None)
-    options = dict(
-        D=p.head_dim, DV=p.v_head_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, VEC=vec, PRECISION=_precision(p),
-        MOD=value, LINEAR=p.linear, MASK_VEC=layout.mask_strides(masks[0])[0] if masks else 0,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
-        enable_fp_fusion=True,  # scores are one multiply-add; Triton 3.10 turns fusion off by default
-    )  # fmt: skip
-    if kernel in ("flash_bwd_dq", "flash_bwd_dkdv"):
-        options["MOD_GRAD"] = derivative
-    return options
-
-
 def _precision(p: Problem) -> str:
     """IEEE products for float32, unless PyTorch's own switch allows TF32; 16-bit products are exact in either."""
+    if p.dtype != torch.float32:
+        return "ieee"
     arch = launch.architecture(p.device)
     able = arch.startswith("sm_") or arch == "gfx942"
-    allowed = able and p.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
+    return "tf32" if able and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

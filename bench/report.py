@@ -1,0 +1,143 @@
+"""From the rows of `make gpu` to a results file, a table, and plots; `tfkern bench report FOLDER` draws them again."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+from tfkern.bench import cost_model, shapes
+
+PEERS = ("sdpa default", "sdpa flash", "sdpa cudnn", "sdpa efficient", "flex", "flash-attn 3", "flash-attn 4")
+OURS = ("tfkern hopper", "tfkern portable")
+BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+
+
+def write(rows: Path, folder: Path, machine: dict) -> Path:
+    """<date>.json, <date>.csv and the plots from rows.jsonl; returns the first."""
+    found = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+    results = folder / f"{machine['date'][:10]}.json"
+    results.write_text(json.dumps(dict(machine=machine, rows=found), indent=0) + "\n")
+    _write_csv(found, results.with_suffix(".csv"))
+    draw(results)
+    print(table(results))
+    for problem in problems(rows):
+        print("PROBLEM", problem)
+    return results
+
+
+def problems(rows: Path) -> list[str]:
+    """What is wrong, one line each."""
+    found = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+    return [
+        f"{row['step']} {row['case']}: {str(row['problem']).strip().splitlines()[-1]}" for row in found if row.get("problem")
+    ]
+
+
+def _write_csv(rows: list[dict], path: Path) -> None:
+    flat = [{k: v for k, v in row.items() if not isinstance(v, (list, dict))} for row in rows if row["step"] != "end"]
+    names = list(dict.fromkeys(name for row in flat for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(flat)
+
+
+def timed(results: Path, step: str = "attention") -> dict[tuple[str, str], dict[str, dict]]:
+    """{(shape, direction): {provider: row}} of what was timed."""
+    by_case: dict[tuple[str, str], dict[str, dict]] = {}
+    for row in json.loads(results.read_text())["rows"]:
+        if row["step"] == step and "ms" in row:
+            by_case.setdefault((row["shape"], row["direction"]), {})[row["provider"]] = row
+    return by_case
+
+
+def floor_ms(shape: shapes.Shape, direction: str) -> float:
+    """Milliseconds below which an H100 can't be, in 16 bits."""
+    return cost_model.floor(shape.flops(direction), shape.exps(direction), shape.bytes(direction, 2)) / 1e3
+
+
+def table(results: Path) -> str:
+    """Markdown: ours, the best peer, the ratio, and the share of the floor that ours reaches."""
+    about = json.loads(results.read_text())["machine"]
+    known = {s.name: s for s in (*shapes.GPU_SHAPES, *shapes.DRY_SHAPES)}
+    versions = f"torch {about['torch']}, Triton {about.get('triton')}, tfkern {about['tfkern']}"
+    lines = [
+        f"{about['device']}, {versions}, {about['date'][:10]}",
+        "",
+        "| shape | direction | tfkern ms (TFLOP/s) | best peer | ms | speed | of the floor |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (shape, direction), by in timed(results).items():
+        ours = min((by[name] for name in OURS if name in by), key=lambda row: row["ms"], default=None)
+        peer = min((by[name] for name in PEERS if name in by), key=lambda row: row["ms"], default=None)
+        if ours is None:
+            continue
+        other = f"{peer['provider']} | {peer['ms']:.3f} | {peer['ms'] / ours['ms']:.2f}x" if peer else " | | "
+        share = floor_ms(known[shape], direction) / ours["ms"]
+        lines.append(f"| {shape} | {direction} | {ours['ms']:.3f} ({ours['tflops']:.0f}) | {other} | {share:.0%} |")
+    return "\n".join(lines)
+
+
+def insert(text: str, file: Path) -> None:
+    """Replace what stands between the marks of a Markdown file."""
+    before, rest = file.read_text().split(BEGIN)
+    file.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+
+
+def draw(results: Path) -> list[Path]:
+    """TFLOP/s against length with the floor as a line, ratio to the best peer, and memory."""
+    from matplotlib.figure import Figure
+
+    known = {s.name: s for s in (*shapes.GPU_SHAPES, *shapes.DRY_SHAPES)}
+    loaded = json.loads(results.read_text())
+    about = f"{loaded['machine']['device']}, {loaded['machine']['date'][:10]}"
+    by_case = timed(results)
+    groups = sorted({(known[s].head_dim, known[s].is_causal, d) for s, d in by_case})
+    pictures = []
+
+    def save(figure, name: str) -> None:
+        pictures.append(results.with_name(f"{results.stem}-{name}.png"))
+        figure.suptitle(about)
+        figure.savefig(pictures[-1], dpi=110, bbox_inches="tight")
+
+    if groups:
+        figure = Figure(figsize=(6, 3.5 * len(groups)))
+        for axes, (dim, causal, direction) in zip(figure.subplots(len(groups), 1, squeeze=False)[:, 0], groups, strict=True):
+            names = [s for s, d in by_case if (known[s].head_dim, known[s].is_causal, d) == (dim, causal, direction)]
+            names.sort(key=lambda s: known[s].length)
+            lengths = [known[s].length for s in names]
+            for provider in dict.fromkeys(p for s in names for p in by_case[s, direction]):
+                rows = [by_case[s, direction].get(provider) for s in names]
+                axes.plot(lengths, [row["tflops"] if row else math.nan for row in rows], marker="o", label=provider)
+            floors = [known[s].flops(direction) / floor_ms(known[s], direction) / 1e9 for s in names]
+            axes.plot(lengths, floors, "k--", label="floor")
+            axes.set(
+                xscale="log", xlabel="length", ylabel="TFLOP/s", title=f"D = {dim}{', causal' if causal else ''}, {direction}"
+            )
+            axes.legend(fontsize=6)
+        figure.tight_layout()
+        save(figure, "tflops")
+        figure = Figure(figsize=(8, 1 + 0.3 * len(by_case)))
+        axes = figure.subplots()
+        labels, ratios = [], []
+        for (shape, direction), by in by_case.items():
+            ours = min((by[n]["ms"] for n in OURS if n in by), default=None)
+            peer = min((by[n]["ms"] for n in PEERS if n in by), default=None)
+            if ours and peer:
+                labels.append(f"{shape} {direction}")
+                ratios.append(peer / ours)
+        axes.barh(labels, ratios)
+        axes.axvline(1.0, color="k")
+        axes.set(xlabel="best peer's time / ours")
+        save(figure, "ratio")
+    taken = [row for row in loaded["rows"] if row["step"] == "memory" and "bytes" in row]
+    if taken:
+        figure = Figure()
+        axes = figure.subplots()
+        for provider in dict.fromkeys(row["provider"] for row in taken):
+            rows = [row for row in taken if row["provider"] == provider]
+            axes.plot([r["length"] for r in rows], [r["bytes"] / 2**30 for r in rows], marker="o", label=provider)
+        axes.set(xscale="log", yscale="log", xlabel="length", ylabel="GiB beyond the inputs")
+        axes.legend()
+        save(figure, "memory")
+    return pictures
