@@ -6,7 +6,7 @@ WORKERS ?= auto
 # A mark that the environment is that of these files; any change to them installs anew.
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint gate mutants random bench bench-suite install clean
+.PHONY: demo test lint gate mutants random gpu bench bench-suite install clean
 install: $(STAMP)
 
 $(STAMP): setup.py pyproject.toml constraints.txt
@@ -42,6 +42,14 @@ mutants: $(STAMP)
 # 2,000 random problems; `make test` draws a few of them.
 random: $(STAMP)
 	$(BIN)/pytest tests/test_random.py -q -s --problems 2000 $(ARGS)
+
+# Everything that a GPU machine can prove, in BUDGET seconds, the most valuable first; called again, it goes on. Uses the Python
+# that is there, with its torch and Triton, and no network. ARGS=--dry-run goes through the steps without a GPU.
+BUDGET ?= 540
+OUT ?= bench/results
+gpu:
+	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
+	$(PYTHON) -m tfkern.bench.gpu --budget $(BUDGET) --out $(OUT) $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/tfkern bench $(ARGS)

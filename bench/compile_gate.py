@@ -33,7 +33,7 @@ DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}  # bytes; tf32 is float32 
 # last dim that is not dense. "bias" has rows that are aligned, "bias-any" any strides.
 BAND = {"LEFT", "RIGHT", "key_lengths", "DLSE"}
 VARIANTS = {
-    "plain": set(), "causal": {"RIGHT"}, "padded": {"key_lengths"}, "all": BAND, "odd": BAND, "strided": BAND,
+    "plain": set(), "causal": {"RIGHT"}, "padded": {"key_lengths"}, "all": BAND, "odd": BAND, "strided": set(BAND),
     "mask": {"mask"}, "bias": {"bias"}, "bias-any": {"bias"}, "dropout": {"dropout"}, "packed": {"cu_q", "cu_k"},
     "softcap": {"softcap"}, "slopes": {"slopes", "RIGHT"}, "sinks": {"sinks"}, "score-mod": {"MOD"}, "scale": {"scale"},
     "everything": {*BAND, "bias", "dropout", "softcap", "slopes", "sinks", "MOD", "scale"} - {"key_lengths"} | {"cu_q", "cu_k"},
@@ -41,7 +41,7 @@ VARIANTS = {
 HEAVY = {"mask", "bias", "dropout", "softcap", "slopes", "MOD"}
 FEATURES = [name for name in VARIANTS if name not in ("plain", "causal", "padded", "all", "odd", "strided")]
 FP32_TENSORS = {"LSE", "DLSE", "DELTA", "DSLOPES"}
-KERNEL_FILES = {"flash_bwd_dq": "flash_bwd", "flash_bwd_dkdv": "flash_bwd"}
+ONE_PASS_ONLY = {"O", "DLSE", "DQ", "DSLOPES", "stride_o", "stride_dq"}  # of flash_bwd_dkdv
 
 SPILLS = HERE / "spills.json"
 
@@ -68,8 +68,15 @@ def features(there: set[str], pointer: str, mask_vec: int):
     return device.Features(*(kinds[name] if name in there else none for name in device.Features._fields))
 
 
-def arguments(kernel, dtype: str, head_dim: int, config, variant: str) -> dict:
+def function(kernel: str):
+    """The device function of a row of the table."""
+    name = "flash_bwd_dkdv" if kernel == "flash_bwd_one_pass" else kernel
+    return getattr(load(f"tfkern.kernels.{name}"), name)
+
+
+def arguments(kernel_name: str, dtype: str, head_dim: int, config, variant: str) -> dict:
     """The kernel's parameters as aot.compile_kernel wants them; head_dim is also the head dim of V."""
+    kernel = function(kernel_name)
     constant = importlib.import_module("aot").Constant
     there = VARIANTS[variant]
     dim = head_dim * 5 // 8 if variant == "odd" else head_dim
@@ -89,6 +96,8 @@ def arguments(kernel, dtype: str, head_dim: int, config, variant: str) -> dict:
     for name in kernel.arg_names:
         if name in constants:
             kinds[name] = constant(constants[name])
+        elif kernel_name == "flash_bwd_dkdv" and name in ONE_PASS_ONLY:
+            kinds[name] = constant(None)
         elif name == "F":
             extra = {"bias"} if kernel.__name__ == "flash_bwd_dbias" else set()
             kinds[name] = features((there | extra) - ({"mask"} if extra else set()), pointer, mask_vec)
@@ -110,27 +119,37 @@ def arguments(kernel, dtype: str, head_dim: int, config, variant: str) -> dict:
 def jobs(args):
     configs = load("tfkern.configs")
     for arch in args.arch or configs.ARCHITECTURES:
-        for kernel in args.kernel or configs.KERNELS:
+        for kernel in args.kernel or (*configs.KERNELS, configs.ONE_PASS):
             for dtype in args.dtype:
                 for head_dim in args.head_dim or configs.HEAD_DIM_CLASSES:
                     for variant in args.variant:
-                        heavy = bool(HEAVY & VARIANTS[variant])
-                        config = configs.tile_config(arch, kernel, DTYPES[dtype], head_dim, heavy)
-                        yield arch, kernel, dtype, head_dim, config, variant
+                        for config in tiles(kernel, arch, DTYPES[dtype], head_dim, VARIANTS[variant]):
+                            yield arch, kernel, dtype, head_dim, config, variant
+
+
+def tiles(kernel: str, arch: str, size: int, head_dim: int, there: set[str]) -> list:
+    """What the table holds for a kernel with these features: one, or for a backward in one pass any number."""
+    configs = load("tfkern.configs")
+    heavy = bool(HEAVY & there)
+    if kernel != configs.ONE_PASS:
+        return [configs.tile_config(arch, kernel, size, head_dim, heavy)]
+    if heavy or "cu_q" in there or there is VARIANTS["strided"]:
+        return []
+    return configs.one_pass_tiles(arch, size, head_dim)
 
 
 def name(row: dict) -> str:
-    return " ".join(str(row[key]) for key in ("arch", "kernel", "dtype", "head_dim", "variant"))
+    block = f" {row['config']['block_n']} keys" if "one_pass" in row["kernel"] else ""
+    return " ".join(str(row[key]) for key in ("arch", "kernel", "dtype", "head_dim", "variant")) + block
 
 
 def run(arch, kernel, dtype, head_dim, config, variant, bounds: dict[str, int]) -> dict:
     """Compile one and return its row of the table; `problem` is None where all is well."""
     aot = importlib.import_module("aot")
-    function = getattr(load(f"tfkern.kernels.{KERNEL_FILES.get(kernel, kernel)}"), kernel)
     row = dict(arch=arch, kernel=kernel, dtype=dtype, head_dim=head_dim, variant=variant, config=vars(config))
     start = time.perf_counter()
     try:
-        compiled = aot.compile_kernel(function, arch, arguments(function, dtype, head_dim, config, variant), config)
+        compiled = aot.compile_kernel(function(kernel), arch, arguments(kernel, dtype, head_dim, config, variant), config)
         found = aot.resources(compiled, arch)
     except Exception as error:  # whatever the compiler throws is the finding
         return {**row, "problem": f"does not compile: {error!r}"}

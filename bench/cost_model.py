@@ -7,7 +7,7 @@ Assumptions (H100 SXM; each is a number to be corrected by measurements, `tfkern
   the other (Triton waits for each product), and LATENCY cycles for every wait in the way. A warp by itself issues an
   instruction every PACE cycles: with 2, the model gives the 400 TFLOP/s that the FlashAttention-3 paper measured for Triton at
   D = 64. With C programs on an SM, passes overlap until the busiest pipe is full: max(busiest pipe, alone / C). Loads of tiles
-  are hidden by the pipeline.
+  are hidden by the pipeline, where there is one.
 - A program's prologue and epilogue issue every instruction outside the inner loops once, and wait twice for memory.
 - Programs go over the chip in waves; the last, partly filled wave counts as much as its programs' share of an SM.
 """
@@ -15,7 +15,7 @@ Assumptions (H100 SXM; each is a number to be corrected by measurements, `tfkern
 import math
 from dataclasses import dataclass
 
-LATENCY = {"barriers": 30, "wgmma waits": 60, "shuffles": 12, "copy waits": 30}
+LATENCY = {"barriers": 30, "wgmma waits": 60, "shuffles": 12, "copy waits": 30, "loads": 600}
 MEMORY_LATENCY = 800
 PACE = 2.0
 

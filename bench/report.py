@@ -1,6 +1,7 @@
 """From the rows of `make gpu` to a results file, a table, and plots; `tfkern bench report FOLDER` draws them again."""
 
 import csv
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -16,7 +17,8 @@ def write(rows: Path, folder: Path, machine: dict) -> Path:
     """<date>.json, <date>.csv and the plots from rows.jsonl; returns the first."""
     found = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
     results = folder / f"{machine['date'][:10]}.json"
-    results.write_text(json.dumps(dict(machine=machine, rows=found), indent=0) + "\n")
+    known = [dataclasses.asdict(shape) for shape in (*shapes.GPU_SHAPES, *shapes.DRY_SHAPES)]
+    results.write_text(json.dumps(dict(machine=machine, shapes=known, rows=found), indent=0) + "\n")
     _write_csv(found, results.with_suffix(".csv"))
     draw(results)
     print(table(results))

@@ -100,6 +100,8 @@ def busy(body: list[Instruction], warps: int) -> dict[str, float]:
 def waits(body: list[Instruction]) -> Counter:
     """What makes a warp stand still: barriers of the program, waits for its own products, shuffles."""
     names = {"BAR": "barriers", "WARPGROUP": "wgmma waits", "SHFL": "shuffles", "DEPBAR": "copy waits"}
-    return Counter(
-        names[x.name] for x in body if x.name in names and (x.name != "WARPGROUP" or ".DEPBAR" in x.opcode)
-    )  # fmt: skip
+    found = Counter(names[x.name] for x in body if x.name in names and (x.name != "WARPGROUP" or ".DEPBAR" in x.opcode))
+    opcodes = {x.name for x in body}
+    if "LDG" in opcodes and not opcodes & {"LDGSTS", "UTMALDG"}:  # tiles are loaded where they are needed, not ahead
+        found["loads"] = 1
+    return found

@@ -72,7 +72,7 @@ def tests(context: Context, files: list[str]) -> Cases:
 
 def _pytest(context: Context, *files: str) -> Iterator[dict]:
     with tempfile.NamedTemporaryFile(suffix=".xml") as report:
-        command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report.name}", *files]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report.name}", *files]
         start = time.monotonic()
         done = subprocess.run(
             command + ["--collect-only"] * context.dry, cwd=ROOT, capture_output=True, text=True, check=False,
@@ -163,7 +163,7 @@ def sanitizer(context: Context) -> Cases:
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 
     def check(tool: str) -> Iterator[dict]:
-        command = [sys.executable, "-P", "-m", "tfkern.bench.sanitized"]
+        command = [sys.executable, "-m", "tfkern.bench.sanitized"]
         if not Path(program).exists():
             if context.dry:
                 subprocess.run(command, check=True, timeout=max(5.0, context.left()))
@@ -207,6 +207,9 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     written = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
+    # what went wrong in an earlier call is tried again
+    written = [row for row in written if row["step"] != args.step or not row.get("problem")]
+    args.rows.write_text("".join(json.dumps(row) + "\n" for row in written))
     done = {(row["step"], row.get("case")) for row in written}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     context = Context(device, args.dry_run, time.monotonic() + args.seconds, done)

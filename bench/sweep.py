@@ -20,17 +20,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import aot
 import compile_gate
 import cost_model
+import geometry
 import sass
 
-LENGTHS = (197, 512, 1024, 2048)
+LENGTHS = (64, 128, 197, 512, 1024, 2048)
 TOKENS = 32768  # in a batch; 12 heads: the shapes of BERT, GPT-2 and ViT
 HEADS = 12
 CANDIDATES = {
     "flash_fwd": [(m, n) for m in (64, 128, 256) for n in (32, 64, 128)],
     "flash_bwd_dq": [(m, n) for m in (64, 128) for n in (32, 64, 128)],
     "flash_bwd_dkdv": [(m, n) for m in (32, 64, 128) for n in (64, 128)],
+    "flash_bwd_one_pass": [(m, n) for m in (16, 32, 64) for n in (64, 128, 256)],
 }
-OWNS_KEYS = ("flash_bwd_dkdv",)
 
 
 def code_of(compiled) -> list:
@@ -44,51 +45,19 @@ def code_of(compiled) -> list:
         )
 
 
-def work(kernel: str, config, length: int, head_dim: int, causal: bool) -> cost_model.Work:
-    """What a launch over TOKENS tokens of sequences of one length does (kernels/band.py has the geometry)."""
-    batch = max(1, TOKENS // length)
-    heads = batch * HEADS
-    owned, step = (config.block_n, config.block_m) if kernel in OWNS_KEYS else (config.block_m, config.block_n)
-    passes = []
-    for start in range(0, length, owned):
-        if not causal:
-            passes.append((0, length // step, int(length % step > 0)))
-        elif kernel in OWNS_KEYS:  # queries from the first key of the tile on
-            edge = min(math.ceil((min(owned, length - start) - 1) / step), math.ceil((length - start) / step))
-            rest = max(0, length - start - edge * step)
-            passes.append((edge, rest // step, int(rest % step > 0)))
-        else:  # keys up to the last query of the tile
-            whole = (start + 1) // step
-            passes.append((0, whole, math.ceil(min(start + owned, length) / step) - whole))
-    totals = [heads * sum(column) for column in zip(*passes, strict=True)]
-    if not (causal and kernel in OWNS_KEYS):  # the kernel has no loop for tiles cut on the left
-        totals = totals[1:]
-    row = 2 * head_dim
-    programs = heads * len(passes)
-    tensors = 4 if kernel == "flash_fwd" else 6
-    return cost_model.Work(
-        programs, tuple(totals), loaded=sum(totals) * 2 * step * row + programs * 2 * owned * row,
-        memory=tensors * heads * length * row, longest=max(map(sum, passes)),
-    )  # fmt: skip
-
-
-def floor(kernel: str, length: int, head_dim: int, causal: bool) -> float:
-    """Microseconds for one launch, of its own products and exponentials."""
-    scores = max(1, TOKENS // length) * HEADS * length**2 * (0.5 if causal else 1.0)
-    products = {"flash_fwd": 2, "flash_bwd_dq": 3, "flash_bwd_dkdv": 4}[kernel]
-    memory = (4 if kernel == "flash_fwd" else 6) * TOKENS // length * HEADS * length * 2 * head_dim
-    return cost_model.floor(2.0 * products * scores * head_dim, scores, memory)
+def problems(head_dim: int, variant: str) -> list[geometry.Problem]:
+    """What a candidate is judged by."""
+    return [geometry.Problem(max(1, TOKENS // n), HEADS, n, head_dim, variant == "causal") for n in LENGTHS]
 
 
 def evaluate(kernel: str, arch: str, dtype: str, head_dim: int, variants, config) -> dict:
     """Compile a candidate for each variant; its resources, and predicted times where the model knows the chip."""
-    function = getattr(compile_gate.load(f"tfkern.kernels.{compile_gate.KERNEL_FILES.get(kernel, kernel)}"), kernel)
     row = dict(kernel=kernel, arch=arch, dtype=dtype, head_dim=head_dim, config=vars(config), times={})
     ratios = []
     for variant in variants:
         try:
             compiled = aot.compile_kernel(
-                function, arch, compile_gate.arguments(function, dtype, head_dim, config, variant), config
+                compile_gate.function(kernel), arch, compile_gate.arguments(kernel, dtype, head_dim, config, variant), config
             )
             found = aot.resources(compiled, arch)
         except Exception as error:  # whatever the compiler throws is the finding
@@ -102,11 +71,12 @@ def evaluate(kernel: str, arch: str, dtype: str, head_dim: int, variants, config
             inner = sass.loops(code)
             loops = [(len(body), sass.busy(body, config.num_warps), sass.waits(body)) for body in inner]
             outside = (len(code) - sum(map(len, inner))) * config.num_warps / 4
-            for length in LENGTHS:
-                job = work(kernel, config, length, head_dim, variant == "causal")
-                predicted = cost_model.predict(job, loops, outside, occupancy)
-                row["times"][f"{variant} {length}"] = (predicted.microseconds, predicted.bound)
-                ratios.append(predicted.microseconds / floor(kernel, length, head_dim, variant == "causal"))
+            for problem in problems(head_dim, variant):
+                if kernel == "flash_bwd_one_pass" and problem.length > config.block_n:
+                    continue
+                predicted = cost_model.predict(geometry.work(kernel, config, problem), loops, outside, occupancy)
+                row["times"][f"{variant} {problem.length}"] = (predicted.microseconds, predicted.bound)
+                ratios.append(predicted.microseconds / geometry.floor(kernel, problem))
             row[variant] |= dict(occupancy=occupancy)
     spilled = sum(row[v]["spilled"] for v in variants)
     # A spilled byte is stored and loaded in every pass; a few outside of the loop do no harm.

@@ -50,6 +50,13 @@ def query_range(start_n, end_n, n_q, shift, LEFT, RIGHT, F, BLOCK_M: tl.constexp
 
 
 @triton.jit
+def all_tiles(full_lo, full_hi, n, BLOCK: tl.constexpr):
+    """A range of key_range as (first, full_lo, full_hi, last) over tiles that begin at 0 and cover all of n."""
+    lo = (full_lo + BLOCK - 1) // BLOCK * BLOCK
+    return 0, lo, tl.maximum(full_hi // BLOCK * BLOCK, lo), n
+
+
+@triton.jit
 def visible(offs_m, offs_n, n_k, shift, LEFT, RIGHT):
     """True where query offs_m sees key offs_n; the two index tensors broadcast against each other."""
     keep = (offs_n < n_k) & (offs_m >= 0)  # the second is always so, and gives the mask both dimensions

@@ -46,7 +46,7 @@ def _ds(
     if F.dropout is not None:
         kept = dropout.keep(F.dropout, bh, start_m, start_n, BLOCK_M, BLOCK_N)
         dp = tl.where(kept, dp * F.dropout.factor, 0.0)
-    return tl.where(keep & (offs_m < S.mask.rows)[:, None], p * (dp - delta[:, None]), 0.0)
+    return tl.where(keep, p * (dp - delta[:, None]), 0.0)
 
 
 @triton.jit

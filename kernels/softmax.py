@@ -66,6 +66,15 @@ def finish(acc, m_i, l_i, S):
 
 
 @triton.jit
+def delta(o, do, F):
+    """rowsum(O * dO), which the softmax's derivative subtracts from dP."""
+    products = o.to(tl.float32) * do.to(tl.float32)
+    if F.sinks is not None:  # a row that saw no key still has an lse: nothing of its gradient but dlse may count
+        products = tl.where(o == 0.0, 0.0, products)
+    return tl.sum(products, 1)
+
+
+@triton.jit
 def load_lse(LSE, rows, lo, hi, LINEAR: tl.constexpr, MASKED: tl.constexpr):
     """lse of rows, for `weights`: in base 2 where logits are linear. Rows outside [lo, hi) and rows that saw no key get +inf:
     all their p are 0."""

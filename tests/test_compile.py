@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMPILER = {**os.environ, "TRITON_INTERPRET": "0"}
 
 
-# (registers, SASS instructions) on sm_90, bfloat16, head dim 64, of the commit before the features. What there is more of now
+# (registers, SASS instructions) on sm_90, bfloat16, head dim 64, of the commit before the features, with its tiles. What there is more of now
 # is two selects a score in tiles on the band's edge: what a query holds (NaN) must not reach keys that it does not see.
 BEFORE_FEATURES = {
     "flash_fwd plain": (189, 2096), "flash_fwd causal": (195, 2168), "flash_fwd all": (236, 2800),
@@ -43,6 +43,29 @@ def test_gate(arch, kernel, tmp_path):
     assert len(rows) == 2 * len(configs.HEAD_DIM_CLASSES) * 3  # dtypes x head dims x variants
 
 
+def test_gate_of_the_backward_in_one_pass(tmp_path):
+    """Where the table has tiles for it; it never runs with free strides, and on a GPU not with what takes registers a score."""
+    rows = gate(tmp_path, "--kernel", "flash_bwd_one_pass", "--dtype", "bf16", "--variant", "plain", "causal", "all", "sinks")
+    table = configs.one_pass_tiles("sm_90", 2, 64)
+    assert [row["config"]["block_n"] for row in rows] == [c.block_n for c in table] * 4
+    assert {(row["arch"], row["head_dim"]) for row in rows} == {("sm_90", 64)}
+
+
+def test_when_one_pass_is_taken():
+    def keys(n, programs=1000, arch="sm_90", itemsize=2, head_dim=64, heavy=False):
+        config = configs.one_pass(arch, itemsize, head_dim, n, programs, heavy)
+        return config and config.block_n
+
+    assert [keys(n) for n in (0, 1, 64, 65, 128, 129)] == [64, 64, 64, 128, 128, None]
+    assert keys(64, programs=127) is None
+    assert keys(64, heavy=True) is None
+    assert keys(64, itemsize=4) is keys(64, head_dim=128) is keys(64, arch="sm_80") is None
+    with configs.override(flash_bwd_one_pass=configs.TileConfig(16, 32)):
+        assert (keys(32), keys(33)) == (32, None)
+    with configs.override(flash_bwd_one_pass=None):
+        assert keys(32) is None
+
+
 @pytest.mark.parametrize("kernel", configs.KERNELS)
 def test_gate_of_the_features(kernel, tmp_path):
     """Each feature by itself, and all together, at the head dim that matters most. `make gate` has more."""
@@ -51,9 +74,20 @@ def test_gate_of_the_features(kernel, tmp_path):
 
 
 @pytest.mark.skipif(triton.__version__ != "3.7.1", reason="counted with Triton 3.7.1")
-def test_absent_features_cost_nothing(tmp_path):
-    """Instructions and registers of the kernels without features, beside those of the commit before there were any."""
-    rows = gate(tmp_path, "--arch", "sm_90", "--dtype", "bf16", "--head-dim", "64", "--variant", "plain", "causal", "all")
+def test_absent_features_cost_nothing():
+    """Instructions and registers of the kernels without features, beside those of the commit before there were any, with the
+    tiles that it had."""
+    code = """
+import json, sys
+sys.path.insert(0, "bench")
+import compile_gate as gate
+tile = gate.load("tfkern.configs").TileConfig
+tiles = {"flash_fwd": tile(128, 32, 4, 2), "flash_bwd_dq": tile(128, 64, 8, 2), "flash_bwd_dkdv": tile(64, 128, 8, 1)}
+rows = [gate.run("sm_90", k, "bf16", 64, c, v, {}) for k, c in tiles.items() for v in ("plain", "causal", "all")]
+print(json.dumps(rows))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=COMPILER, cwd=ROOT, check=True)
+    rows = json.loads(done.stdout.splitlines()[-1])
     found = {f"{row['kernel']} {row['variant']}": (row["registers"], row["instructions"]) for row in rows}
     for name, (registers, instructions) in BEFORE_FEATURES.items():
         assert found[name][0] <= registers * 1.02, (name, found[name])
@@ -100,10 +134,10 @@ import json, torch
 from tfkern import call as calls
 from tfkern.backends import portable
 from tfkern.bench import fake_gpu
-from tfkern.kernels import flash_bwd, flash_bwd_dbias, flash_fwd
+from tfkern.kernels import flash_bwd_dbias, flash_bwd_dkdv, flash_bwd_dq, flash_fwd
 
 fake_gpu.pretend()
-kernels = (flash_fwd.flash_fwd, flash_bwd.flash_bwd_dq, flash_bwd.flash_bwd_dkdv, flash_bwd_dbias.flash_bwd_dbias)
+kernels = (flash_fwd.flash_fwd, flash_bwd_dq.flash_bwd_dq, flash_bwd_dkdv.flash_bwd_dkdv, flash_bwd_dbias.flash_bwd_dbias)
 def count():
     counts = {k.fn.__name__: sum(len(cache[0]) for cache in k.device_caches.values()) for k in kernels}
     return {name: n for name, n in counts.items() if n}
@@ -161,6 +195,8 @@ def test_new_numbers_compile_nothing_new():
     counts = json.loads(done.stdout.splitlines()[-1])
     kernels = ("flash_fwd", "flash_bwd_dq", "flash_bwd_dkdv")
     one, two = (dict.fromkeys(kernels, n) for n in (1, 2))
-    assert counts[:6] == [one, one, one, one, two, two]
+    # any length is one form of each kernel, but few keys of enough heads: those have two more of the backward in one pass
+    forms = [one, *({**n, "flash_bwd_dkdv": n["flash_bwd_dkdv"] + 2} for n in (one, one, one, two, two))]
+    assert counts[:6] == forms
     # a feature is one form, whatever its numbers; a mask is two, with rows that are aligned and with rows that are not
     assert counts[6] == [one] * 6 + [{**two, "flash_bwd_dbias": 2}]

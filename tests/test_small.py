@@ -19,7 +19,7 @@ PACKED = ((21, 0, 1, 34), (37, 20, 5, 18))
 
 CASES = [
     Case("full", 1, 37, 9),
-    Case("groups", 4, 20, 8, n_k=33, batch=2, kv_heads=2, v_head_dim=3),
+    Case("groups", 4, 20, 8, n_k=33, batch=2, kv_heads=2, v_head_dim=3, layout="bnhd"),
     Case("causal", 1, 70, 16, options=dict(is_causal=True)),
     Case("lower-right", 1, 37, 8, n_k=70, options=RIGHT),
     Case("window", 1, 100, 8, options=dict(window=(37, 39))),
@@ -44,7 +44,7 @@ CASES = [
     Case("packed-groups", 4, 0, 8, kv_heads=2, lengths=PACKED),
     Case("packed-bias", 2, 0, 8, lengths=PACKED, mask="float bhqk", sinks=True),
     Case("packed-bias-of-keys", 2, 0, 8, lengths=PACKED, mask="float 1h1k", options=dict(dropout_p=0.4)),
-    Case("packed-many", 1, 0, 8, lengths=((1, 0, 16, 15, 33, 0, 2, 40), (3, 16, 0, 32, 31, 1, 2, 17)), slopes="bh"),
+    Case("packed-many", 1, 0, 8, lengths=((0, 1, 0, 16, 15, 33, 0, 2, 40), (2, 3, 16, 0, 32, 31, 1, 2, 17)), slopes="bh"),
     Case("slopes", 2, 20, 8, n_k=50, batch=2, slopes="bh", options=RIGHT),
     Case("slopes-window", 1, 70, 8, slopes="h", options=dict(window=(30, 30))),
     Case("sinks", 2, 37, 8, n_k=20, sinks=True, options=dict(window=(5, 5))),
@@ -55,9 +55,13 @@ CASES = [
 ]  # fmt: skip
 
 
+ONE_PASS = configs.TileConfig(16, 128)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_small(case, device):
-    with configs.override(**TILES):
+def test_small(case, passes, device):
+    with configs.override(**TILES, flash_bwd_one_pass=ONE_PASS if passes == 1 else None):
         errors = testing.check(case, torch.float32, "portable", device)
     assert all(e.ok for e in errors), "\n" + "\n".join(map(str, errors))
 
@@ -82,6 +86,20 @@ def test_a_mask_smaller_than_its_sequences_is_not_left(mask, monkeypatch):
     with configs.override(**TILES):
         out = tfkern.attention_varlen(q, q, q, ends, ends, bias, backend="portable")
         out.nansum().backward()
+
+
+def test_boundaries_that_nobody_checked(monkeypatch, device):
+    """The first sequence begins at 0 whatever stands there, and rows behind the last get 0."""
+    monkeypatch.setattr(checks, "cu_seqlens", lambda *args: None)
+    q = torch.randn(40, 1, 8, device=device, requires_grad=True)
+    good, odd = (torch.tensor([first, 20, 33], device=device) for first in (0, 3))
+    with configs.override(**TILES):
+        found, wanted = (tfkern.attention_varlen(q, q, q, cu, cu, backend="portable") for cu in (odd, good))
+        gradients = [torch.autograd.grad(out.square().sum(), q)[0] for out in (found, wanted)]
+    assert torch.equal(found, wanted)
+    assert torch.equal(*gradients)
+    assert not found[33:].any()
+    assert not gradients[0][33:].any()
 
 
 def test_the_examples_of_score_mod_are_what_they_say():

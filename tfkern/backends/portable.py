@@ -58,10 +58,13 @@ def backward(problem: Problem, t: Tensors, out, lse, do, dlse, needed, into=None
     delta = torch.empty_like(lse)
     dslopes = torch.empty_like(lse) if need.slopes else None
     features = _features(p, t)
-    # delta and, where slopes need a gradient, each query's part of it, come of this one, so it is needed for any gradient.
-    plan.dq((t.q, t.k, t.v, out, do, lse, dlse, delta, dq, dslopes), *features)
-    if need.k or need.v:
-        plan.dkdv((t.q, t.k, t.v, do, lse, delta, dk, dv), *features)
+    if plan.dq is None:
+        plan.dkdv((t.q, t.k, t.v, out, do, lse, dlse, delta, dq, dk, dv, dslopes), *features)
+    else:
+        # delta and, where slopes need a gradient, each query's part of it, come of this one: any gradient needs it
+        plan.dq((t.q, t.k, t.v, out, do, lse, dlse, delta, dq, dslopes), *features)
+        if need.k or need.v:
+            plan.dkdv((t.q, t.k, t.v, None, do, lse, None, delta, None, dk, dv, None), *features)
     dbias = None
     if need.bias:
         dbias = torch.empty(p.bias, dtype=t.bias.dtype, device=p.device)
@@ -97,23 +100,29 @@ def _plan_forward(p: Problem, t: Tensors) -> tuple[launch.Launch, Blank]:
 
 
 class BackwardPlan(NamedTuple):
-    """The launches of a backward, and what dq, dk and dv are to be."""
+    """The launches of a backward, and what dq, dk and dv are to be. Without dq, dkdv makes all three in one pass."""
 
-    dq: launch.Launch
+    dq: launch.Launch | None
     dkdv: launch.Launch
     dbias: launch.Launch | None
     results: tuple[Blank, Blank, Blank]
 
 
 def _plan_backward(p: Problem, t: Tensors, out, do, need: Gradients, into, without_dlse: bool) -> BackwardPlan:
-    from tfkern.kernels import flash_bwd, flash_bwd_dbias
+    from tfkern.kernels import flash_bwd_dbias, flash_bwd_dkdv, flash_bwd_dq
 
     results = tuple(Blank(x, x.shape[-1]) for x in t[:3])
     dq, dk, dv = into or results
-    vec, strides = layout.kernel_strides(t.q, t.k, t.v, out, do, dq)
-    launch_dq = _launch(p, t, flash_bwd.flash_bwd_dq, vec, strides, p.heads)
-    vec, strides = layout.kernel_strides(t.q, t.k, t.v, do, dk, dv)
-    launch_dkdv = _launch(p, t, flash_bwd.flash_bwd_dkdv, vec, strides, p.kv_heads)
+    launch_dq, one_pass = None, None
+    vec, strides = layout.kernel_strides(t.q, t.k, t.v, out, do, dq, dk, dv)
+    if vec and not p.packed:  # whose longest sequence nobody knows; free strides take too many registers
+        one_pass = configs.one_pass(_architecture(p), p.dtype.itemsize, _block(p), p.n_k, p.batch * p.kv_heads, p.heavy)
+    if one_pass is None:
+        vec, strides = layout.kernel_strides(t.q, t.k, t.v, out, do, dq)
+        launch_dq = _launch(p, t, flash_bwd_dq.flash_bwd_dq, vec, strides, p.heads)
+        vec, (*qkv, do_stride, dk_stride, dv_stride) = layout.kernel_strides(t.q, t.k, t.v, do, dk, dv)
+        strides = [*qkv, None, do_stride, None, dk_stride, dv_stride]
+    launch_dkdv = _launch(p, t, flash_bwd_dkdv.flash_bwd_dkdv, vec, strides, p.kv_heads, one_pass)
     launch_dbias = None
     if need.bias:
         vec, strides = layout.kernel_strides(t.q, t.k, t.v, do)
@@ -121,17 +130,27 @@ def _plan_backward(p: Problem, t: Tensors, out, do, need: Gradients, into, witho
     return BackwardPlan(launch_dq, launch_dkdv, launch_dbias, results)
 
 
-def _launch(p: Problem, t: Tensors, kernel, vec: int, strides: list, heads: int) -> launch.Launch:
-    """A kernel with its grid, its numbers and what it is compiled for; `heads` are those that its programs share out."""
+def _architecture(p: Problem) -> str:
+    return launch.architecture(p.device)
+
+
+def _block(p: Problem) -> int:
+    """The head-dim class whose tiles serve both head dims."""
+    return configs.head_dim_class(max(p.head_dim, p.v_head_dim))
+
+
+def _launch(p: Problem, t: Tensors, kernel, vec: int, strides: list, heads: int, config=None) -> launch.Launch:
+    """A kernel with its grid, its numbers and what it is compiled for; `heads` are those that its programs share out. Without
+    config, the table's tiles."""
     name = kernel.__name__
-    block_d, block_dv = configs.head_dim_class(p.head_dim), configs.head_dim_class(p.v_head_dim)
-    config = configs.tile_config(launch.architecture(p.device), name, p.dtype.itemsize, max(block_d, block_dv), p.heavy)
+    config = config or configs.tile_config(_architecture(p), name, p.dtype.itemsize, _block(p), p.heavy)
     sizes = (p.batch, p.heads, p.group, p.n_q, p.n_k)
     numbers = (_float32(p.scale if p.scale is not None else 1.0), int(p.lower_right), p.left, p.right)
+    value, derivative = p.score_mod or (None, None)
     constants = dict(
-        D=p.head_dim, DV=p.v_head_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, VEC=vec, PRECISION=_precision(p),
-        MOD=p.score_mod and p.score_mod[0], MOD_GRAD=p.score_mod and p.score_mod[1], LINEAR=p.linear, MASK_VEC=_mask_vec(t),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        D=p.head_dim, DV=p.v_head_dim, BLOCK_D=configs.head_dim_class(p.head_dim),
+        BLOCK_DV=configs.head_dim_class(p.v_head_dim), VEC=vec, PRECISION=_precision(p), MOD=value, MOD_GRAD=derivative,
+        LINEAR=p.linear, MASK_VEC=_mask_vec(t), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
     )  # fmt: skip
     if name == "flash_bwd_dbias":
         batch, bias_heads, rows, columns = p.bias

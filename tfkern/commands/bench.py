@@ -1,7 +1,8 @@
 """Time tfkern beside PyTorch's attention, FlexAttention and the naive formula; each is verified before it is timed.
 
-On a GPU: medians by CUDA events at the sizes of ViT, BERT and GPT. Without one the Triton kernels can't be timed; then this
-compares the CPU backend, and --compile prints what the compiler makes of every kernel for GPUs that are not here.
+On a GPU: medians by CUDA events at the sizes of ViT, BERT and GPT. Without one the Triton kernels can't be timed; then `speed`
+compares the CPU backend, `compile` prints what the compiler makes of every kernel for GPUs that are not here, `model` what time
+that would take on an H100, `overhead` what a call costs in Python.
 """
 
 import os
@@ -14,25 +15,48 @@ import torch
 from tfkern.extras import require
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+WHAT = {
+    "speed": "forward and backward beside everybody else's",
+    "compile": "registers, spills and shared memory of every kernel",
+    "sweep": "every candidate of tile sizes, ranked by the cost model",
+    "model": "predicted times on an H100; --against RESULTS.json: beside the measured ones",
+    "overhead": "microseconds of Python a call",
+    "report": "the table and plots of a results file of `make gpu` (--results) again; --readme FILE: into that file",
+}
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 without")
-    parser.add_argument("--seconds", type=float, default=0.3, help="for each figure")
-    parser.add_argument("--out", type=Path, default=Path("tfkern-out/bench"), help="folder of results.json and results.png")
-    parser.add_argument("--compile", action="store_true", help="print registers, spills and shared memory of every kernel")
+    parser.add_argument(
+        "what", nargs="?", choices=list(WHAT), default="speed", help="; ".join(f"{k}: {v}" for k, v in WHAT.items())
+    )
+    parser.add_argument("--dtype", choices=list(DTYPES), help="speed; default: bf16 on a GPU, fp32 without")
+    parser.add_argument("--seconds", type=float, default=0.3, help="speed: for each figure")
+    parser.add_argument("--out", type=Path, default=Path("tfkern-out/bench"), help="speed: folder of results.json and .png")
+    parser.add_argument("--against", type=Path, help="model: a results file of `make gpu`")
+    parser.add_argument("--results", type=Path, help="report: a results file of `make gpu`")
+    parser.add_argument("--readme", type=Path, help="report: a Markdown file with marks, between which the table goes")
 
 
 def run(args) -> int:
     """0, or 1 if something timed here was wrong or a kernel is beyond its bounds."""
-    if args.compile:
-        return compile_table()
+    if args.what == "compile":
+        return script("compile_gate.py")
+    if args.what == "sweep":
+        return script("sweep.py")
+    if args.what == "model":
+        return script("model.py", *(["--against", str(args.against)] if args.against else []))
+    if args.what == "overhead":
+        return python("from tfkern.bench import overhead; overhead.main()")
     require("matplotlib", "demo")
+    return report(args) if args.what == "report" else speed(args)
+
+
+def speed(args) -> int:
     from tfkern.bench import plots, runner
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
-        print("no GPU: the Triton kernels can't be timed here. This compares the CPU backend; --compile shows the kernels.\n")
+        print("no GPU: the Triton kernels can't be timed here. This compares the CPU backend; `tfkern bench model` predicts.\n")
     dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
     rows = []
     for row in runner.run(dtype, device, args.seconds):
@@ -45,9 +69,31 @@ def run(args) -> int:
     return 1 if any("wrong results" in row.get("skipped", "") for row in rows) else 0
 
 
-def compile_table() -> int:
-    """The compile gate in a process of its own: here kernels may be bound to the interpreter already."""
+def report(args) -> int:
+    from tfkern.bench import report as again
+
+    if args.results is None:
+        print("tfkern bench report needs --results FILE, a results file of `make gpu`", file=sys.stderr)
+        return 2
+    text = again.table(args.results)
+    print(text)
+    for picture in again.draw(args.results):
+        print(f"wrote {picture}")
+    if args.readme:
+        again.insert(text, args.readme)
+    return 0
+
+
+def script(name: str, *arguments: str) -> int:
+    """A script of bench/ in a process of its own: here kernels may be bound to the interpreter already."""
     import tfkern.bench
 
-    gate = Path(tfkern.bench.__file__).with_name("compile_gate.py")
-    return subprocess.run([sys.executable, gate], env={**os.environ, "TRITON_INTERPRET": "0"}, check=False).returncode
+    return process([str(Path(tfkern.bench.__file__).with_name(name)), *arguments])
+
+
+def python(code: str) -> int:
+    return process(["-c", code])
+
+
+def process(arguments: list[str]) -> int:
+    return subprocess.run([sys.executable, *arguments], env={**os.environ, "TRITON_INTERPRET": "0"}, check=False).returncode

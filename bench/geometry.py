@@ -1,0 +1,62 @@
+"""What the launches of one attention do: programs, passes of their inner loops, bytes, and the floor."""
+
+import math
+from typing import NamedTuple
+
+import cost_model
+
+OWNS_KEYS = ("flash_bwd_dkdv", "flash_bwd_one_pass")
+PRODUCTS = {"flash_fwd": 2, "flash_bwd_dq": 3, "flash_bwd_dkdv": 4, "flash_bwd_one_pass": 5}
+TENSORS = {"flash_fwd": 4, "flash_bwd_dq": 6, "flash_bwd_dkdv": 6, "flash_bwd_one_pass": 8}  # read and written once
+
+
+class Problem(NamedTuple):
+    """Self-attention in 16 bits."""
+
+    batch: int
+    heads: int
+    length: int
+    head_dim: int
+    causal: bool
+
+    @property
+    def scores(self) -> float:
+        return self.batch * self.heads * self.length**2 * (0.5 if self.causal else 1.0)
+
+    @property
+    def tensor(self) -> float:
+        """Bytes of one of q, k, v, …"""
+        return 2.0 * self.batch * self.heads * self.length * self.head_dim
+
+
+def _passes(kernel: str, p: Problem, owned: int, step: int, start: int) -> tuple[int, int, int]:
+    """How often the program that owns the rows from start on goes through tiles cut on the left, whole, cut on the right
+    (kernels/band.py has the geometry)."""
+    n = p.length
+    if not p.causal or kernel == "flash_bwd_one_pass":
+        whole = n // step
+        return (0, whole, int(n % step > 0)) if not p.causal else (whole, 0, int(n % step > 0))
+    if kernel in OWNS_KEYS:  # queries from the tile's first key on
+        edge = min(math.ceil((min(owned, n - start) - 1) / step), math.ceil((n - start) / step))
+        rest = max(0, n - start - edge * step)
+        return edge, rest // step, int(rest % step > 0)
+    whole = (start + 1) // step  # keys up to the tile's last query
+    return 0, whole, math.ceil(min(start + owned, n) / step) - whole
+
+
+def work(kernel: str, config, p: Problem) -> cost_model.Work:
+    """Of a whole launch."""
+    owned, step = (config.block_n, config.block_m) if kernel in OWNS_KEYS else (config.block_m, config.block_n)
+    each = [_passes(kernel, p, owned, step, start) for start in range(0, p.length, owned)]
+    heads = p.batch * p.heads
+    totals = [heads * sum(column) for column in zip(*each, strict=True)]
+    if not (p.causal and kernel in OWNS_KEYS):  # the kernel has no loop for tiles cut on the left
+        totals = totals[1:]
+    row, programs = 2 * p.head_dim, heads * len(each)
+    loaded = sum(totals) * (3 if kernel == "flash_bwd_one_pass" else 2) * step * row + programs * 2 * owned * row
+    return cost_model.Work(programs, tuple(totals), loaded, TENSORS[kernel] * p.tensor, max(map(sum, each)))
+
+
+def floor(kernel: str, p: Problem) -> float:
+    """Microseconds for one launch, of its own products, exponentials and bytes."""
+    return cost_model.floor(2.0 * PRODUCTS[kernel] * p.scores * p.head_dim, p.scores, TENSORS[kernel] * p.tensor)

@@ -1,0 +1,137 @@
+#!/usr/bin/env python3
+"""Predicted times of the kernels with the tiles of tfkern/configs.py, on an H100 that need not be there.
+
+usage: model.py [--length 197 512 …] [--head-dim 64] [--dtype bf16] [--against RESULTS.json] [--json FILE]
+
+For each shape and direction: launches, registers, spilled bytes, programs on an SM, the predicted time, what binds it, and the
+floor (cost_model.py has the assumptions). --against prints what `make gpu` measured beside it, and the error.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import aot
+import compile_gate
+import cost_model
+import geometry
+import sass
+import sweep
+
+HEADS = 12
+
+
+def launches(problem: geometry.Problem, direction: str, dtype: str) -> list[tuple[str, object]]:
+    """(kernel, tiles) of each launch of a direction, as tfkern/backends/portable.py chooses them."""
+    configs = compile_gate.load("tfkern.configs")
+    size, block = compile_gate.DTYPES[dtype], configs.head_dim_class(problem.head_dim)
+    if direction == "forward":
+        return [("flash_fwd", configs.tile_config("sm_90", "flash_fwd", size, block))]
+    one = configs.one_pass("sm_90", size, block, problem.length, problem.batch * problem.heads, heavy=False)
+    if one:
+        return [("flash_bwd_one_pass", one)]
+    return [(name, configs.tile_config("sm_90", name, size, block)) for name in ("flash_bwd_dq", "flash_bwd_dkdv")]
+
+
+def predict(problem: geometry.Problem, direction: str, dtype: str) -> dict:
+    """A row of the table: the launches, one after the other."""
+    row = dict(**problem._asdict(), direction=direction, microseconds=0.0, kernels=[])
+    for kernel, config in launches(problem, direction, dtype):
+        variant = "causal" if problem.causal else "plain"
+        found, inner, outside = compiled(kernel, config, dtype, problem.head_dim, variant)
+        occupancy = cost_model.H100.occupancy(found.registers, found.shared, config.num_warps)
+        time = cost_model.predict(geometry.work(kernel, config, problem), inner, outside, occupancy)
+        row["microseconds"] += time.microseconds
+        tiles = f"{config.block_m}x{config.block_n} w{config.num_warps} s{config.num_stages}"
+        row["kernels"].append(
+            dict(kernel=kernel, tiles=tiles, registers=found.registers, spilled=found.spilled, occupancy=occupancy,
+                 microseconds=time.microseconds, bound=time.bound)
+        )  # fmt: skip
+    floors = {"forward": "flash_fwd", "backward": "flash_bwd_one_pass"}
+    row["floor"] = geometry.floor(floors[direction], problem)
+    return row
+
+
+_compiled: dict[tuple, tuple] = {}
+
+
+def compiled(kernel: str, config, dtype: str, head_dim: int, variant: str) -> tuple:
+    """(resources, the inner loops as cost_model.predict wants them, cycles issued outside of them)."""
+    key = (kernel, config, dtype, head_dim, variant)
+    if key not in _compiled:
+        arguments = compile_gate.arguments(kernel, dtype, head_dim, config, variant)
+        binary = aot.compile_kernel(compile_gate.function(kernel), "sm_90", arguments, config)
+        code = sweep.code_of(binary)
+        inner = sass.loops(code)
+        loops = [(len(body), sass.busy(body, config.num_warps), sass.waits(body)) for body in inner]
+        outside = (len(code) - sum(map(len, inner))) * config.num_warps / 4
+        _compiled[key] = aot.resources(binary, "sm_90"), loops, outside
+    return _compiled[key]
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown."""
+    lines = [
+        "| N | | direction | launches | registers | spilled B | per SM | predicted µs | bound | floor µs | of the floor |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        kernels = row["kernels"]
+        each = {key: " + ".join(str(k[key]) for k in kernels) for key in ("registers", "spilled", "occupancy", "bound")}
+        tiles = " + ".join(f"{k['kernel'].removeprefix('flash_')} {k['tiles']}" for k in kernels)
+        lines.append(
+            f"| {row['length']} | {'causal' if row['causal'] else 'full'} | {row['direction']} | {tiles} | {each['registers']} "
+            f"| {each['spilled']} | {each['occupancy']} | {row['microseconds']:.0f} | {each['bound']} | {row['floor']:.0f} "
+            f"| {row['floor'] / row['microseconds']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def against(results: Path, dtype: str) -> str:
+    """Predicted beside measured, for every shape of a results file that has a time of our portable kernels."""
+    lines, errors = ["| shape | direction | predicted µs | measured µs | error |", "| --- | --- | --- | --- | --- |"], []
+    shapes = {s["name"]: s for s in json.loads(results.read_text())["shapes"]}
+    for row in json.loads(results.read_text())["rows"]:
+        if row.get("provider") != "tfkern portable" or row["step"] != "attention" or row.get("direction") == "forward+backward":
+            continue
+        if "ms" not in row:
+            continue
+        s = shapes[row["shape"]]
+        problem = geometry.Problem(s["batch"], s["heads"], s["length"], s["head_dim"], s["is_causal"])
+        predicted, measured = predict(problem, row["direction"], dtype)["microseconds"], row["ms"] * 1e3
+        errors.append(abs(math.log(predicted / measured)))
+        lines.append(
+            f"| {row['shape']} | {row['direction']} | {predicted:.0f} | {measured:.0f} | {predicted / measured - 1:+.0%} |"
+        )
+    if errors:
+        lines += ["", f"typical error: a factor of {math.exp(statistics.median(errors)):.2f}"]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--length", nargs="+", type=int, default=[128, 197, 512, 1024, 2048])
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16"])
+    parser.add_argument("--against", type=Path)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if args.against:
+        print(against(args.against, args.dtype))
+        return 0
+    rows = [
+        predict(geometry.Problem(max(1, sweep.TOKENS // n), HEADS, n, args.head_dim, causal), direction, args.dtype)
+        for n in args.length for causal in (False, True) for direction in ("forward", "backward")
+    ]  # fmt: skip
+    print(table(rows))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""dK and dV; and where one tile holds all keys, dQ in the same pass. No atomics: the same inputs give the same bits.
+
+flash_bwd_dkdv owns a tile of keys and sums dK and dV over the queries of its head, or of the whole group of heads that share the
+key. P is recomputed from the saved lse. With DQ it is the whole backward in one launch, each score and each exponential made
+once: as no other keys are there, dS K of a tile of queries is their dQ, and delta is formed here as well.
+"""
+
+import triton
+import triton.language as tl
+
+from . import band, dropout, score, sequence, softmax, tile
+
+RUN_TIME = [
+    "stride_q", "stride_k", "stride_v", "stride_o", "stride_do", "stride_dq", "stride_dk", "stride_dv",
+    "batch", "heads", "group", "n_q", "n_k", "tiles", "align", "LEFT", "RIGHT",
+]  # fmt: skip
+
+
+@triton.jit
+def _delta(O, DLSE, DELTA, stride_o, do, start_m, lo, hi, n_q, F, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+           BLOCK_M: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """delta of a tile of queries, left for the gradients of biases and sinks too."""
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    o = tile.load(O, stride_o, start_m, lo, hi, BLOCK_M, DV, BLOCK_DV, VEC, MASKED)
+    delta = softmax.delta(o, do, F)
+    if DLSE is not None:
+        delta -= tl.load(DLSE + offs_m, mask=offs_m < n_q, other=0.0)
+    tl.store(DELTA + offs_m, delta, mask=offs_m < n_q)
+    return delta
+
+
+@triton.jit
+def _tiles(
+    k, v, Q, O, DO, LSE, DLSE, DELTA, DQ, DSLOPES, stride_q, stride_o, stride_do, stride_dq, dk, dv, start, stop, lo, hi, n_q,
+    start_n, scale, LEFT, RIGHT, F, S, bh,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, VEC: tl.constexpr, PRECISION: tl.constexpr, MOD: tl.constexpr, MOD_GRAD: tl.constexpr,
+    LINEAR: tl.constexpr, MASK_VEC: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add the query tiles of [start, stop) to dk and dv. Scores are held transposed, so that P^T and dS^T are left operands."""
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    for start_m in tl.range(start, stop, BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        q = tile.load(Q, stride_q, start_m, lo, hi, BLOCK_M, D, BLOCK_D, VEC, MASKED)
+        do = tile.load(DO, stride_do, start_m, lo, hi, BLOCK_M, DV, BLOCK_DV, VEC, MASKED)
+        lse = softmax.load_lse(LSE, offs_m, lo, hi, LINEAR, MASKED)
+        if DQ is not None:
+            delta = _delta(O, DLSE, DELTA, stride_o, do, start_m, lo, hi, n_q, F, DV, BLOCK_DV, BLOCK_M, VEC, MASKED)
+        else:
+            delta = tile.load_row_values(DELTA, offs_m, lo, hi, 0.0, MASKED)
+        st = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_D] @ [BLOCK_D, BLOCK_M]
+        st, keep, slope = score.logits(
+            st, offs_m[None, :], offs_n[:, None], start_m, start_n, F, S, LEFT, RIGHT,
+            MOD, MOD_GRAD, LINEAR, MASK_VEC, MASKED, True)  # fmt: skip
+        pt = tl.where(keep, softmax.weights(st, lse[None, :], S, LINEAR), 0.0)
+        if DQ is not None and not MASKED:  # scores of keys that do not exist are 0, and their weights may overflow
+            pt = tl.where(offs_n[:, None] < S.n_k, pt, 0.0)
+        do = score.hide_unseen(do, keep, F, 0)
+        if F.dropout is not None:
+            kept = dropout.keep_transposed(F.dropout, bh, start_m, start_n, BLOCK_M, BLOCK_N)
+            # [BLOCK_N, BLOCK_M] @ [BLOCK_M, BLOCK_DV]
+            dv = tl.dot(tl.where(kept, pt, 0.0).to(do.dtype), do, dv, input_precision=PRECISION)
+        else:
+            dv = tl.dot(pt.to(do.dtype), do, dv, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, BLOCK_DV]
+        dpt = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_DV] @ [BLOCK_DV, BLOCK_M]
+        if F.dropout is not None:
+            dpt = tl.where(kept, dpt * F.dropout.factor, 0.0)
+        dst = pt * (dpt - delta[None, :])
+        if DSLOPES is not None:
+            part = tl.where(pt == 0.0, 0.0, dst) * score.distance(offs_m[None, :], offs_n[:, None], S)
+            tl.store(DSLOPES + offs_m, -tl.sum(part, 0), mask=offs_m < n_q)
+        dst = dst * slope
+        if MASKED or F.mask is not None or F.bias is not None:
+            # 0 * NaN in what is not seen; `keep` itself would have to live on, for 500 instructions more
+            dst = tl.where(pt == 0.0, 0.0, dst)
+        q = score.hide_unseen(q, keep, F, 0)
+        dk = tl.dot(dst.to(q.dtype), q, dk, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, BLOCK_D]
+        if DQ is not None:
+            seen = score.hide_unseen(k, keep, F, 1)
+            dq = tl.dot(tl.trans(dst.to(k.dtype)), seen, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N] @ [BLOCK_N, BLOCK_D]
+            tile.store(DQ, stride_dq, start_m, n_q, dq * scale, BLOCK_M, D, BLOCK_D, VEC)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def flash_bwd_dkdv(
+    Q, K, V, O, DO, LSE, DLSE, DELTA, DQ, DK, DV_OUT, DSLOPES, F,
+    stride_q, stride_k, stride_v, stride_o, stride_do, stride_dq, stride_dk, stride_dv,
+    batch, heads, group, n_q, n_k, tiles, scale, align, LEFT, RIGHT,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VEC: tl.constexpr,
+    PRECISION: tl.constexpr, MOD: tl.constexpr, MOD_GRAD: tl.constexpr, LINEAR: tl.constexpr, MASK_VEC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Grid (batch * heads / group * tiles,), tiles = ceil(n_k / BLOCK_N); packed: (heads / group * tiles,), as in sequence.py.
+
+    DK as K, DV_OUT as V. Every key row of the tensors is written: keys that no query sees, and keys that do not exist, get 0.
+    Without DQ, DELTA is flash_bwd_dq's, and O, DLSE, DSLOPES and their strides are None. With DQ, one tile must hold all keys
+    (not for packed sequences); DQ, DELTA and with slopes DSLOPES are written as flash_bwd_dq writes them.
+    """
+    seq, h_k, start_n = sequence.locate_keys(F, tl.program_id(0), tiles, heads // group, batch, n_q, n_k, BLOCK_N)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    rows = n_k
+    if F.cu_k is not None:
+        rows = seq.n_k
+    shift = align * (seq.n_k - seq.n_q)
+    scale = score.scale_of(F, scale)
+    there = score.prepare(F, seq, h_k * group, scale, shift, LINEAR, MASK_VEC).n_k
+    # Only keys that some query sees are read: what the others hold (padding, NaN) must not matter.
+    seen_lo, _, _, seen_hi = band.key_range(0, seq.n_q, there, shift, LEFT, RIGHT, F, BLOCK_N)
+    end_n = tl.minimum(start_n + BLOCK_N, there)
+    n_seen = tl.where(start_n < there, seq.n_q, 0)
+    lo, full_lo, full_hi, hi = band.query_range(start_n, end_n, n_seen, shift, LEFT, RIGHT, F, BLOCK_M)
+    first = band.first_tile(lo, F, BLOCK_M)
+    last = hi
+    if DQ is not None:  # every query's dQ is written, also of those that see no key
+        first, full_lo, full_hi, last = band.all_tiles(full_lo, full_hi, seq.n_q, BLOCK_M)
+
+    K_h = tile.head(K, stride_k, seq.at, h_k, seq.k_row, VEC)
+    V_h = tile.head(V, stride_v, seq.at, h_k, seq.k_row, VEC)
+    k = tile.load(K_h, stride_k, start_n, seen_lo, seen_hi, BLOCK_N, D, BLOCK_D, VEC, True)
+    v = tile.load(V_h, stride_v, start_n, seen_lo, seen_hi, BLOCK_N, DV, BLOCK_DV, VEC, True)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    for member in range(group):
+        h = h_k * group + member
+        S = score.prepare(F, seq, h, scale, shift, LINEAR, MASK_VEC)
+        row = (seq.at * heads + h).to(tl.int64) * n_q + seq.q_row
+        Q_h = tile.head(Q, stride_q, seq.at, h, seq.q_row, VEC)
+        DO_h = tile.head(DO, stride_do, seq.at, h, seq.q_row, VEC)
+        O_h, DQ_h, DLSE_h, DSLOPES_h = O, DQ, DLSE, DSLOPES
+        if DQ is not None:
+            O_h = tile.head(O, stride_o, seq.at, h, seq.q_row, VEC)
+            DQ_h = tile.head(DQ, stride_dq, seq.at, h, seq.q_row, VEC)
+        if DLSE is not None:
+            DLSE_h = DLSE + row
+        if DSLOPES is not None:
+            DSLOPES_h = DSLOPES + row
+        if RIGHT is not None:
+            dk, dv = _tiles(
+                k, v, Q_h, O_h, DO_h, LSE + row, DLSE_h, DELTA + row, DQ_h, DSLOPES_h, stride_q, stride_o, stride_do, stride_dq,
+                dk, dv, first, tl.minimum(full_lo, last), lo, hi, seq.n_q, start_n, scale, LEFT, RIGHT, F, S,
+                seq.b * heads + h, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MOD_GRAD, LINEAR, MASK_VEC,
+                True)  # fmt: skip
+        dk, dv = _tiles(
+            k, v, Q_h, O_h, DO_h, LSE + row, DLSE_h, DELTA + row, DQ_h, DSLOPES_h, stride_q, stride_o, stride_do, stride_dq,
+            dk, dv, full_lo, full_hi, lo, hi, seq.n_q, start_n, scale, LEFT, RIGHT, F, S, seq.b * heads + h,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MOD_GRAD, LINEAR, MASK_VEC, False)  # fmt: skip
+        dk, dv = _tiles(
+            k, v, Q_h, O_h, DO_h, LSE + row, DLSE_h, DELTA + row, DQ_h, DSLOPES_h, stride_q, stride_o, stride_do, stride_dq,
+            dk, dv, full_hi, last, lo, hi, seq.n_q, start_n, scale, LEFT, RIGHT, F, S, seq.b * heads + h,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MOD_GRAD, LINEAR, MASK_VEC, True)  # fmt: skip
+
+    if F.dropout is not None:
+        dv *= F.dropout.factor
+    keep = (offs_n < there)[:, None]  # rows beyond the length were computed from zeros, not from keys
+    DK_h = tile.head(DK, stride_dk, seq.at, h_k, seq.k_row, VEC)
+    DV_h = tile.head(DV_OUT, stride_dv, seq.at, h_k, seq.k_row, VEC)
+    tile.store(DK_h, stride_dk, start_n, rows, tl.where(keep, dk * scale, 0.0), BLOCK_N, D, BLOCK_D, VEC)
+    tile.store(DV_h, stride_dv, start_n, rows, tl.where(keep, dv, 0.0), BLOCK_N, DV, BLOCK_DV, VEC)

@@ -1,0 +1,145 @@
+"""The cost model: machine code is read right, the geometry is that of the kernels, predictions follow what they rest on."""
+
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))  # these files need no torch and import each other
+import cost_model
+import geometry
+import sass
+
+from tfkern import configs
+
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   LDGSTS.E.BYPASS.128 [R5], desc[UR4][R2.64] ;
+        /*0020*/                   HGMMA.64x64x16.F32.BF16 R24, R8, gdesc[UR4], R24, gsb0 ;
+        /*0030*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0040*/              @!P0 FFMA R1, R2, R3, R4 ;
+        /*0050*/                   MUFU.EX2 R5, R1 ;
+        /*0060*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0070*/               @P1 BRA 0x20 ;
+        /*0080*/                   FADD R1, R1, R1 ;
+        /*0090*/               @P2 BRA 0x10 ;
+        /*00a0*/                   LDG.E.128 R8, desc[UR4][R2.64] ;
+        /*00b0*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT ;
+        /*00c0*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*00d0*/               @P3 BRA 0xa0 ;
+        /*00e0*/                   EXIT ;
+        /*00f0*/                   BRA 0xf0;
+"""
+
+
+def test_loops_are_the_innermost_that_multiply():
+    code = sass.parse(SASS)
+    assert len(code) == 15  # the jump to itself behind the end is padding
+    first, second = sass.loops(code)
+    assert [x.address for x in first] == list(range(0x20, 0x80, 16))
+    assert [x.name for x in second] == ["LDG", "HGMMA", "HMMA", "BRA"]
+
+
+def test_pipes():
+    first, second = sass.loops(sass.parse(SASS))
+    four, eight = sass.busy(first, 4), sass.busy(first, 8)
+    assert four == {"issue": 6, "tensor": 32, "fma": 1, "mufu": 8}
+    assert eight == {name: 2 * cycles for name, cycles in four.items()}
+    assert sass.waits(first) == {"wgmma waits": 1, "barriers": 1}
+    assert sass.waits(second)["loads"] == 1
+    # 64 x 128 x 16 products at 2048 a cycle, and a warp's mma.sync
+    assert sass.busy(second, 4)["tensor"] == 64 + 8
+
+
+def test_operands_from_shared_memory_bound_narrow_products():
+    (narrow,) = sass.parse("/*0000*/ HGMMA.64x32x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT ;")
+    assert sass.wgmma_cycles(narrow) == (64 + 32) * 16 * 2 / 128 > 64 * 32 * 16 / 2048
+
+
+def band_passes(kernel: str, config, n: int, causal: bool) -> list[int]:
+    """Tiles cut on the left, whole, cut on the right, counted score by score."""
+    found = [0, 0, 0]
+    keys = kernel in geometry.OWNS_KEYS
+    owned, step = (config.block_n, config.block_m) if keys else (config.block_m, config.block_n)
+    for start in range(0, n, owned):
+        mine = range(start, min(start + owned, n))
+        seen = [j for j in range(n) if not causal or any(j >= i if keys else j <= i for i in mine)]
+        everyone = {j for j in seen if not causal or all(j >= i if keys else j <= i for i in mine)}
+        kinds = []
+        for first in range(seen[0], seen[-1] + 1, step):
+            whole = all(j in everyone for j in range(first, first + step))
+            kinds.append(
+                1 if whole else 2 if any(kinds) or not (causal and keys) or (first + step > n and seen[0] in everyone) else 0
+            )
+        if causal and keys:  # before the first whole tile they are cut on the left, behind it on the right
+            first_whole = kinds.index(1) if 1 in kinds else len(kinds)
+            kinds = [1 if k == 1 else 0 if place < first_whole else 2 for place, k in enumerate(kinds)]
+        for kind in kinds:
+            found[kind] += 1
+    return found
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kernel", ["flash_fwd", "flash_bwd_dq", "flash_bwd_dkdv"])
+def test_passes_are_those_of_the_kernels(kernel, causal):
+    draw = random.Random(0)
+    for _ in range(40):
+        n = draw.randint(1, 90)
+        config = configs.TileConfig(draw.choice([16, 32]), draw.choice([16, 32]))
+        done = geometry.work(kernel, config, geometry.Problem(2, 3, n, 64, causal))
+        left, whole, right = band_passes(kernel, config, n, causal)
+        total = [left, whole, right] if causal and kernel in geometry.OWNS_KEYS else [whole, left + right]
+        if causal and kernel in geometry.OWNS_KEYS:  # a last tile that is cut on both sides may be counted to either
+            assert done.passes[1] == 6 * whole, (n, config)
+            assert sum(done.passes) == 6 * sum(total), (n, config)
+        else:
+            assert list(done.passes) == [6 * t for t in total], (n, config)
+
+
+def test_predictions_follow_what_they_rest_on():
+    work = cost_model.Work(programs=1320, passes=(13200.0,), loaded=1e8, memory=1e8, longest=10)
+    loop = (500, {"issue": 500.0, "tensor": 512.0, "mufu": 512.0}, {"barriers": 2})
+    one, two = (cost_model.predict(work, [loop], 1000, occupancy) for occupancy in (1, 2))
+    assert one.bound == "latency"
+    assert two.microseconds < one.microseconds
+    slow = cost_model.predict(work, [(500, {**loop[1], "mufu": 9000.0}, loop[2])], 1000, 2)
+    assert slow.bound == "mufu"
+    assert slow.microseconds > two.microseconds
+    heavy = cost_model.predict(cost_model.Work(1320, (13200.0,), 1e8, 1e12, 10), [loop], 1000, 2)
+    assert heavy.bound == "memory"
+    assert heavy.microseconds == pytest.approx(1e12 / 3.0e12 * 1e6)
+
+
+def test_occupancy():
+    gpu = cost_model.H100
+    assert gpu.occupancy(255, 49152, 4) == 2
+    assert gpu.occupancy(168, 49152, 4) == 3
+    assert gpu.occupancy(64, 100 * 1024, 4) == 2
+    assert gpu.occupancy(32, 1024, 4) == 16
+
+
+def test_floors_are_those_of_the_notes():
+    """64 x 12 heads of 512 tokens, D = 64: 64.6 us of products, 56.1 of exponentials, 67 of memory."""
+    problem = geometry.Problem(64, 12, 512, 64, causal=False)
+    assert geometry.floor("flash_fwd", problem) == pytest.approx(67, abs=1)
+    assert geometry.floor("flash_bwd_one_pass", problem) == pytest.approx(161, abs=2)
+    assert math.isclose(cost_model.floor(798e6, 0, 0), 1.0, rel_tol=0.01)
+
+
+def test_the_table_without_a_gpu():
+    """One length through the compiler: a row a direction, each with its launches."""
+    script = Path(cost_model.__file__).with_name("model.py")
+    done = subprocess.run(
+        [sys.executable, script, "--length", "512"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"TRITON_INTERPRET": "0", "PATH": ""},
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 + 4
+    assert "fwd" in lines[2]
+    assert lines[3].count("bwd_d") == 2
