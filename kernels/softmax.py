@@ -41,7 +41,7 @@ def start(sinks, h, there, BLOCK_M: tl.constexpr):
     if sinks is not None:
         sink = tl.where(there, tl.load(sinks + h).to(tl.float32), float("-inf"))
         m_i = tl.zeros([BLOCK_M], tl.float32) + sink
-        l_i += tl.where(sink == float("-inf"), 0.0, 1.0)
+        l_i += 1.0  # for a sink of -inf too: the first step's alpha, exp2(-inf), takes it away
     return m_i, l_i
 
 

@@ -115,3 +115,31 @@ def test_brute_force_is_not_trivial():
     keep = seen(p, True, True)
     assert keep.any()
     assert not keep.flatten(1).any(1).all()  # some see nothing at all
+
+
+@triton.jit
+def _all_tiles(FULL_LO, FULL_HI, OUT, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, COUNT)
+    first, lo, hi, last = band.all_tiles(tl.load(FULL_LO + i), tl.load(FULL_HI + i), 77, BLOCK)
+    tl.store(OUT + i, lo)
+    tl.store(OUT + COUNT + i, hi)
+    tl.store(OUT + 2 * COUNT + i, first + last + tl.zeros([COUNT], tl.int32))
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_ranges_of_all_tiles(block, device):
+    """The whole tiles of a grid from 0 that lie in a range, and no other."""
+    pairs = [(lo, hi) for lo in range(16) for hi in range(lo, 16)]
+    pairs += [(0, 0)] * (-len(pairs) % 256)
+    full_lo, full_hi = torch.tensor(pairs, dtype=torch.int32, device=device).T.contiguous()
+    out = torch.empty(3, len(pairs), dtype=torch.int32, device=device)
+    arguments = (full_lo, full_hi, out, len(pairs), block)
+    if interpreter.interpreting():
+        interpreter.run(_all_tiles, 1, arguments, {})
+    else:
+        _all_tiles[(1,)](*arguments)
+    assert (out[2] == 77).all()
+    for (lo, hi), found_lo, found_hi in zip(pairs, *out[:2].tolist(), strict=True):
+        whole = [tile for tile in range(0, 16, block) if lo <= tile and tile + block <= hi]
+        assert list(range(found_lo, found_hi, block)) == whole, (lo, hi)
+        assert found_lo % block == 0 <= found_lo <= found_hi

@@ -3,9 +3,11 @@ these; each feature meets every kind of tile (cut by the left edge, whole, cut b
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 import tfkern
-from tfkern import checks, configs, interpreter, score_mods, testing
+from tfkern import checks, configs, interpreter, reference, score_mods, testing
 from tfkern.kernels import score_mods as kernel_mods
 from tfkern.testing import Case
 
@@ -39,13 +41,14 @@ CASES = [
     Case("bias-of-nothing", 2, 20, 8, n_k=40, mask="float 1111", options=RIGHT),
     Case("bias-window", 1, 90, 8, mask="float 11qk", options=dict(window=(20, 9))),
     Case("dropout", 2, 20, 8, n_k=50, batch=2, options=dict(dropout_p=0.4)),
-    Case("dropout-window", 1, 90, 8, mask="float 11qk", options=dict(window=(21, 10), dropout_p=0.4)),
+    Case("dropout-window", 2, 90, 8, mask="float 11qk", options=dict(window=(21, 10), dropout_p=0.4)),
     Case("packed", 2, 0, 8, lengths=PACKED, options=dict(causal_alignment="lower_right", window=(20, 2))),
     Case("packed-groups", 4, 0, 8, kv_heads=2, lengths=PACKED),
     Case("packed-bias", 2, 0, 8, lengths=PACKED, mask="float bhqk", sinks=True),
     Case("packed-bias-of-keys", 2, 0, 8, lengths=PACKED, mask="float 1h1k", options=dict(dropout_p=0.4)),
     Case("packed-many", 1, 0, 8, lengths=((0, 1, 0, 16, 15, 33, 0, 2, 40), (2, 3, 16, 0, 32, 31, 1, 2, 17)), slopes="bh"),
     Case("slopes", 2, 20, 8, n_k=50, batch=2, slopes="bh", options=RIGHT),
+    Case("slopes-mask", 2, 20, 8, n_k=50, mask="bool bhqk", slopes="h"),
     Case("slopes-window", 1, 70, 8, slopes="h", options=dict(window=(30, 30))),
     Case("sinks", 2, 37, 8, n_k=20, sinks=True, options=dict(window=(5, 5))),
     Case("softcap", 1, 37, 8, magnitude=3.0, options=dict(softcap=0.5)),
@@ -73,6 +76,44 @@ def test_small_bf16(case, device):
     assert all(e.ok for e in errors), "\n" + "\n".join(map(str, errors))
 
 
+@triton.jit
+def _hide_row_3(score, b, h, i, j):
+    return tl.where(i == 3, float("-inf"), score)
+
+
+@triton.jit
+def _hide_row_3_derivative(score, b, h, i, j):
+    return tl.where(i == 3, 0.0, score * 0.0 + 1.0)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_score_mod_may_hide_all_keys_of_a_query(passes, device):
+    """Its logits are -inf, though it sees keys: 0, and no gradients, as of a query that sees none."""
+    leaves = [torch.randn(1, 1, 37, 8, device=device, requires_grad=True) for _ in range(3)]
+    mod = (_hide_row_3, _hide_row_3_derivative)
+    with configs.override(**TILES, flash_bwd_one_pass=ONE_PASS if passes == 1 else None):
+        out = tfkern.attention(*leaves, score_mod=mod, backend="portable")
+        found = torch.autograd.grad(out.square().sum(), leaves)
+    seen = (torch.arange(37) != 3)[:, None].to(device)
+    wanted = reference.attention(*(x.double() for x in leaves), attn_mask=seen)
+    torch.testing.assert_close(out, wanted.float())
+    truth = torch.autograd.grad(wanted.square().sum(), leaves)
+    for f, t in zip(found, truth, strict=True):
+        torch.testing.assert_close(f, t)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_scores_far_below_zero(passes, device):
+    """exp(-lse) overflows there: what keys that do not exist weigh must not reach dQ."""
+    q = torch.full((1, 1, 37, 8), 10.0, device=device) + torch.randn(1, 1, 37, 8, device=device)
+    leaves = [x.detach().requires_grad_() for x in (q, -q, torch.randn_like(q))]
+    with configs.override(**TILES, flash_bwd_one_pass=ONE_PASS if passes == 1 else None):
+        found = torch.autograd.grad(tfkern.attention(*leaves, backend="portable").square().sum(), leaves)
+    truth = torch.autograd.grad(reference.attention(*(x.double() for x in leaves)).square().sum(), leaves)
+    for f, t in zip(found, truth, strict=True):
+        torch.testing.assert_close(f, t, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("mask", [torch.float32, torch.bool], ids=str)
 @pytest.mark.skipif(not interpreter.interpreting(), reason="only the interpreter sees an address beside a tensor")
 def test_a_mask_smaller_than_its_sequences_is_not_left(mask, monkeypatch):
@@ -93,12 +134,14 @@ def test_boundaries_that_nobody_checked(monkeypatch, device):
     monkeypatch.setattr(checks, "cu_seqlens", lambda *args: None)
     q = torch.randn(40, 1, 8, device=device, requires_grad=True)
     good, odd = (torch.tensor([first, 20, 33], device=device) for first in (0, 3))
+    options = dict(sinks=torch.ones(1, device=device), return_lse=True, backend="portable")
     with configs.override(**TILES):
-        found, wanted = (tfkern.attention_varlen(q, q, q, cu, cu, backend="portable") for cu in (odd, good))
+        (found, lse), (wanted, _) = (tfkern.attention_varlen(q, q, q, cu, cu, **options) for cu in (odd, good))
         gradients = [torch.autograd.grad(out.square().sum(), q)[0] for out in (found, wanted)]
     assert torch.equal(found, wanted)
     assert torch.equal(*gradients)
     assert not found[33:].any()
+    assert (lse[:, 33:] == -torch.inf).all()
     assert not gradients[0][33:].any()
 
 
