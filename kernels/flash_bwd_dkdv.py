@@ -1,8 +1,8 @@
 """dK and dV; and where one tile holds all keys, dQ in the same pass. No atomics: the same inputs give the same bits.
 
-flash_bwd_dkdv owns a tile of keys and sums dK and dV over the queries of its head, or of the whole group of heads that share the
-key. P is recomputed from the saved lse. With DQ it is the whole backward in one launch, each score and each exponential made
-once: as no other keys are there, dS K of a tile of queries is their dQ, and delta is formed here as well.
+flash_bwd_dkdv owns a tile of keys and sums dK and dV over the queries of its head, or of the whole group of heads that share
+the key. P is recomputed from the saved lse. With DQ it is the whole backward in one launch, each score and each exponential
+made once: as no other keys are there, dS K of a tile of queries is their dQ, and delta is formed here as well.
 """
 
 import triton
