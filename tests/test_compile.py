@@ -56,7 +56,7 @@ def test_when_one_pass_is_taken():
         config = configs.one_pass(arch, itemsize, head_dim, n, programs, heavy)
         return config and config.block_n
 
-    assert [keys(n) for n in (0, 1, 64, 65, 128, 129)] == [64, 64, 64, 128, 128, None]
+    assert [keys(n) for n in (0, 1, 64, 65, 128, 129)] == [None, 64, 64, 128, 128, None]
     assert keys(64, programs=127) is None
     assert keys(64, heavy=True) is None
     assert keys(64, itemsize=4) is keys(64, head_dim=128) is keys(64, arch="sm_80") is None

@@ -23,7 +23,7 @@ LAYERS = [
     ["tfkern.eager_tiles"],
     ["tfkern.reference"],
     ["tfkern.problem", "tfkern.launch", "tfkern.layout", "tfkern.checks", "tfkern.dropout", "tfkern.score_mods"],
-    ["tfkern.interpreter", "tfkern.configs", "tfkern.extras"],
+    ["tfkern.interpreter", "tfkern.configs", "tfkern.extras", "tfkern.dynamo"],
     ["tfkern.kernels"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from tfkern import checks
+from tfkern.dynamo import uncompiled
 from tfkern.problem import Problem, Tensors
 
 # What a call is, by all that its checks look at, so that the next call like it needs none of them.
@@ -11,7 +12,7 @@ _problems: dict[tuple, Problem] = {}
 MANY_PROBLEMS = 4096
 
 
-@torch.compiler.disable
+@uncompiled
 def build(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *,
     cu_seqlens_q=None, cu_seqlens_k=None, causal_alignment="upper_left", window=None, key_lengths=None, softcap=None,

@@ -72,12 +72,13 @@ def table_arch(arch: str) -> str:
 
 def one_pass(arch: str, itemsize: int, block_d: int, n_k: int, programs: int, heavy: bool) -> TileConfig | None:
     """The tiles of flash_bwd_dkdv where it makes the whole backward in one pass, its tile holding all n_k keys; None where two
-    passes are better: more keys than a tile holds without spilling, or too few programs (one a batch and key head) to fill the
-    chip, which two passes divide further, or so much to do for a score that it spills. Arguments as for tile_config."""
+    passes are better: more keys than a tile holds without spilling, or none at all; too few programs (one a batch and key
+    head) to fill the chip, which two passes divide further; or so much to do for a score that it spills. Arguments as for
+    tile_config."""
     if ONE_PASS in _overrides:
         config = _overrides[ONE_PASS]
-        return config if config and n_k <= config.block_n else None
-    if arch != "interpreter" and (heavy or programs < FULL_CHIP):
+        return config if config and 0 < n_k <= config.block_n else None
+    if n_k == 0 or (arch != "interpreter" and (heavy or programs < FULL_CHIP)):
         return None
     return next((config for config in one_pass_tiles(arch, itemsize, block_d) if n_k <= config.block_n), None)
 

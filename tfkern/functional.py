@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from tfkern import autograd, backends, call, checks, dropout, nested
+from tfkern.dynamo import uncompiled
 
 ScoreMod = tuple[Callable, Callable]
 
@@ -164,7 +164,7 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *args, return_lse=False, 
     return backends.explain(problem, backend)
 
 
-@torch.compiler.disable  # what is kept between calls is nothing for a compiler to guard on
+@uncompiled
 def _run(built, return_lse: bool, backend: str | None, qkv: Tensor | None = None):
     problem, tensors = built
     chosen = backends.choose(problem, backend)
