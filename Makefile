@@ -20,15 +20,16 @@ demo: $(STAMP)
 	$(BIN)/tfkern demo $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/pytest tests -q -n $(WORKERS) $(ARGS)
+	$(BIN)/pytest tests -q -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# `make test` compiles every kernel without features, causal, with all of the band, and at one head dim with each feature; this
-# compiles what is left.
+# `make test` compiles every kernel with all of the band, for sm_90 also without features and causal, and at one head dim with
+# each feature; this compiles what is left.
 gate: $(STAMP)
+	$(BIN)/python bench/compile_gate.py --arch sm_80 gfx942 --variant plain causal
 	$(BIN)/python bench/compile_gate.py --dtype bf16 --variant padded odd strided
 	$(BIN)/python bench/compile_gate.py --dtype tf32 --variant all
 	$(BIN)/python bench/compile_gate.py --dtype fp16 --variant plain
@@ -41,7 +42,7 @@ mutants: $(STAMP)
 
 # 2,000 random problems; `make test` draws a few of them.
 random: $(STAMP)
-	$(BIN)/pytest tests/test_random.py -q -s --problems 2000 $(ARGS)
+	$(BIN)/pytest tests/test_random.py -q -rP -n $(WORKERS) --problems 2000 $(ARGS)
 
 # Everything that a GPU machine can prove, in BUDGET seconds, the most valuable first; called again, it goes on. Uses the Python
 # that is there, with its torch and Triton, and no network. ARGS=--dry-run goes through the steps without a GPU.

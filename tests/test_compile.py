@@ -39,8 +39,9 @@ def gate(tmp_path, *arguments) -> list[dict]:
 @pytest.mark.parametrize("kernel", configs.KERNELS)
 @pytest.mark.parametrize("arch", configs.ARCHITECTURES)
 def test_gate(arch, kernel, tmp_path):
-    rows = gate(tmp_path, "--arch", arch, "--kernel", kernel)
-    assert len(rows) == 2 * len(configs.HEAD_DIM_CLASSES) * 3  # dtypes x head dims x variants
+    variants = ["plain", "causal", "all"] if arch == "sm_90" else ["all"]  # `make gate` compiles the others
+    rows = gate(tmp_path, "--arch", arch, "--kernel", kernel, "--variant", *variants)
+    assert len(rows) == 2 * len(configs.HEAD_DIM_CLASSES) * len(variants)  # dtypes x head dims x variants
 
 
 def test_gate_of_the_backward_in_one_pass(tmp_path):
