@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 import tfkern
 from tfkern.bench import runner
+from tfkern.bench.providers import pinned_sdpa
 from tfkern.models.bert import BERTConfig, MaskedLM
 from tfkern.models.gpt import GPT, GPTConfig
 from tfkern.models.vit import ViT, ViTConfig
@@ -51,13 +52,12 @@ MODELS = {
 
 
 def _sdpa(kind: SDPBackend | None):
-    def attention(q, k, v, *, dropout_p=0.0, is_causal=False, window=None, key_lengths=None):
+    pinned = pinned_sdpa(kind)
+
+    def attention(q, k, v, *, window=None, key_lengths=None, **options):
         if window is not None or key_lengths is not None:
             raise ValueError("these models are timed without windows and padding")
-        if kind is None:
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal)
-        with sdpa_kernel(kind):
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal)
+        return pinned(q, k, v, **options)
 
     return attention
 

@@ -33,7 +33,7 @@ DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}  # bytes; tf32 is float32 
 # last dim that is not dense. "bias" has rows that are aligned, "bias-any" any strides.
 BAND = {"LEFT", "RIGHT", "key_lengths", "DLSE"}
 VARIANTS = {
-    "plain": set(), "causal": {"RIGHT"}, "padded": {"key_lengths"}, "all": BAND, "odd": BAND, "strided": set(BAND),
+    "plain": set(), "causal": {"RIGHT"}, "padded": {"key_lengths"}, "all": BAND, "odd": BAND, "strided": BAND,
     "mask": {"mask"}, "bias": {"bias"}, "bias-any": {"bias"}, "dropout": {"dropout"}, "packed": {"cu_q", "cu_k"},
     "softcap": {"softcap"}, "slopes": {"slopes", "RIGHT"}, "sinks": {"sinks"}, "score-mod": {"MOD"}, "scale": {"scale"},
     "everything": {*BAND, "bias", "dropout", "softcap", "slopes", "sinks", "MOD", "scale"} - {"key_lengths"} | {"cu_q", "cu_k"},
@@ -123,17 +123,18 @@ def jobs(args):
             for dtype in args.dtype:
                 for head_dim in args.head_dim or configs.HEAD_DIM_CLASSES:
                     for variant in args.variant:
-                        for config in tiles(kernel, arch, DTYPES[dtype], head_dim, VARIANTS[variant]):
+                        for config in tiles(kernel, arch, DTYPES[dtype], head_dim, variant):
                             yield arch, kernel, dtype, head_dim, config, variant
 
 
-def tiles(kernel: str, arch: str, size: int, head_dim: int, there: set[str]) -> list:
-    """What the table holds for a kernel with these features: one, or for a backward in one pass any number."""
+def tiles(kernel: str, arch: str, size: int, head_dim: int, variant: str) -> list:
+    """What the table holds for a kernel in a variant: one, or for a backward in one pass any number."""
     configs = load("tfkern.configs")
+    there = VARIANTS[variant]
     heavy = bool(HEAVY & there)
     if kernel != configs.ONE_PASS:
         return [configs.tile_config(arch, kernel, size, head_dim, heavy)]
-    if heavy or "cu_q" in there or there is VARIANTS["strided"]:
+    if heavy or "cu_q" in there or variant == "strided":  # then portable.py takes two
         return []
     return configs.one_pass_tiles(arch, size, head_dim)
 

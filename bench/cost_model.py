@@ -58,16 +58,16 @@ class Work:
 
 @dataclass(frozen=True)
 class Prediction:
+    """The time of one launch, and the pipe (or "latency", "L2", "memory") that takes as long."""
+
     microseconds: float
     bound: str
-    occupancy: int
-    pipes: dict  # cycles of one pass of the first full loop, by pipe; "alone" is what it takes by itself
 
 
-def alone(instructions: int, busy: dict[str, float], waits: dict[str, int]) -> float:
+def alone(instructions: int, busy: dict[str, float], waits: dict[str, int], machine: Machine) -> float:
     """Cycles of one pass by a program that has an SM to itself."""
     vector = max([PACE * instructions, *(cycles for pipe, cycles in busy.items() if pipe != "tensor")])
-    return busy.get("tensor", 0.0) / H100.tensor + vector + sum(LATENCY[kind] * n for kind, n in waits.items())
+    return busy.get("tensor", 0.0) / machine.tensor + vector + sum(LATENCY[kind] * n for kind, n in waits.items())
 
 
 def predict(
@@ -79,7 +79,7 @@ def predict(
     for passes, (instructions, busy, waits) in zip(work.passes, loops, strict=True):
         for pipe, cycles in busy.items():
             by_pipe[pipe] = by_pipe.get(pipe, 0.0) + passes * cycles / (machine.tensor if pipe == "tensor" else 1.0)
-        by_pipe["latency"] += passes * alone(instructions, busy, waits) / each
+        by_pipe["latency"] += passes * alone(instructions, busy, waits, machine) / each
     by_pipe["issue"] = by_pipe.get("issue", 0.0) + work.programs * outside
     by_pipe["latency"] += work.programs * (PACE * outside + 2 * MEMORY_LATENCY) / each
     seconds = {pipe: cycles / machine.sms / machine.clock for pipe, cycles in by_pipe.items()}
@@ -92,7 +92,7 @@ def predict(
     seconds["L2"] = work.loaded / machine.l2
     seconds["memory"] = work.memory / machine.memory
     bound = max(seconds, key=seconds.get)
-    return Prediction(seconds[bound] * 1e6, bound, occupancy, seconds)
+    return Prediction(seconds[bound] * 1e6, bound)
 
 
 def floor(flops: float, exps: float, memory: float, machine: Machine = H100) -> float:

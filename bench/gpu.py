@@ -43,13 +43,6 @@ def run_step(name: str, rows: Path, seconds: float, dry: bool) -> str:
     return {0: "done", 3: "out of time"}.get(code, f"failed with {code}")
 
 
-def finished(rows: Path) -> set[str]:
-    """The steps that an earlier call brought to their end."""
-    if not rows.exists():
-        return set()
-    return {row["name"] for row in map(json.loads, rows.read_text().splitlines()) if row["step"] == "end"}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--budget", type=float, default=540, help="seconds for all of it")
@@ -70,7 +63,8 @@ def main() -> int:
     rows = folder / "rows.jsonl"
     if args.fresh:
         rows.unlink(missing_ok=True)
-    before, failed = finished(rows), []
+    before = {row["name"] for row in runner.load_rows(rows) if row["step"] == "end"}
+    failed = []
     for name, most in STEPS.items():
         left = args.budget - (time.monotonic() - start) - 20  # the report wants some seconds at the end
         if name not in args.only or name in before:

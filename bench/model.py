@@ -8,6 +8,7 @@ floor (cost_model.py has the assumptions). --against prints what `make gpu` meas
 """
 
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -15,14 +16,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import aot
 import compile_gate
-import cost_model
 import geometry
-import sass
 import sweep
-
-HEADS = 12
 
 
 def launches(problem: geometry.Problem, direction: str, dtype: str) -> list[tuple[str, object]]:
@@ -42,35 +38,23 @@ def predict(problem: geometry.Problem, direction: str, dtype: str) -> dict:
     row = dict(**problem._asdict(), direction=direction, microseconds=0.0, kernels=[])
     for kernel, config in launches(problem, direction, dtype):
         variant = "causal" if problem.causal else "plain"
-        found, inner, outside = compiled(kernel, config, dtype, problem.head_dim, variant)
-        occupancy = cost_model.H100.occupancy(found.registers, found.shared, config.num_warps)
-        time = cost_model.predict(geometry.work(kernel, config, problem), inner, outside, occupancy)
+        read = measured(kernel, config, dtype, problem.head_dim, variant)
+        time = read.predict(kernel, config, problem)
         row["microseconds"] += time.microseconds
         tiles = f"{config.block_m}x{config.block_n} w{config.num_warps} s{config.num_stages}"
         row["kernels"].append(
-            dict(kernel=kernel, tiles=tiles, registers=found.registers, spilled=found.spilled, occupancy=occupancy,
-                 microseconds=time.microseconds, bound=time.bound)
+            dict(kernel=kernel, tiles=tiles, registers=read.found.registers, spilled=read.found.spilled,
+                 occupancy=read.occupancy, microseconds=time.microseconds, bound=time.bound)
         )  # fmt: skip
     floors = {"forward": "flash_fwd", "backward": "flash_bwd_one_pass"}
     row["floor"] = geometry.floor(floors[direction], problem)
     return row
 
 
-_compiled: dict[tuple, tuple] = {}
-
-
-def compiled(kernel: str, config, dtype: str, head_dim: int, variant: str) -> tuple:
-    """(resources, the inner loops as cost_model.predict wants them, cycles issued outside of them)."""
-    key = (kernel, config, dtype, head_dim, variant)
-    if key not in _compiled:
-        arguments = compile_gate.arguments(kernel, dtype, head_dim, config, variant)
-        binary = aot.compile_kernel(compile_gate.function(kernel), "sm_90", arguments, config)
-        code = sweep.code_of(binary)
-        inner = sass.loops(code)
-        loops = [(len(body), sass.busy(body, config.num_warps), sass.waits(body)) for body in inner]
-        outside = (len(code) - sum(map(len, inner))) * config.num_warps / 4
-        _compiled[key] = aot.resources(binary, "sm_90"), loops, outside
-    return _compiled[key]
+@functools.cache
+def measured(kernel: str, config, dtype: str, head_dim: int, variant: str) -> sweep.Measured:
+    """Compiled once for all shapes."""
+    return sweep.measured(*sweep.compiled(kernel, "sm_90", dtype, head_dim, variant, config), config)
 
 
 def table(rows: list[dict]) -> str:
@@ -124,7 +108,7 @@ def main() -> int:
         print(against(args.against, args.dtype))
         return 0
     rows = [
-        predict(geometry.Problem(max(1, sweep.TOKENS // n), HEADS, n, args.head_dim, causal), direction, args.dtype)
+        predict(geometry.Problem(max(1, sweep.TOKENS // n), sweep.HEADS, n, args.head_dim, causal), direction, args.dtype)
         for n in args.length for causal in (False, True) for direction in ("forward", "backward")
     ]  # fmt: skip
     print(table(rows))

@@ -4,6 +4,7 @@ A provider is made for one shape and device and gives a function (q, k, v) -> ou
 which becomes a row of the results: nobody is left out in silence.
 """
 
+import contextlib
 import functools
 import importlib.util
 from collections.abc import Callable
@@ -35,13 +36,18 @@ def _tfkern(name: str, shape: Shape, dtype: torch.dtype, device: torch.device):
     return functools.partial(tfkern.attention, is_causal=shape.is_causal, backend=name)
 
 
-def _sdpa(kind: SDPBackend | None, shape: Shape, dtype: torch.dtype, device: torch.device):
-    def run(q, k, v):
-        if kind is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=shape.is_causal)
-        with sdpa_kernel(kind):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=shape.is_causal)
+def pinned_sdpa(kind: SDPBackend | None):
+    """PyTorch's attention by one of its own backends; None leaves the choice to it."""
 
+    def attention(q, k, v, **options):
+        with sdpa_kernel(kind) if kind is not None else contextlib.nullcontext():
+            return F.scaled_dot_product_attention(q, k, v, **options)
+
+    return attention
+
+
+def _sdpa(kind: SDPBackend | None, shape: Shape, dtype: torch.dtype, device: torch.device):
+    run = functools.partial(pinned_sdpa(kind), is_causal=shape.is_causal)
     probe = [torch.empty(1, 1, 16, shape.head_dim, dtype=dtype, device=device) for _ in range(3)]
     try:
         run(*probe)

@@ -1,4 +1,4 @@
-"""From the rows of `make gpu` to a results file, a table, and plots; `tfkern bench report FOLDER` draws them again."""
+"""From the rows of `make gpu` to a results file, a table, and plots; `tfkern bench report --results FILE` draws them again."""
 
 import csv
 import dataclasses
@@ -6,18 +6,19 @@ import json
 import math
 from pathlib import Path
 
-from tfkern.bench import cost_model, shapes
+from tfkern.bench import cost_model, runner, shapes
 
 PEERS = ("sdpa default", "sdpa flash", "sdpa cudnn", "sdpa efficient", "flex", "flash-attn 3", "flash-attn 4")
 OURS = ("tfkern hopper", "tfkern portable")
+SHAPES = {s.name: s for s in (*shapes.GPU_SHAPES, *shapes.DRY_SHAPES)}
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
 
 def write(rows: Path, folder: Path, machine: dict) -> Path:
     """<date>.json, <date>.csv and the plots from rows.jsonl; returns the first."""
-    found = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+    found = runner.load_rows(rows)
     results = folder / f"{machine['date'][:10]}.json"
-    known = [dataclasses.asdict(shape) for shape in (*shapes.GPU_SHAPES, *shapes.DRY_SHAPES)]
+    known = [dataclasses.asdict(shape) for shape in SHAPES.values()]
     results.write_text(json.dumps(dict(machine=machine, shapes=known, rows=found), indent=0) + "\n")
     _write_csv(found, results.with_suffix(".csv"))
     draw(results)
@@ -29,7 +30,7 @@ def write(rows: Path, folder: Path, machine: dict) -> Path:
 
 def problems(rows: Path) -> list[str]:
     """What is wrong, one line each."""
-    found = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+    found = runner.load_rows(rows)
     return [
         f"{row['step']} {row['case']}: {str(row['problem']).strip().splitlines()[-1]}" for row in found if row.get("problem")
     ]
@@ -44,13 +45,18 @@ def _write_csv(rows: list[dict], path: Path) -> None:
         writer.writerows(flat)
 
 
-def timed(results: Path, step: str = "attention") -> dict[tuple[str, str], dict[str, dict]]:
+def timed(results: Path) -> dict[tuple[str, str], dict[str, dict]]:
     """{(shape, direction): {provider: row}} of what was timed."""
     by_case: dict[tuple[str, str], dict[str, dict]] = {}
     for row in json.loads(results.read_text())["rows"]:
-        if row["step"] == step and "ms" in row:
+        if row["step"] == "attention" and "ms" in row:
             by_case.setdefault((row["shape"], row["direction"]), {})[row["provider"]] = row
     return by_case
+
+
+def fastest(by: dict[str, dict], names: tuple[str, ...]) -> dict | None:
+    """The row of the fastest of these providers, if one was timed."""
+    return min((by[name] for name in names if name in by), key=lambda row: row["ms"], default=None)
 
 
 def floor_ms(shape: shapes.Shape, direction: str) -> float:
@@ -61,7 +67,6 @@ def floor_ms(shape: shapes.Shape, direction: str) -> float:
 def table(results: Path) -> str:
     """Markdown: ours, the best peer, the ratio, and the share of the floor that ours reaches."""
     about = json.loads(results.read_text())["machine"]
-    known = {s.name: s for s in (*shapes.GPU_SHAPES, *shapes.DRY_SHAPES)}
     versions = f"torch {about['torch']}, Triton {about.get('triton')}, tfkern {about['tfkern']}"
     lines = [
         f"{about['device']}, {versions}, {about['date'][:10]}",
@@ -70,12 +75,11 @@ def table(results: Path) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (shape, direction), by in timed(results).items():
-        ours = min((by[name] for name in OURS if name in by), key=lambda row: row["ms"], default=None)
-        peer = min((by[name] for name in PEERS if name in by), key=lambda row: row["ms"], default=None)
+        ours, peer = fastest(by, OURS), fastest(by, PEERS)
         if ours is None:
             continue
         other = f"{peer['provider']} | {peer['ms']:.3f} | {peer['ms'] / ours['ms']:.2f}x" if peer else " | | "
-        share = floor_ms(known[shape], direction) / ours["ms"]
+        share = floor_ms(SHAPES[shape], direction) / ours["ms"]
         lines.append(f"| {shape} | {direction} | {ours['ms']:.3f} ({ours['tflops']:.0f}) | {other} | {share:.0%} |")
     return "\n".join(lines)
 
@@ -90,11 +94,10 @@ def draw(results: Path) -> list[Path]:
     """TFLOP/s against length with the floor as a line, ratio to the best peer, and memory."""
     from matplotlib.figure import Figure
 
-    known = {s.name: s for s in (*shapes.GPU_SHAPES, *shapes.DRY_SHAPES)}
     loaded = json.loads(results.read_text())
     about = f"{loaded['machine']['device']}, {loaded['machine']['date'][:10]}"
     by_case = timed(results)
-    groups = sorted({(known[s].head_dim, known[s].is_causal, d) for s, d in by_case})
+    groups = sorted({(SHAPES[s].head_dim, SHAPES[s].is_causal, d) for s, d in by_case})
     pictures = []
 
     def save(figure, name: str) -> None:
@@ -105,13 +108,13 @@ def draw(results: Path) -> list[Path]:
     if groups:
         figure = Figure(figsize=(6, 3.5 * len(groups)))
         for axes, (dim, causal, direction) in zip(figure.subplots(len(groups), 1, squeeze=False)[:, 0], groups, strict=True):
-            names = [s for s, d in by_case if (known[s].head_dim, known[s].is_causal, d) == (dim, causal, direction)]
-            names.sort(key=lambda s: known[s].length)
-            lengths = [known[s].length for s in names]
+            names = [s for s, d in by_case if (SHAPES[s].head_dim, SHAPES[s].is_causal, d) == (dim, causal, direction)]
+            names.sort(key=lambda s: SHAPES[s].length)
+            lengths = [SHAPES[s].length for s in names]
             for provider in dict.fromkeys(p for s in names for p in by_case[s, direction]):
                 rows = [by_case[s, direction].get(provider) for s in names]
                 axes.plot(lengths, [row["tflops"] if row else math.nan for row in rows], marker="o", label=provider)
-            floors = [known[s].flops(direction) / floor_ms(known[s], direction) / 1e9 for s in names]
+            floors = [SHAPES[s].flops(direction) / floor_ms(SHAPES[s], direction) / 1e9 for s in names]
             axes.plot(lengths, floors, "k--", label="floor")
             axes.set(
                 xscale="log", xlabel="length", ylabel="TFLOP/s", title=f"D = {dim}{', causal' if causal else ''}, {direction}"
@@ -123,11 +126,10 @@ def draw(results: Path) -> list[Path]:
         axes = figure.subplots()
         labels, ratios = [], []
         for (shape, direction), by in by_case.items():
-            ours = min((by[n]["ms"] for n in OURS if n in by), default=None)
-            peer = min((by[n]["ms"] for n in PEERS if n in by), default=None)
+            ours, peer = fastest(by, OURS), fastest(by, PEERS)
             if ours and peer:
                 labels.append(f"{shape} {direction}")
-                ratios.append(peer / ours)
+                ratios.append(peer["ms"] / ours["ms"])
         axes.barh(labels, ratios)
         axes.axvline(1.0, color="k")
         axes.set(xlabel="best peer's time / ours")

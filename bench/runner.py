@@ -176,6 +176,11 @@ def time_it(call: Callable[[], object], device: torch.device, seconds: float) ->
     return fifths[0], statistics.median(times), fifths[3]
 
 
+def load_rows(path: Path) -> list[dict]:
+    """The rows of a file that has one a line; none if it is not there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def save(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dict(machine=machine(), rows=rows), indent=1) + "\n")

@@ -53,7 +53,6 @@ PIPES = {
     )),
     "convert": (8.0, ("I2F", "F2I", "F2F", "I2I", "POPC", "FLO")),
 }  # fmt: skip
-UNIFORM = ("R2UR", "ULDC", "ULEA", "UIADD3", "USHF", "ULOP3", "UMOV", "USEL", "UISETP", "UPRMT", "UIMAD", "S2UR", "VOTEU")
 
 
 def bytes_moved(x: Instruction) -> int:
@@ -85,7 +84,7 @@ def busy(body: list[Instruction], warps: int) -> dict[str, float]:
         if x.name == "HGMMA":  # one instruction of a warpgroup: four warps issue it together
             cycles["tensor"] += wgmma_cycles(x) * warps / 4
         elif x.name == "HMMA":
-            m = 2 if ".1688." in x.opcode or ".1688" in x.opcode else 1
+            m = 2 if ".1688" in x.opcode else 1
             cycles["tensor"] += share * 8 / m  # mma.sync: half of what wgmma reaches
         for pipe, (cost, names) in PIPES.items():
             if x.name in names:

@@ -29,10 +29,10 @@ REPEATS = 250
 
 
 class Context:
-    """Where a step runs: the device, whether it is for show, when its time is up, and which cases are there already."""
+    """Where a step runs: the device, whether it is for show, and when its time is up."""
 
-    def __init__(self, device: torch.device, dry: bool, deadline: float, done: set[tuple[str, str]]):
-        self.device, self.dry, self.deadline, self.done = device, dry, deadline, done
+    def __init__(self, device: torch.device, dry: bool, deadline: float):
+        self.device, self.dry, self.deadline = device, dry, deadline
         self.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
 
     def left(self) -> float:
@@ -108,12 +108,12 @@ def tune(context: Context) -> Cases:
     """Every candidate of tile sizes, by time; on a machine without a GPU one of each is compiled."""
     from tfkern.bench import tuning
 
-    for case, config in tuning.candidates(first_only=context.dry):
+    for case, config in tuning.cases(first_only=context.dry):
         yield f"{case} {config}", functools.partial(tuning.time_one, case, config, context.device, context.dry)
 
 
 def repeat(context: Context) -> Cases:
-    """The same inputs and seed give the same bits, many times over, with the chip busy with something else in between."""
+    """The same inputs and seed give the same bits, many times over."""
     cases = {case.name: case for case in (*testing.CASES, *testing.FEATURE_CASES)}
     for name in list(cases)[:: 1 if not context.dry else len(cases)]:
         yield name, functools.partial(_same_bits, cases[name], context)
@@ -206,13 +206,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
-    written = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
     # what went wrong in an earlier call is tried again
-    written = [row for row in written if row["step"] != args.step or not row.get("problem")]
+    written = [row for row in runner.load_rows(args.rows) if row["step"] != args.step or not row.get("problem")]
     args.rows.write_text("".join(json.dumps(row) + "\n" for row in written))
     done = {(row["step"], row.get("case")) for row in written}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    context = Context(device, args.dry_run, time.monotonic() + args.seconds, done)
+    context = Context(device, args.dry_run, time.monotonic() + args.seconds)
     broken = 0
     with args.rows.open("a") as file:
         for case, rows in STEPS[args.step](context):

@@ -4,8 +4,8 @@
 usage: sweep.py --kernel flash_fwd [--arch sm_90] [--dtype bf16] [--head-dim 64] [--variant plain …] [--json FILE] [--top 10]
 
 Needs Triton alone. The rank is the geometric mean, over the lengths and variants, of the predicted time divided by the floor
-(cost_model.py); for other architectures than sm_90, whose pipes the model does not know, by spilled bytes, then by occupancy
-times the tile's size. On a GPU, `tfkern bench tune` ranks the same candidates by time.
+(cost_model.py); for other architectures than sm_90, whose pipes the model does not know, spilled bytes. On a GPU, `make gpu`
+times the same candidates (tuning.py).
 """
 
 import argparse
@@ -15,9 +15,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import aot
+import candidates
 import compile_gate
 import cost_model
 import geometry
@@ -26,12 +28,6 @@ import sass
 LENGTHS = (64, 128, 197, 512, 1024, 2048)
 TOKENS = 32768  # in a batch; 12 heads: the shapes of BERT, GPT-2 and ViT
 HEADS = 12
-CANDIDATES = {
-    "flash_fwd": [(m, n) for m in (64, 128, 256) for n in (32, 64, 128)],
-    "flash_bwd_dq": [(m, n) for m in (64, 128) for n in (32, 64, 128)],
-    "flash_bwd_dkdv": [(m, n) for m in (32, 64, 128) for n in (64, 128)],
-    "flash_bwd_one_pass": [(m, n) for m in (16, 32, 64) for n in (64, 128, 256)],
-}
 
 
 def code_of(compiled) -> list:
@@ -50,34 +46,55 @@ def problems(head_dim: int, variant: str) -> list[geometry.Problem]:
     return [geometry.Problem(max(1, TOKENS // n), HEADS, n, head_dim, variant == "causal") for n in LENGTHS]
 
 
+class Measured(NamedTuple):
+    """What the compiler made of a kernel, as cost_model.predict wants it."""
+
+    found: aot.Resources
+    loops: list[tuple[int, dict, dict]]  # of each inner loop: instructions, busy cycles by pipe, waits
+    outside: float  # cycles issued beside the inner loops
+    occupancy: int
+
+    def predict(self, kernel: str, config, problem: geometry.Problem) -> cost_model.Prediction:
+        return cost_model.predict(geometry.work(kernel, config, problem), self.loops, self.outside, self.occupancy)
+
+
+def compiled(kernel: str, arch: str, dtype: str, head_dim: int, variant: str, config):
+    """(the binary, its resources) of a kernel with given tiles."""
+    arguments = compile_gate.arguments(kernel, dtype, head_dim, config, variant)
+    binary = aot.compile_kernel(compile_gate.function(kernel), arch, arguments, config)
+    return binary, aot.resources(binary, arch)
+
+
+def measured(binary, found: aot.Resources, config) -> Measured:
+    """Read the machine code of a binary for sm_90."""
+    code = code_of(binary)
+    inner = sass.loops(code)
+    loops = [(len(body), sass.busy(body, config.num_warps), sass.waits(body)) for body in inner]
+    outside = (len(code) - sum(map(len, inner))) * config.num_warps / 4
+    return Measured(found, loops, outside, cost_model.H100.occupancy(found.registers, found.shared, config.num_warps))
+
+
 def evaluate(kernel: str, arch: str, dtype: str, head_dim: int, variants, config) -> dict:
     """Compile a candidate for each variant; its resources, and predicted times where the model knows the chip."""
     row = dict(kernel=kernel, arch=arch, dtype=dtype, head_dim=head_dim, config=vars(config), times={})
     ratios = []
     for variant in variants:
         try:
-            compiled = aot.compile_kernel(
-                compile_gate.function(kernel), arch, compile_gate.arguments(kernel, dtype, head_dim, config, variant), config
-            )
-            found = aot.resources(compiled, arch)
+            binary, found = compiled(kernel, arch, dtype, head_dim, variant, config)
         except Exception as error:  # whatever the compiler throws is the finding
             return {**row, "problem": repr(error).splitlines()[0][:200], "rank": math.inf}
         row[variant] = vars(found)
         if found.shared > compile_gate.SHARED[arch]:
             return {**row, "problem": f"needs {found.shared} bytes of shared memory", "rank": math.inf}
         if arch == "sm_90":
-            code = code_of(compiled)
-            occupancy = cost_model.H100.occupancy(found.registers, found.shared, config.num_warps)
-            inner = sass.loops(code)
-            loops = [(len(body), sass.busy(body, config.num_warps), sass.waits(body)) for body in inner]
-            outside = (len(code) - sum(map(len, inner))) * config.num_warps / 4
+            read = measured(binary, found, config)
             for problem in problems(head_dim, variant):
                 if kernel == "flash_bwd_one_pass" and problem.length > config.block_n:
                     continue
-                predicted = cost_model.predict(geometry.work(kernel, config, problem), loops, outside, occupancy)
+                predicted = read.predict(kernel, config, problem)
                 row["times"][f"{variant} {problem.length}"] = (predicted.microseconds, predicted.bound)
                 ratios.append(predicted.microseconds / geometry.floor(kernel, problem))
-            row[variant] |= dict(occupancy=occupancy)
+            row[variant] |= dict(occupancy=read.occupancy)
     spilled = sum(row[v]["spilled"] for v in variants)
     # A spilled byte is stored and loaded in every pass; a few outside of the loop do no harm.
     row["rank"] = math.exp(sum(map(math.log, ratios)) / len(ratios)) * (1 + spilled / 1000) if ratios else spilled
@@ -86,7 +103,7 @@ def evaluate(kernel: str, arch: str, dtype: str, head_dim: int, variants, config
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kernel", nargs="+", default=list(CANDIDATES), choices=list(CANDIDATES))
+    parser.add_argument("--kernel", nargs="+", default=list(candidates.TILES), choices=list(candidates.TILES))
     parser.add_argument("--arch", default="sm_90", choices=list(aot.TARGETS))
     parser.add_argument("--dtype", default="bf16", choices=list(compile_gate.DTYPES))
     parser.add_argument("--head-dim", type=int, default=64)
@@ -97,12 +114,8 @@ def main() -> int:
     config = compile_gate.load("tfkern.configs").TileConfig
     rows = []
     for kernel in args.kernel:
-        for m, n in CANDIDATES[kernel]:
-            for warps in (4, 8):
-                for stages in (1, 2, 3):
-                    rows.append(
-                        evaluate(kernel, args.arch, args.dtype, args.head_dim, args.variant, config(m, n, warps, stages))
-                    )
+        for tiles in candidates.of(kernel):
+            rows.append(evaluate(kernel, args.arch, args.dtype, args.head_dim, args.variant, config(*tiles)))
     rows.sort(key=lambda row: (row["kernel"], row["rank"]))
     for kernel in args.kernel:
         for row in [r for r in rows if r["kernel"] == kernel][: args.top]:

@@ -1,30 +1,27 @@
 """Tile sizes by time: every candidate of sweep.py, on the GPU that is there."""
 
+import functools
 from collections.abc import Iterator
 
 import torch
 
 from tfkern import backends, call, configs
-from tfkern.bench import fake_gpu, runner
+from tfkern.bench import candidates, fake_gpu, runner
 from tfkern.bench.shapes import Shape
 
 SHAPES = [
     Shape("197", 64, 12, 197, 64), Shape("512", 64, 12, 512, 64), Shape("1024-causal", 8, 12, 1024, 64, is_causal=True),
     Shape("2048", 8, 12, 2048, 64), Shape("4096-causal-d128", 2, 16, 4096, 128, is_causal=True),
 ]  # fmt: skip
-TILES = {
-    "flash_fwd": [(m, n) for m in (64, 128, 256) for n in (32, 64, 128)],
-    "flash_bwd_dq": [(m, n) for m in (64, 128) for n in (32, 64, 128)],
-    "flash_bwd_dkdv": [(m, n) for m in (32, 64, 128) for n in (64, 128)],
-}
+KERNELS = ("flash_fwd", "flash_bwd_dq", "flash_bwd_dkdv")
 
 
-def candidates(first_only: bool = False) -> Iterator[tuple[tuple[str, Shape], configs.TileConfig]]:
+def cases(first_only: bool = False) -> Iterator[tuple[tuple[str, Shape], configs.TileConfig]]:
     """((kernel, shape), tiles): the tiles of the table first, then the others."""
-    for kernel, tiles in TILES.items():
+    for kernel in KERNELS:
         for shape in SHAPES:
             table = configs.tile_config("sm_90", kernel, 2, configs.head_dim_class(shape.head_dim))
-            others = [configs.TileConfig(m, n, w, s) for m, n in tiles for w in (4, 8) for s in (1, 2, 3)]
+            others = [configs.TileConfig(*tiles) for tiles in candidates.of(kernel)]
             for config in [table] if first_only else [table, *(c for c in others if c != table)]:
                 yield (kernel, shape), config
             if first_only:
@@ -44,10 +41,10 @@ def time_one(case: tuple[str, Shape], config: configs.TileConfig, device: torch.
         try:
             with torch.no_grad():
                 out, lse = backend.forward(problem, tensors)
-                if kernel == "flash_fwd":
-                    run = lambda: backend.forward(problem, tensors)  # noqa: E731
-                else:
-                    run = lambda: backend.backward(problem, tensors, out, lse, do, None, (True,) * 3 + (False,) * 3)  # noqa: E731
+                run = functools.partial(backend.forward, problem, tensors)
+                if kernel != "flash_fwd":
+                    needed = (True,) * 3 + (False,) * 3  # the gradients of q, k and v
+                    run = functools.partial(backend.backward, problem, tensors, out, lse, do, None, needed)
                 run()
                 yield {**row, "ms": None if dry else runner.time_it(run, device, 0.03)[1]}
         except Exception as error:  # too much shared memory, registers …: not a candidate

@@ -79,7 +79,7 @@ def test_wrong_results_are_a_problem(tmp_path, monkeypatch):
     from tfkern.bench import providers
 
     monkeypatch.setitem(providers.PROVIDERS, "wrong", lambda shape, dtype, device: lambda q, k, v: q + k + v)
-    context = steps.Context(torch.device("cpu"), True, 1e12, set())
+    context = steps.Context(torch.device("cpu"), True, 1e12)
     found = {case: list(make()) for case, make in steps.attention(context) if case.endswith(" wrong")}
     assert len(found) == 2
     assert all(row["problem"].startswith("wrong results") for (row,) in found.values())

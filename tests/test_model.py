@@ -59,27 +59,19 @@ def test_operands_from_shared_memory_bound_narrow_products():
     assert sass.wgmma_cycles(narrow) == (64 + 32) * 16 * 2 / 128 > 64 * 32 * 16 / 2048
 
 
-def band_passes(kernel: str, config, n: int, causal: bool) -> list[int]:
-    """Tiles cut on the left, whole, cut on the right, counted score by score."""
-    found = [0, 0, 0]
+def band_passes(kernel: str, config, n: int, causal: bool) -> tuple[int, int]:
+    """Whole tiles and tiles that are cut, counted score by score."""
+    whole, cut = 0, 0
     keys = kernel in geometry.OWNS_KEYS
     owned, step = (config.block_n, config.block_m) if keys else (config.block_m, config.block_n)
     for start in range(0, n, owned):
         mine = range(start, min(start + owned, n))
         seen = [j for j in range(n) if not causal or any(j >= i if keys else j <= i for i in mine)]
         everyone = {j for j in seen if not causal or all(j >= i if keys else j <= i for i in mine)}
-        kinds = []
         for first in range(seen[0], seen[-1] + 1, step):
-            whole = all(j in everyone for j in range(first, first + step))
-            kinds.append(
-                1 if whole else 2 if any(kinds) or not (causal and keys) or (first + step > n and seen[0] in everyone) else 0
-            )
-        if causal and keys:  # before the first whole tile they are cut on the left, behind it on the right
-            first_whole = kinds.index(1) if 1 in kinds else len(kinds)
-            kinds = [1 if k == 1 else 0 if place < first_whole else 2 for place, k in enumerate(kinds)]
-        for kind in kinds:
-            found[kind] += 1
-    return found
+            is_whole = all(j in everyone for j in range(first, first + step))
+            whole, cut = whole + is_whole, cut + (not is_whole)
+    return whole, cut
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -90,13 +82,12 @@ def test_passes_are_those_of_the_kernels(kernel, causal):
         n = draw.randint(1, 90)
         config = configs.TileConfig(draw.choice([16, 32]), draw.choice([16, 32]))
         done = geometry.work(kernel, config, geometry.Problem(2, 3, n, 64, causal))
-        left, whole, right = band_passes(kernel, config, n, causal)
-        total = [left, whole, right] if causal and kernel in geometry.OWNS_KEYS else [whole, left + right]
-        if causal and kernel in geometry.OWNS_KEYS:  # a last tile that is cut on both sides may be counted to either
+        whole, cut = band_passes(kernel, config, n, causal)
+        if causal and kernel in geometry.OWNS_KEYS:  # tiles cut on the left, whole, cut on the right
             assert done.passes[1] == 6 * whole, (n, config)
-            assert sum(done.passes) == 6 * sum(total), (n, config)
+            assert sum(done.passes) == 6 * (whole + cut), (n, config)
         else:
-            assert list(done.passes) == [6 * t for t in total], (n, config)
+            assert list(done.passes) == [6 * whole, 6 * cut], (n, config)
 
 
 def test_predictions_follow_what_they_rest_on():

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
 
 from tfkern import configs, testing
+
+pytest.importorskip("hypothesis", reason="hypothesis draws the problems: pip install -e '.[test]'")
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
 
 SIZES = st.integers(0, 40)
 DTYPES = st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16])

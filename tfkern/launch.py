@@ -96,7 +96,7 @@ class Launch:
         form = _form(pointers, feature_tensors)
         handle = self.handles.get(form) or self._known(form, tensors, features)
         if handle is None or _hooked():
-            compiled = self.kernel[(self.grid,)](*tensors, features, *self.numbers, **self.constants, **self.options)
+            compiled = self.by_jit(tensors, features)
             handle = Handle(compiled.run, compiled.function, compiled.packed_metadata, compiled)
             _handles[self._key(form, tensors, features)] = self.handles[form] = handle
             return
@@ -104,6 +104,10 @@ class Launch:
             self.grid, 1, 1, driver.get_current_stream(self.index), handle.function, handle.metadata, None, None, None,
             *pointers, features, *self.tail,
         )  # fmt: skip
+
+    def by_jit(self, tensors: tuple, features: tuple):
+        """Run it by Triton's own launch path, which compiles what is not compiled yet; the compiled kernel."""
+        return self.kernel[(self.grid,)](*tensors, features, *self.numbers, **self.constants, **self.options)
 
     def _known(self, form, tensors: tuple, features: tuple) -> Handle | None:
         """What another length has compiled."""

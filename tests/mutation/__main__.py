@@ -3,9 +3,9 @@
 usage: python tests/mutation [--file NAME …] [--workers N] [--limit N] [--survivors]
 
 Each mutant runs in a process of its own, in Triton's interpreter, until the first test fails. One that nothing notices must
-stand in equivalent.json with the reason why it changes no result. --survivors runs only those that are new or
-that nothing noticed last time and that have no reason yet, after the tests have been sharpened. Writes last.json (who killed which) and result.md; ends 1 if fewer than 95% are killed or a
-survivor has no reason.
+stand in equivalent.json with the reason why it changes no result. --survivors runs only those that are new, or that nothing
+noticed last time and that have no reason yet, after the tests have been sharpened. Writes last.json (who killed which) and
+result.md; ends 1 if fewer than 95% are killed or a survivor has no reason.
 """
 
 import argparse
@@ -27,32 +27,13 @@ ROOT = HERE.parent.parent
 KERNELS = ROOT / "kernels"
 TESTS = ["test_small.py", "test_band.py", "test_addresses.py", "test_dropout.py", "test_features.py", "test_extremes.py"]
 SELECTED = "test_small or test_ranges or test_addresses or (portable and (exact_near or averages or threshold))"
+BACKWARD = ["full", "window-narrow", "padded", "groups", "softcap", "slopes-window", "bias-of-keys", "packed", "dropout"]
 # What tells quickest about a file comes first; everything else follows for mutants that survive it.
 FIRST = {
     "band.py": ["test_band.py", "window-narrow", "window", "dropout-window", "lower-right", "padded"],
     "dropout.py": ["dropout-window", "dropout"],
-    "flash_bwd_dkdv.py": [
-        "full",
-        "window-narrow",
-        "padded",
-        "groups",
-        "softcap",
-        "slopes-window",
-        "bias-of-keys",
-        "packed",
-        "dropout",
-    ],
-    "flash_bwd_dq.py": [
-        "full",
-        "window-narrow",
-        "padded",
-        "groups",
-        "softcap",
-        "slopes-window",
-        "bias-of-keys",
-        "packed",
-        "dropout",
-    ],
+    "flash_bwd_dkdv.py": BACKWARD,
+    "flash_bwd_dq.py": BACKWARD,
     "flash_bwd_dbias.py": ["bias-of-nothing", "bias-window", "bias-of-keys", "bias-of-queries", "bias", "packed-bias"],
     "flash_fwd.py": ["full", "window-narrow", "groups", "dropout", "packed"],
     "score.py": ["test_addresses.py", "softcap", "bias-window", "slopes", "score-mod-log", "mask", "score-mod", "padded"],

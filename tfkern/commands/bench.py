@@ -46,7 +46,7 @@ def run(args) -> int:
     if args.what == "model":
         return script("model.py", *(["--against", str(args.against)] if args.against else []))
     if args.what == "overhead":
-        return python("from tfkern.bench import overhead; overhead.main()")
+        return process(["-c", "from tfkern.bench import overhead; overhead.main()"])
     require("matplotlib", "demo")
     return report(args) if args.what == "report" else speed(args)
 
@@ -89,10 +89,6 @@ def script(name: str, *arguments: str) -> int:
     import tfkern.bench
 
     return process([str(Path(tfkern.bench.__file__).with_name(name)), *arguments])
-
-
-def python(code: str) -> int:
-    return process(["-c", code])
 
 
 def process(arguments: list[str]) -> int:

@@ -9,8 +9,10 @@ so that none, PyTorch's own among them, keeps to the first rule; and where two c
 float32 sums, their largest errors were seen to differ by 2.4 times. Flash-attention's tests use three times as well.
 
 Of a handful of numbers plain PyTorch gets all nearly right by luck now and then, and three times nothing is no measure. So
-where a quantity of fewer than FEW numbers exceeds its budget, what plain PyTorch errs is the largest of DRAWS draws of the
-problem.
+where a quantity of fewer than FEW independent numbers exceeds its budget, what plain PyTorch errs is the largest of DRAWS draws
+of the problem. A row of dq, dk, dv or out counts as one: its errors share the row's dp - delta or lse. (80 rows that each see
+one key, dq truly 0: in twelve draws the kernel's largest error was 5.7e-7 to 2.3e-6, plain PyTorch's 5.2e-7 to 1.2e-6, as
+it fell, and three times the unluckiest pair was exceeded.)
 """
 
 from dataclasses import dataclass, replace
@@ -64,11 +66,16 @@ def check(case: Case, dtype: torch.dtype, backend: str, device="cpu", seed: int 
     inputs = make_inputs(case, dtype, device, seed)
     found = results(tfkern.attention_varlen if case.lengths else tfkern.attention, inputs, backend=backend)
     errors = judge(found, truth(case, inputs), plain(case, inputs))
-    lucky = {e.quantity for e in errors if not e.ok and found[e.quantity].numel() < FEW}
+    lucky = {e.quantity for e in errors if not e.ok and _independent(e.quantity, found[e.quantity]) < FEW}
     if not lucky:
         return errors
     more = [_plain_errors(case, make_inputs(case, dtype, device, seed + 1000 * n)) for n in range(1, DRAWS)]
     return [_with_plain(e, max(m[e.quantity] for m in more), dtype) if e.quantity in lucky else e for e in errors]
+
+
+def _independent(quantity: str, found: Tensor) -> int:
+    """How many numbers of a quantity err independently: rows where a head dim is last."""
+    return found.numel() // found.shape[-1] if quantity in ("out", "dq", "dk", "dv") and found.numel() else found.numel()
 
 
 def _plain_errors(case: Case, inputs: Inputs) -> dict[str, float]:

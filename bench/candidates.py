@@ -1,0 +1,13 @@
+"""Tile sizes worth trying: what sweep.py ranks by the cost model and tuning.py by time. Plain data, imports nothing."""
+
+TILES = {  # (block_m, block_n) by kernel
+    "flash_fwd": [(m, n) for m in (64, 128, 256) for n in (32, 64, 128)],
+    "flash_bwd_dq": [(m, n) for m in (64, 128) for n in (32, 64, 128)],
+    "flash_bwd_dkdv": [(m, n) for m in (32, 64, 128) for n in (64, 128)],
+    "flash_bwd_one_pass": [(m, n) for m in (16, 32, 64) for n in (64, 128, 256)],
+}
+
+
+def of(kernel: str) -> list[tuple[int, int, int, int]]:
+    """(block_m, block_n, num_warps, num_stages) of every candidate for a kernel."""
+    return [(m, n, warps, stages) for m, n in TILES[kernel] for warps in (4, 8) for stages in (1, 2, 3)]
