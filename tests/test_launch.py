@@ -131,6 +131,23 @@ print(json.dumps(counts))
     assert counts == [3, 0, 0, 3, 0, 0]
 
 
+def test_on_amd_memory_beyond_2_gib_has_its_own_kernel():
+    """There the JIT addresses smaller tensors with 32 bits."""
+    counts = script("""
+torch.version.hip = "7.0"
+small = tensors
+def large(b=2, h=3, n=40, d=64, **_):
+    return [torch.empty(2**30 + 64, dtype=torch.bfloat16)[: b * h * n * d].view(b, h, n, d) for _ in range(3)]
+counts = []
+for tensors in (small, large, small, large):
+    by_jit.clear()
+    run()
+    counts.append(len(by_jit))
+print(json.dumps(counts))
+""")
+    assert counts == [3, 3, 0, 0]
+
+
 def test_a_profilers_hook_hears_of_every_launch():
     heard = script("""
 from triton import knobs

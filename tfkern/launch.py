@@ -14,6 +14,7 @@ from torch import Tensor
 from tfkern import interpreter
 
 ALIGNMENT = 16  # bytes; the JIT compiles a form of its own for pointers that are multiples of it
+BUFFER = 2**31  # bytes; on AMD also for each tensor whose memory is smaller: 32 bits are enough to address it
 
 
 @functools.cache
@@ -94,6 +95,8 @@ class Launch:
             return
         pointers = [None if x is None else x.data_ptr() for x in tensors]
         form = _form(pointers, feature_tensors)
+        if torch.version.hip:
+            form = form, *(x is None or x.untyped_storage().size() < BUFFER for x in (*tensors, *feature_tensors))
         handle = self.handles.get(form) or self._known(form, tensors, features)
         if handle is None or _hooked():
             compiled = self.by_jit(tensors, features)
