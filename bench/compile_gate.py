@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 PACKAGE = HERE.parent / "tfkern" if (HERE.parent / "tfkern").is_dir() else HERE.parent  # in a checkout, or installed
 
 # Shared memory that a program may have, in bytes. Rows of sm_80 also serve sm_86, sm_89 and sm_12x, which have less than it.
-SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}  # bytes; tf32 is float32 inputs under PyTorch's TF32 switch
 

@@ -1,48 +1,68 @@
 """A predicted time for a compiled kernel on a GPU that is not there, what binds it, and how far it is from the floor.
 
-Assumptions (H100 SXM; each is a number to be corrected by measurements, `tfkern bench model --against results.json`):
-- The chip runs at 1.70 GHz under this load; tensor pipes reach 87% of 4096 operations a cycle and SM (798 TFLOP/s measured for
-  bf16 matmul), copies 3.0 TB/s to device memory, reads 5.5 TB/s from L2.
+Assumptions (each is a number to be corrected by measurements, `tfkern bench model --against results.json`):
+- MACHINES has the chips. Of the H100: it runs at 1.70 GHz under this load; tensor pipes reach 87% of 2048 multiply-adds a cycle
+  and SM (798 TFLOP/s measured for bf16 matmul), copies 3.0 TB/s to device memory, reads 5.5 TB/s from L2. The others' numbers
+  are from their data sheets, memory at 85% of them, tensor pipes at the H100's share: estimates, for ranking tiles only.
 - One pass of an inner loop takes a program `alone` cycles: its matrix products, then the rest of its instructions, one after
   the other (Triton waits for each product), and LATENCY cycles for every wait in the way. A warp by itself issues an
-  instruction every PACE cycles: with 2, the model gives the 400 TFLOP/s that the FlashAttention-3 paper measured for Triton at
-  D = 64. With C programs on an SM, passes overlap until the busiest pipe is full: max(busiest pipe, alone / C). Loads of tiles
-  are hidden by the pipeline, where there is one.
-- A program's prologue and epilogue issue every instruction outside the inner loops once, and wait twice for memory.
+  instruction every `pace` cycles: with 2, the model gives the 400 TFLOP/s that the FlashAttention-3 paper measured for Triton
+  at D = 64. With C programs on an SM, passes overlap until the busiest pipe is full: max(busiest pipe, alone / C). Loads of
+  tiles are hidden by the pipeline, where there is one.
+- A program's prologue and epilogue issue every instruction outside the inner loops once, and wait twice for memory. A loop that
+  the compiler made none of, as it runs once at most, takes what the last loop takes.
 - Programs go over the chip in waves; the last, partly filled wave counts as much as its programs' share of an SM.
 """
 
 import math
 from dataclasses import dataclass
 
-LATENCY = {"barriers": 30, "wgmma waits": 60, "shuffles": 12, "copy waits": 30, "loads": 600}
+LATENCY = {
+    "barriers": 30, "wgmma waits": 60, "tensor-memory waits": 120, "shuffles": 12, "copy waits": 30, "LDS waits": 64,
+    "loads": 600,
+}  # fmt: skip
 MEMORY_LATENCY = 800
-PACE = 2.0
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A GPU: SMs, Hz, what an SM holds, and the throughputs that its pipes reach."""
+    """A GPU: SMs (on AMD compute units), Hz, what one holds, and the throughputs that its pipes reach."""
 
     sms: int = 132
     clock: float = 1.70e9
     registers: int = 65536
+    lanes: int = 32  # of a warp
     shared: int = 227 * 1024
+    tensor_memory: int = 512  # columns, where there is such a memory
     warps: int = 64
     programs: int = 32
+    multiply_adds: int = 2048  # of 16-bit numbers, a cycle and SM
     tensor: float = 0.87
     memory: float = 3.0e12
     l2: float = 5.5e12
     exp2: float = 16.0  # a cycle and SM
+    pace: float = 2.0
 
-    def occupancy(self, registers: int, shared: int, warps: int) -> int:
+    def occupancy(self, registers: int, shared: int, warps: int, tensor_memory: int = 0) -> int:
         """Programs that fit on an SM."""
-        by_registers = self.registers // (math.ceil(registers / 8) * 8 * 32 * warps)
+        by_registers = self.registers // (math.ceil(registers / 8) * 8 * self.lanes * warps)
         by_shared = self.shared // (shared + 1024)
-        return min(by_registers, by_shared, self.warps // warps, self.programs)
+        by_tensor_memory = self.tensor_memory // tensor_memory if tensor_memory else self.programs
+        return min(by_registers, by_shared, by_tensor_memory, self.warps // warps, self.programs)
 
 
 H100 = Machine()
+MACHINES = {
+    "sm_80": Machine(  # A100 SXM 80 GB
+        sms=108, clock=1.41e9, shared=163 * 1024, multiply_adds=1024, memory=1.7e12, l2=4.0e12
+    ),
+    "sm_90": H100,
+    "sm_100": Machine(sms=148, clock=1.85e9, multiply_adds=4096, memory=6.8e12, l2=9.0e12),  # B200
+    "gfx942": Machine(  # MI300X; a wave issues a vector instruction every 4 cycles at best
+        sms=304, clock=2.1e9, registers=131072, lanes=64, shared=64 * 1024, warps=32, multiply_adds=1024, memory=4.5e12,
+        l2=10.0e12, pace=5.0,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,7 +86,7 @@ class Prediction:
 
 def alone(instructions: int, busy: dict[str, float], waits: dict[str, int], machine: Machine) -> float:
     """Cycles of one pass by a program that has an SM to itself."""
-    vector = max([PACE * instructions, *(cycles for pipe, cycles in busy.items() if pipe != "tensor")])
+    vector = max([machine.pace * instructions, *(cycles for pipe, cycles in busy.items() if pipe != "tensor")])
     return busy.get("tensor", 0.0) / machine.tensor + vector + sum(LATENCY[kind] * n for kind, n in waits.items())
 
 
@@ -74,6 +94,7 @@ def predict(
     work: Work, loops: list[tuple[int, dict, dict]], outside: float, occupancy: int, machine: Machine = H100
 ) -> Prediction:
     """loops: (instructions, busy cycles by pipe, waits) of each inner loop; outside: cycles a program issues beside them."""
+    loops = loops + loops[-1:] * (len(work.passes) - len(loops))
     each = min(occupancy, max(1, math.ceil(work.programs / machine.sms)))
     by_pipe = {"latency": 0.0}
     for passes, (instructions, busy, waits) in zip(work.passes, loops, strict=True):
@@ -81,7 +102,7 @@ def predict(
             by_pipe[pipe] = by_pipe.get(pipe, 0.0) + passes * cycles / (machine.tensor if pipe == "tensor" else 1.0)
         by_pipe["latency"] += passes * alone(instructions, busy, waits, machine) / each
     by_pipe["issue"] = by_pipe.get("issue", 0.0) + work.programs * outside
-    by_pipe["latency"] += work.programs * (PACE * outside + 2 * MEMORY_LATENCY) / each
+    by_pipe["latency"] += work.programs * (machine.pace * outside + 2 * MEMORY_LATENCY) / each
     seconds = {pipe: cycles / machine.sms / machine.clock for pipe, cycles in by_pipe.items()}
     # The last wave: SMs that have fewer programs than the others wait for them.
     slots = machine.sms * each
@@ -97,5 +118,5 @@ def predict(
 
 def floor(flops: float, exps: float, memory: float, machine: Machine = H100) -> float:
     """Microseconds below which no kernel gets: matrix products, exponentials, and bytes, each by itself at full speed."""
-    tensor = flops / (machine.tensor * 4096 * machine.sms * machine.clock)
+    tensor = flops / (machine.tensor * 2 * machine.multiply_adds * machine.sms * machine.clock)
     return 1e6 * max(tensor, exps / (machine.exp2 * machine.sms * machine.clock), memory / machine.memory)

@@ -44,9 +44,20 @@ def _passes(kernel: str, p: Problem, owned: int, step: int, start: int) -> tuple
     return 0, whole, math.ceil(min(start + owned, n) / step) - whole
 
 
+def _tile(kernel: str, config) -> tuple[int, int]:
+    """(rows that a program owns, rows that it goes through at a time)."""
+    return (config.block_n, config.block_m) if kernel in OWNS_KEYS else (config.block_m, config.block_n)
+
+
+def multiply_adds(kernel: str, config, head_dim: int) -> float:
+    """Of one pass on sm_100, where a product of 64 rows takes as long as one of 128."""
+    owned, step = _tile(kernel, config)
+    return PRODUCTS[kernel] * max(128, owned) * step * head_dim
+
+
 def work(kernel: str, config, p: Problem) -> cost_model.Work:
     """Of a whole launch."""
-    owned, step = (config.block_n, config.block_m) if kernel in OWNS_KEYS else (config.block_m, config.block_n)
+    owned, step = _tile(kernel, config)
     each = [_passes(kernel, p, owned, step, start) for start in range(0, p.length, owned)]
     heads = p.batch * p.heads
     totals = [heads * sum(column) for column in zip(*each, strict=True)]
@@ -57,6 +68,6 @@ def work(kernel: str, config, p: Problem) -> cost_model.Work:
     return cost_model.Work(programs, tuple(totals), loaded, TENSORS[kernel] * p.tensor, max(map(sum, each)))
 
 
-def floor(kernel: str, p: Problem) -> float:
+def floor(kernel: str, p: Problem, machine: cost_model.Machine = cost_model.H100) -> float:
     """Microseconds for one launch, of its own products, exponentials and bytes."""
-    return cost_model.floor(2.0 * PRODUCTS[kernel] * p.scores * p.head_dim, p.scores, TENSORS[kernel] * p.tensor)
+    return cost_model.floor(2.0 * PRODUCTS[kernel] * p.scores * p.head_dim, p.scores, TENSORS[kernel] * p.tensor, machine)

@@ -54,7 +54,8 @@ def predict(problem: geometry.Problem, direction: str, dtype: str) -> dict:
 @functools.cache
 def measured(kernel: str, config, dtype: str, head_dim: int, variant: str) -> sweep.Measured:
     """Compiled once for all shapes."""
-    return sweep.measured(*sweep.compiled(kernel, "sm_90", dtype, head_dim, variant, config), config)
+    compiled = sweep.compiled(kernel, "sm_90", dtype, head_dim, variant, config)
+    return sweep.measured(kernel, "sm_90", head_dim, config, *compiled)
 
 
 def table(rows: list[dict]) -> str:

@@ -2,57 +2,36 @@
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+
+from machine_code import Instruction
 
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)\s*([^;]*);")
-TENSOR = ("HGMMA", "HMMA")
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One line: its address in bytes, opcode with its modifiers, operands as text."""
-
-    address: int
-    opcode: str
-    operands: str
-
-    @property
-    def name(self) -> str:
-        return self.opcode.split(".")[0]
+MULTIPLY = ("HGMMA", "HMMA", "UTCHMMA")
 
 
 def parse(text: str) -> list[Instruction]:
     """The instructions of a kernel, without the padding behind its end."""
-    found = [Instruction(int(a, 16), op, rest.strip()) for a, op, rest in INSTRUCTION.findall(text)]
+    found = []
+    for address, opcode, operands in INSTRUCTION.findall(text):
+        target = re.search(r"0x([0-9a-f]+)", operands) if opcode.split(".")[0] == "BRA" else None
+        found.append(Instruction(int(address, 16), opcode, operands.strip(), int(target[1], 16) if target else None))
     last = max((i for i, x in enumerate(found) if x.name == "EXIT"), default=len(found) - 1)
     return found[: last + 1]
 
 
-def loops(code: list[Instruction]) -> list[list[Instruction]]:
-    """The bodies of the innermost loops that multiply matrices, in the order of the program."""
-    spans = []
-    for instruction in code:
-        target = re.search(r"0x([0-9a-f]+)", instruction.operands)
-        if instruction.name == "BRA" and target and int(target[1], 16) < instruction.address:
-            spans.append((int(target[1], 16), instruction.address))
-    multiplies = [x.address for x in code if x.name in TENSOR]
-    spans = [s for s in spans if any(s[0] <= a <= s[1] for a in multiplies)]
-    innermost = [s for s in spans if not any(t != s and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
-    return [[x for x in code if lo <= x.address <= hi] for lo, hi in sorted(innermost)]
-
-
-# Cycles that one warp's instruction keeps a pipe of its quarter of an SM (sm_90; throughputs of NVIDIA's CUDA C++ programming
-# guide, "arithmetic instructions", over four quarters of 32 lanes).
-PIPES = {
-    "mufu": (8.0, ("MUFU",)),
-    "fma": (1.0, ("FFMA", "FMUL", "FADD", "HFMA2", "HADD2", "HMUL2")),
-    "imad": (2.0, ("IMAD",)),
-    "alu": (2.0, (
+# Cycles that one warp's instruction keeps a pipe of its quarter of an SM (throughputs of NVIDIA's CUDA C++ programming guide,
+# "arithmetic instructions", over four quarters of 32 lanes; taken to be the same for sm_80, sm_90 and sm_100).
+PIPES = (
+    ("mufu", 8.0, ("MUFU",)),
+    ("fma", 1.0, ("FFMA", "FMUL", "FADD", "HFMA2", "HADD2", "HMUL2")),
+    ("fma", 2.0, ("FFMA2", "FMUL2", "FADD2")),  # sm_100: two numbers a lane
+    ("imad", 2.0, ("IMAD",)),
+    ("alu", 2.0, (
         "IADD3", "LOP3", "ISETP", "FSETP", "FMNMX", "FMNMX3", "IMNMX", "VIMNMX", "SEL", "FSEL", "PRMT", "SHF", "LEA", "IABS",
         "F2FP", "PLOP3", "VIADD", "IADD", "MOV", "I2FP", "FCHK",
     )),
-    "convert": (8.0, ("I2F", "F2I", "F2F", "I2I", "POPC", "FLO")),
-}  # fmt: skip
+    ("convert", 8.0, ("I2F", "F2I", "F2F", "I2I", "POPC", "FLO")),
+)  # fmt: skip
 
 
 def bytes_moved(x: Instruction) -> int:
@@ -75,8 +54,9 @@ def wgmma_cycles(x: Instruction) -> float:
     return max(m * n * k * wide / 2048, operands / 128)
 
 
-def busy(body: list[Instruction], warps: int) -> dict[str, float]:
-    """Cycles for which a program of `warps` warps, each going through `body` once, keeps each pipe of an SM busy."""
+def busy(body: list[Instruction], warps: int, multiply_adds: float) -> dict[str, float]:
+    """Cycles for which a program of `warps` warps, each going through `body` once, keeps each pipe of an SM busy. multiply_adds
+    of the body are for sm_100, whose tensor instructions don't tell their shape."""
     cycles = Counter()
     share = warps / 4  # warps that share a quarter
     for x in body:
@@ -84,9 +64,11 @@ def busy(body: list[Instruction], warps: int) -> dict[str, float]:
         if x.name == "HGMMA":  # one instruction of a warpgroup: four warps issue it together
             cycles["tensor"] += wgmma_cycles(x) * warps / 4
         elif x.name == "HMMA":
-            m = 2 if ".1688" in x.opcode else 1
-            cycles["tensor"] += share * 8 / m  # mma.sync: half of what wgmma reaches
-        for pipe, (cost, names) in PIPES.items():
+            half = ".1688" in x.opcode and "TF32" not in x.opcode
+            cycles["tensor"] += share * (4 if half else 8)  # mma.sync: half of what wgmma reaches
+        elif x.name == "UTCHMMA":
+            cycles["tensor"] = multiply_adds / 4096
+        for pipe, cost, names in PIPES:
             if x.name in names:
                 cycles[pipe] += cost * share
         if moved := bytes_moved(x):
@@ -100,6 +82,8 @@ def waits(body: list[Instruction]) -> Counter:
     """What makes a warp stand still: barriers of the program, waits for its own products, shuffles."""
     names = {"BAR": "barriers", "WARPGROUP": "wgmma waits", "SHFL": "shuffles", "DEPBAR": "copy waits"}
     found = Counter(names[x.name] for x in body if x.name in names and (x.name != "WARPGROUP" or ".DEPBAR" in x.opcode))
+    if arrivals := sum(x.opcode.startswith("SYNCS.PHASECHK") for x in body):
+        found["tensor-memory waits"] = arrivals
     opcodes = {x.name for x in body}
     if "LDG" in opcodes and not opcodes & {"LDGSTS", "UTMALDG"}:  # tiles are loaded where they are needed, not ahead
         found["loads"] = 1

@@ -4,8 +4,7 @@
 usage: sweep.py --kernel flash_fwd [--arch sm_90] [--dtype bf16] [--head-dim 64] [--variant plain …] [--json FILE] [--top 10]
 
 Needs Triton alone. The rank is the geometric mean, over the lengths and variants, of the predicted time divided by the floor
-(cost_model.py); for other architectures than sm_90, whose pipes the model does not know, spilled bytes. On a GPU, `make gpu`
-times the same candidates (tuning.py).
+(cost_model.py). On a GPU, `make gpu` times the same candidates (tuning.py).
 """
 
 import argparse
@@ -18,11 +17,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import amdgcn
 import aot
 import candidates
 import compile_gate
 import cost_model
 import geometry
+import machine_code
 import sass
 
 LENGTHS = (64, 128, 197, 512, 1024, 2048)
@@ -30,11 +31,13 @@ TOKENS = 32768  # in a batch; 12 heads: the shapes of BERT, GPT-2 and ViT
 HEADS = 12
 
 
-def code_of(compiled) -> list:
+def code_of(binary, arch: str) -> list:
     """The instructions of a compiled kernel."""
+    if arch.startswith("gfx"):
+        return amdgcn.parse(binary.asm["amdgcn"])
     cuobjdump = Path(aot.triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(binary.asm["cubin"])
         file.flush()
         return sass.parse(
             subprocess.run([cuobjdump, "--dump-sass", file.name], capture_output=True, text=True, check=True).stdout
@@ -49,13 +52,15 @@ def problems(head_dim: int, variant: str) -> list[geometry.Problem]:
 class Measured(NamedTuple):
     """What the compiler made of a kernel, as cost_model.predict wants it."""
 
+    arch: str
     found: aot.Resources
     loops: list[tuple[int, dict, dict]]  # of each inner loop: instructions, busy cycles by pipe, waits
     outside: float  # cycles issued beside the inner loops
     occupancy: int
 
     def predict(self, kernel: str, config, problem: geometry.Problem) -> cost_model.Prediction:
-        return cost_model.predict(geometry.work(kernel, config, problem), self.loops, self.outside, self.occupancy)
+        work, machine = geometry.work(kernel, config, problem), cost_model.MACHINES[self.arch]
+        return cost_model.predict(work, self.loops, self.outside, self.occupancy, machine)
 
 
 def compiled(kernel: str, arch: str, dtype: str, head_dim: int, variant: str, config):
@@ -65,17 +70,21 @@ def compiled(kernel: str, arch: str, dtype: str, head_dim: int, variant: str, co
     return binary, aot.resources(binary, arch)
 
 
-def measured(binary, found: aot.Resources, config) -> Measured:
-    """Read the machine code of a binary for sm_90."""
-    code = code_of(binary)
-    inner = sass.loops(code)
-    loops = [(len(body), sass.busy(body, config.num_warps), sass.waits(body)) for body in inner]
+def measured(kernel: str, arch: str, head_dim: int, config, binary, found: aot.Resources) -> Measured:
+    """Read the machine code of a binary."""
+    isa = amdgcn if arch.startswith("gfx") else sass
+    code = code_of(binary, arch)
+    inner = machine_code.loops(code, isa.MULTIPLY)
+    multiply_adds = geometry.multiply_adds(kernel, config, head_dim)
+    loops = [(len(body), isa.busy(body, config.num_warps, multiply_adds), isa.waits(body)) for body in inner]
     outside = (len(code) - sum(map(len, inner))) * config.num_warps / 4
-    return Measured(found, loops, outside, cost_model.H100.occupancy(found.registers, found.shared, config.num_warps))
+    tensor_memory = getattr(binary.metadata, "tmem_size", None) or 0
+    occupancy = cost_model.MACHINES[arch].occupancy(found.registers, found.shared, config.num_warps, tensor_memory)
+    return Measured(arch, found, loops, outside, occupancy)
 
 
 def evaluate(kernel: str, arch: str, dtype: str, head_dim: int, variants, config) -> dict:
-    """Compile a candidate for each variant; its resources, and predicted times where the model knows the chip."""
+    """Compile a candidate for each variant; its resources and predicted times."""
     row = dict(kernel=kernel, arch=arch, dtype=dtype, head_dim=head_dim, config=vars(config), times={})
     ratios = []
     for variant in variants:
@@ -86,18 +95,19 @@ def evaluate(kernel: str, arch: str, dtype: str, head_dim: int, variants, config
         row[variant] = vars(found)
         if found.shared > compile_gate.SHARED[arch]:
             return {**row, "problem": f"needs {found.shared} bytes of shared memory", "rank": math.inf}
-        if arch == "sm_90":
-            read = measured(binary, found, config)
-            for problem in problems(head_dim, variant):
-                if kernel == "flash_bwd_one_pass" and problem.length > config.block_n:
-                    continue
-                predicted = read.predict(kernel, config, problem)
-                row["times"][f"{variant} {problem.length}"] = (predicted.microseconds, predicted.bound)
-                ratios.append(predicted.microseconds / geometry.floor(kernel, problem))
-            row[variant] |= dict(occupancy=read.occupancy)
+        read = measured(kernel, arch, head_dim, config, binary, found)
+        if not read.occupancy:
+            return {**row, "problem": f"no program fits: {found}", "rank": math.inf}
+        for problem in problems(head_dim, variant):
+            if kernel == "flash_bwd_one_pass" and problem.length > config.block_n:
+                continue
+            predicted = read.predict(kernel, config, problem)
+            row["times"][f"{variant} {problem.length}"] = (predicted.microseconds, predicted.bound)
+            ratios.append(predicted.microseconds / geometry.floor(kernel, problem, cost_model.MACHINES[arch]))
+        row[variant] |= dict(occupancy=read.occupancy)
     spilled = sum(row[v]["spilled"] for v in variants)
     # A spilled byte is stored and loaded in every pass; a few outside of the loop do no harm.
-    row["rank"] = math.exp(sum(map(math.log, ratios)) / len(ratios)) * (1 + spilled / 1000) if ratios else spilled
+    row["rank"] = math.exp(sum(map(math.log, ratios)) / len(ratios)) * (1 + spilled / 1000)
     return row
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))  # these files need no torch and import each other
+import amdgcn
 import cost_model
 import geometry
+import machine_code
 import sass
 
 from tfkern import configs
@@ -38,25 +40,81 @@ SASS = """
 def test_loops_are_the_innermost_that_multiply():
     code = sass.parse(SASS)
     assert len(code) == 15  # the jump to itself behind the end is padding
-    first, second = sass.loops(code)
+    first, second = machine_code.loops(code, sass.MULTIPLY)
     assert [x.address for x in first] == list(range(0x20, 0x80, 16))
     assert [x.name for x in second] == ["LDG", "HGMMA", "HMMA", "BRA"]
 
 
 def test_pipes():
-    first, second = sass.loops(sass.parse(SASS))
-    four, eight = sass.busy(first, 4), sass.busy(first, 8)
+    first, second = machine_code.loops(sass.parse(SASS), sass.MULTIPLY)
+    four, eight = sass.busy(first, 4, 0), sass.busy(first, 8, 0)
     assert four == {"issue": 6, "tensor": 32, "fma": 1, "mufu": 8}
     assert eight == {name: 2 * cycles for name, cycles in four.items()}
     assert sass.waits(first) == {"wgmma waits": 1, "barriers": 1}
     assert sass.waits(second)["loads"] == 1
     # 64 x 128 x 16 products at 2048 a cycle, and a warp's mma.sync
-    assert sass.busy(second, 4)["tensor"] == 64 + 8
+    assert sass.busy(second, 4, 0)["tensor"] == 64 + 8
 
 
 def test_operands_from_shared_memory_bound_narrow_products():
     (narrow,) = sass.parse("/*0000*/ HGMMA.64x32x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT ;")
     assert sass.wgmma_cycles(narrow) == (64 + 32) * 16 * 2 / 128 > 64 * 32 * 16 / 2048
+
+
+AMDGCN = """
+flash_fwd:
+\t.loc\t1 23 41
+\ts_load_dword s94, s[0:1], 0x54
+.LBB0_1:                               ; =>This Inner Loop Header: Depth=1
+\tglobal_load_dwordx4 v[0:3], v[4:5], off
+\tds_read2st64_b64 v[6:9], v10 offset1:1
+\ts_waitcnt lgkmcnt(0)
+\tv_mfma_f32_32x32x8_bf16 v[32:47], v[6:7], v[8:9], 0
+\tv_exp_f32_e32 v1, v2
+\tv_add_f32_e32 v1, v1, v2
+\ts_waitcnt vmcnt(0)
+\tds_write_b32 v10, v0
+\ts_barrier
+\ts_cbranch_scc1 .LBB0_1
+; %bb.2:
+\tglobal_load_dword v0, v[4:5], off
+\ts_waitcnt vmcnt(0)
+\ts_endpgm
+"""
+
+
+def test_amd():
+    code = amdgcn.parse(AMDGCN)
+    assert len(code) == 14
+    (body,) = machine_code.loops(code, amdgcn.MULTIPLY)
+    assert [x.opcode for x in (body[0], body[-1])] == ["global_load_dwordx4", "s_cbranch_scc1"]
+    # per wave: 64 lanes x 2 x 8 bytes read, x 4 written; vector instructions take 4 cycles, transcendental ones 16
+    assert amdgcn.busy(body, 4, 0) == {"tensor": 32, "mufu": 16, "alu": 20, "scalar": 16, "shared": 4 * (1024 + 256) / 128}
+    assert amdgcn.waits(body) == {"LDS waits": 1, "barriers": 1}  # what is loaded comes during the product
+    assert amdgcn.waits(code[-3:]) == {"loads": 1}
+
+
+@pytest.mark.parametrize(
+    ("opcode", "multiply_adds"),
+    [("v_mfma_f32_16x16x16_bf16", 256), ("v_mfma_f32_32x32x2_f32", 32), ("v_mfma_f32_16x16x8_xf32", 128)],
+)
+def test_amd_products(opcode, multiply_adds):
+    m, n, k = map(int, opcode.split("_")[3].split("x"))
+    assert amdgcn.mfma_cycles(machine_code.Instruction(0, opcode, "")) == m * n * k / multiply_adds
+
+
+def test_blackwell_products_tell_no_shape():
+    body = sass.parse("""
+        /*0000*/ UTCHMMA gdesc[UR6], gdesc[UR16], tmem[UR12], tmem[UR34], idesc[UR35], !UPT ;
+        /*0010*/ UTCHMMA gdesc[UR8], gdesc[UR18], tmem[UR12], tmem[UR34], idesc[UR35], UPT ;
+        /*0020*/ SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR9+0xc000], R4 ;
+        /*0030*/ FMUL2 R4, R4.F32x2.HI_LO, R8.F32x2.HI_LO ;
+    """)
+    config = configs.TileConfig(64, 32)
+    each = geometry.multiply_adds("flash_fwd", config, 64)
+    assert each == 2 * 128 * 32 * 64  # 64 rows take as long as 128
+    assert sass.busy(body, 4, each) == {"issue": 4, "tensor": each / 4096, "fma": 2}
+    assert sass.waits(body) == {"tensor-memory waits": 1}
 
 
 def band_passes(kernel: str, config, n: int, causal: bool) -> tuple[int, int]:
@@ -110,6 +168,17 @@ def test_occupancy():
     assert gpu.occupancy(168, 49152, 4) == 3
     assert gpu.occupancy(64, 100 * 1024, 4) == 2
     assert gpu.occupancy(32, 1024, 4) == 16
+    assert cost_model.MACHINES["sm_100"].occupancy(64, 1024, 4, tensor_memory=256) == 2
+    assert cost_model.MACHINES["gfx942"].occupancy(128, 16 * 1024, 4) == 3  # 64 KiB of LDS
+    assert cost_model.MACHINES["gfx942"].occupancy(256, 8 * 1024, 4) == 2  # 512 registers a SIMD
+
+
+def test_a_loop_that_became_none_takes_what_the_last_takes():
+    work = cost_model.Work(programs=1320, passes=(13200.0, 1320.0), loaded=1e8, memory=1e8, longest=11)
+    loop = (500, {"issue": 500.0}, {"barriers": 2})
+    assert cost_model.predict(work, [loop], 1000, 2) == cost_model.predict(work, [loop, loop], 1000, 2)
+    with pytest.raises(ValueError, match="longer"):
+        cost_model.predict(work, [loop] * 3, 1000, 2)
 
 
 def test_floors_are_those_of_the_notes():

@@ -88,6 +88,20 @@ def _span(tensor) -> tuple[int, int]:
     return start, start + elements * tensor.element_size()
 
 
+def _launched(arg):
+    """An argument as a launch passes it: floats are float32, whatever their size."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    if isinstance(arg, tuple):
+        parts = map(_launched, arg)
+        return type(arg)(*parts) if hasattr(arg, "_fields") else tuple(parts)
+    if isinstance(arg, float):
+        return tl.tensor(TensorHandle(np.array([arg], np.float32), tl.float32), tl.float32)
+    return arg
+
+
 def run(kernel, grid: int, args, kwargs) -> None:
     """Run grid programs of a kernel. Overflow and NaN are results on a GPU, so they are no warnings here."""
     import numpy as np
@@ -95,4 +109,4 @@ def run(kernel, grid: int, args, kwargs) -> None:
     prepare()
     _spans[:] = [_span(t) for t in _tensors((*args, *kwargs.values()))]
     with np.errstate(all="ignore"):
-        kernel[(grid,)](*args, **kwargs)
+        kernel[(grid,)](*map(_launched, args), **kwargs)

@@ -140,10 +140,11 @@ def _slices(cu) -> list[slice]:
 
 def flash(
     query: Tensor, key: Tensor, value: Tensor, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *,
-    return_lse=False, seed=None, first=0, sinks=None, **options,
+    return_lse=False, seed=None, first=0, sinks=None, out_dtype=None, **options,
 ):  # fmt: skip
     """`attention` with the backward that flash backwards compute, written out, N x N and all: P = 2^(S log2(e) - lse log2(e)),
-    delta = rowsum(O * dO) - dlse, dS = P * (dP - delta) (Dao et al., FlashAttention, 2022, section B.4)."""
+    delta = rowsum(O * dO) - dlse, dS = P * (dP - delta) (Dao et al., FlashAttention, 2022, section B.4). out_dtype is what O is
+    rounded to, from which delta is taken."""
     if dropout_p and seed is None:
         seed = dropout.draw_seed(query.device)
     with torch.no_grad():
@@ -151,6 +152,7 @@ def flash(
             query, key, value, attn_mask, dropout_p, is_causal, scale, return_lse=True, seed=seed, first=first, sinks=sinks,
             **options,
         )  # fmt: skip
+    out = out.to(out_dtype or out.dtype).to(out.dtype)
     s = logits(query, key, attn_mask, is_causal, scale, first=first, **options)
     factors = kept(seed, dropout_p, s.shape, first).to(s.dtype) if dropout_p else None
     wide_value = value.repeat_interleave(query.shape[1] // max(value.shape[1], 1), dim=1)

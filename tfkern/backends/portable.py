@@ -1,6 +1,5 @@
 """The portable Triton kernels (kernels/flash_*.py): any GPU that Triton compiles for, or the interpreter."""
 
-import struct
 from typing import NamedTuple
 
 import torch
@@ -145,7 +144,7 @@ def _launch(p: Problem, t: Tensors, kernel, vec: int, strides: list, heads: int,
     name = kernel.__name__
     config = config or configs.tile_config(_architecture(p), name, p.dtype.itemsize, _block(p), p.heavy)
     sizes = (p.batch, p.heads, p.group, p.n_q, p.n_k)
-    numbers = (_float32(p.scale if p.scale is not None else 1.0), int(p.lower_right), p.left, p.right)
+    numbers = (p.scale if p.scale is not None else 1.0, int(p.lower_right), p.left, p.right)
     value, derivative = p.score_mod or (None, None)
     constants = dict(
         D=p.head_dim, DV=p.v_head_dim, BLOCK_D=configs.head_dim_class(p.head_dim),
@@ -222,11 +221,6 @@ def _features(p: Problem, t: Tensors) -> tuple[tuple, tuple]:
 def _mask_vec(t: Tensors) -> int:
     masks = [x for x in (t.mask, t.bias) if x is not None]
     return layout.mask_strides(masks[0])[0] if masks else 0
-
-
-def _float32(x: float) -> float:
-    """As a launch rounds it; the interpreter would not."""
-    return struct.unpack("f", struct.pack("f", x))[0]
 
 
 def _precision(p: Problem) -> str:
