@@ -6,7 +6,7 @@ which becomes a row of the results: nobody is left out in silence.
 
 import contextlib
 import functools
-import importlib.util
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -18,6 +18,7 @@ from tfkern import call, reference
 from tfkern.backends import BACKENDS
 from tfkern.bench.shapes import Shape
 
+FLASH_ATTN = {"flash-attn 2": "flash_attn", "flash-attn 3": "flash_attn_interface", "flash-attn 4": "flash_attn.cute"}
 NAIVE_BYTES = 8 * 2**30  # more N x N scores than this are not tried
 
 
@@ -80,15 +81,17 @@ def _naive(shape: Shape, dtype: torch.dtype, device: torch.device):
     return functools.partial(reference.attention, is_causal=shape.is_causal)
 
 
-def _flash_attn_3(shape: Shape, dtype: torch.dtype, device: torch.device):
-    if importlib.util.find_spec("flash_attn_interface") is None:
-        raise UnavailableError("the package flash_attn_interface is not installed")
+def _flash_attn(module: str, shape: Shape, dtype: torch.dtype, device: torch.device):
+    """flash_attn_func of one of Dao-AILab's packages, which take (B, N, H, D)."""
+    try:
+        function = importlib.import_module(module).flash_attn_func
+    except ImportError as error:  # not installed, or what it needs is not
+        raise UnavailableError(f"the package {module} does not import: {error}") from error
     if device.type != "cuda":
-        raise UnavailableError("runs on Hopper GPUs only")
-    from flash_attn_interface import flash_attn_func
+        raise UnavailableError("runs on NVIDIA GPUs only")
 
     def run(q, k, v):
-        out = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=shape.is_causal)
+        out = function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=shape.is_causal)
         return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
     return run
@@ -102,6 +105,6 @@ PROVIDERS: dict[str, Callable[[Shape, torch.dtype, torch.device], Callable]] = {
     "sdpa efficient": functools.partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION),
     "sdpa math": functools.partial(_sdpa, SDPBackend.MATH),
     "flex": _flex,
-    "flash-attn 3": _flash_attn_3,
+    **{name: functools.partial(_flash_attn, module) for name, module in FLASH_ATTN.items()},
     "naive": _naive,
 }

@@ -6,9 +6,9 @@ import json
 import math
 from pathlib import Path
 
-from tfkern.bench import cost_model, runner, shapes
+from tfkern.bench import cost_model, providers, runner, shapes
 
-PEERS = ("sdpa default", "sdpa flash", "sdpa cudnn", "sdpa efficient", "flex", "flash-attn 3", "flash-attn 4")
+PEERS = ("sdpa default", "sdpa flash", "sdpa cudnn", "sdpa efficient", "flex", *providers.FLASH_ATTN)
 OURS = ("tfkern hopper", "tfkern portable")
 SHAPES = {s.name: s for s in (*shapes.GPU_SHAPES, *shapes.DRY_SHAPES)}
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"

@@ -1,10 +1,13 @@
 """The benchmark's machinery: nothing wrong is timed, nobody is left out in silence, results can be drawn again."""
 
 import json
+import sys
+import types
 
 import pytest
 import torch
 
+import tfkern
 from tfkern import cli, reference
 from tfkern.bench import plots, providers, runner
 from tfkern.bench.shapes import Shape
@@ -67,3 +70,18 @@ def test_inputs_are_views_of_a_packed_projection():
     q, k, v, do = TINY.inputs(torch.float32, "cpu")
     assert q.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
     assert q.shape == k.shape == v.shape == do.shape == (2, 3, 40, 16)
+
+
+def test_flash_attn_packages_get_their_layout(monkeypatch):
+    """(B, N, H, D) and `causal`, and of (out, lse) the first; on a stand-in for a package and a GPU."""
+
+    def flash_attn_func(q, k, v, causal):
+        out = tfkern.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal, backend="eager")
+        return out.transpose(1, 2), None
+
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", types.SimpleNamespace(flash_attn_func=flash_attn_func))
+    q, k, v = torch.randn(3, 2, 3, 40, 16)
+    run = providers.PROVIDERS["flash-attn 3"](TINY, torch.float32, types.SimpleNamespace(type="cuda"))
+    torch.testing.assert_close(run(q, k, v), tfkern.attention(q, k, v, is_causal=True))
+    with pytest.raises(providers.UnavailableError, match="does not import"):
+        providers.PROVIDERS["flash-attn 4"](TINY, torch.float32, types.SimpleNamespace(type="cuda"))
