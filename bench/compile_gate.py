@@ -117,11 +117,11 @@ def arguments(kernel_name: str, dtype: str, head_dim: int, config, variant: str)
 
 
 def jobs(args):
-    configs = load("tfkern.configs")
-    for arch in args.arch or configs.ARCHITECTURES:
-        for kernel in args.kernel or (*configs.KERNELS, configs.ONE_PASS):
+    configs, table = load("tfkern.configs"), load("tfkern.tiles")
+    for arch in args.arch or table.ARCHITECTURES:
+        for kernel in args.kernel or (*table.KERNELS, configs.ONE_PASS):
             for dtype in args.dtype:
-                for head_dim in args.head_dim or configs.HEAD_DIM_CLASSES:
+                for head_dim in args.head_dim or table.HEAD_DIM_CLASSES:
                     for variant in args.variant:
                         for config in tiles(kernel, arch, DTYPES[dtype], head_dim, variant):
                             yield arch, kernel, dtype, head_dim, config, variant

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from tfkern import configs
+from tfkern import configs, tiles
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = {**os.environ, "TRITON_INTERPRET": "0"}
@@ -37,11 +37,11 @@ def gate(tmp_path, *arguments) -> list[dict]:
 
 
 @pytest.mark.parametrize("kernel", configs.KERNELS)
-@pytest.mark.parametrize("arch", configs.ARCHITECTURES)
+@pytest.mark.parametrize("arch", tiles.ARCHITECTURES)
 def test_gate(arch, kernel, tmp_path):
     variants = ["plain", "causal", "all"] if arch == "sm_90" else ["all"]  # `make gate` compiles the others
     rows = gate(tmp_path, "--arch", arch, "--kernel", kernel, "--variant", *variants)
-    assert len(rows) == 2 * len(configs.HEAD_DIM_CLASSES) * len(variants)  # dtypes x head dims x variants
+    assert len(rows) == 2 * len(tiles.HEAD_DIM_CLASSES) * len(variants)  # dtypes x head dims x variants
 
 
 def test_gate_of_the_backward_in_one_pass(tmp_path):

@@ -24,6 +24,7 @@ LAYERS = [
     ["tfkern.reference"],
     ["tfkern.problem", "tfkern.launch", "tfkern.layout", "tfkern.checks", "tfkern.dropout", "tfkern.score_mods"],
     ["tfkern.interpreter", "tfkern.configs", "tfkern.extras", "tfkern.dynamo"],
+    ["tfkern.tiles"],
     ["tfkern.kernels"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -88,10 +89,11 @@ def test_backends_do_not_import_each_other():
             assert not any(n.startswith("tfkern.backends") for n in imports(path, module)), module
 
 
-def test_configs_is_plain_data():
-    """The compile gate loads it where there is no torch."""
-    found = set(imports(ROOT / "tfkern" / "configs.py", "tfkern.configs"))
-    assert not any(n.split(".")[0] in ("torch", "triton", "tfkern") for n in found)
+def test_tile_sizes_are_plain_data():
+    """The compile gate loads them where there is no torch."""
+    for name in ("tiles", "configs"):
+        found = set(imports(ROOT / "tfkern" / f"{name}.py", f"tfkern.{name}"))
+        assert not any(n.split(".")[0] in ("torch", "triton", "tfkern") and not n.startswith("tfkern.tiles.") for n in found)
 
 
 def test_no_file_or_function_outgrows_its_reader():

@@ -1,47 +1,11 @@
-"""Tile sizes by architecture, kernel, element size and head-dim class. Plain data: imports neither torch nor Triton.
-
-Source of every row: compiled for its architecture with Triton 3.6.0, 3.7.1 and 3.9.0, and taken as the first of a list of
-sensible tiles, largest first, that spilled nothing or next to nothing (bench/spills.json has what is left; `python
-bench/compile_gate.py` prints registers, spills and shared memory). Nothing here has been timed on a GPU yet.
-"""
+"""Which tile sizes a launch takes (tiles.py has them): by architecture, kernel, element size, head dim, and what is there."""
 
 import contextlib
-from dataclasses import dataclass, replace
 
-KERNELS = ("flash_fwd", "flash_bwd_dq", "flash_bwd_dkdv", "flash_bwd_dbias")
-ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
-HEAD_DIM_CLASSES = (16, 32, 64, 128, 256)
+from tfkern.tiles import INTERPRETER, KERNELS, ONE_PASS_TABLE, TABLE, TileConfig
+
 ONE_PASS = "flash_bwd_one_pass"
 FULL_CHIP = 128  # programs; an H100 has 132 SMs
-
-
-@dataclass(frozen=True)
-class TileConfig:
-    """block_m queries by block_n keys at a time, by num_warps warps, loads pipelined over num_stages."""
-
-    block_m: int
-    block_n: int
-    num_warps: int = 4
-    num_stages: int = 2
-
-    def lighter(self, kernel: str) -> "TileConfig":
-        """Half the rows that a program owns (keys in flash_bwd_dkdv), for what takes more registers a score."""
-        if kernel == "flash_bwd_dkdv":
-            return replace(self, block_n=max(16, self.block_n // 2))
-        if kernel == "flash_bwd_dbias":
-            return self
-        if kernel == "flash_fwd":
-            return replace(self, block_m=max(16, self.block_m // 2), block_n=min(32, self.block_n))
-        return replace(self, block_m=max(16, self.block_m // 2))
-
-
-# Asymmetric on purpose: in the interpreter, which only tests use, a mix-up of the two block sizes must show.
-_INTERPRETER = {
-    "flash_fwd": TileConfig(64, 32),
-    "flash_bwd_dq": TileConfig(64, 32),
-    "flash_bwd_dkdv": TileConfig(32, 64),
-    "flash_bwd_dbias": TileConfig(32, 64),
-}
 
 # Of the whole process, not of a context: autograd runs backwards of GPU tensors in threads of its own.
 _overrides: dict[str, TileConfig | None] = {}
@@ -58,8 +22,8 @@ def tile_config(arch: str, kernel: str, itemsize: int, block_d: int, heavy: bool
     if kernel in _overrides:
         return _overrides[kernel]
     if arch == "interpreter":
-        return _INTERPRETER[kernel]
-    config = _TABLE[table_arch(arch)][kernel, itemsize][block_d]
+        return INTERPRETER[kernel]
+    config = TABLE[table_arch(arch)][kernel, itemsize][block_d]
     return config.lighter(kernel) if heavy else config
 
 
@@ -85,7 +49,7 @@ def one_pass(arch: str, itemsize: int, block_d: int, n_k: int, programs: int, he
 
 def one_pass_tiles(arch: str, itemsize: int, block_d: int) -> list[TileConfig]:
     """All that one_pass chooses from, those for few keys first."""
-    return list(_ONE_PASS.get((arch if arch == "interpreter" else table_arch(arch), itemsize, block_d), ()))
+    return list(ONE_PASS_TABLE.get((arch if arch == "interpreter" else table_arch(arch), itemsize, block_d), ()))
 
 
 @contextlib.contextmanager
@@ -107,48 +71,3 @@ def override(**configs: TileConfig | None):
 def overrides() -> tuple:
     """What is overridden now: with it, the answers of tile_config may be kept."""
     return tuple(_overrides.items())
-
-
-def _rows(*configs: TileConfig) -> dict[int, TileConfig]:
-    return dict(zip(HEAD_DIM_CLASSES, configs, strict=True))
-
-
-C = TileConfig
-_TABLE = {
-    "sm_80": {
-        ("flash_fwd", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 32, 4, 2), C(64, 64, 8, 2), C(64, 32, 8, 2)),
-        ("flash_fwd", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(32, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 8, 1)),
-        ("flash_bwd_dq", 2): _rows(C(64, 64, 4, 2), C(64, 64, 4, 2), C(128, 64, 8, 2), C(128, 32, 8, 2), C(64, 32, 8, 1)),
-        ("flash_bwd_dq", 4): _rows(C(64, 32, 4, 2), C(32, 32, 4, 2), C(32, 32, 8, 2), C(32, 16, 4, 2), C(16, 16, 4, 2)),
-        ("flash_bwd_dkdv", 2): _rows(C(32, 64, 4, 1), C(32, 64, 4, 1), C(32, 128, 8, 1), C(32, 64, 8, 1), C(16, 32, 8, 2)),
-        ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 1), C(32, 32, 4, 1), C(16, 32, 4, 1), C(16, 32, 8, 1), C(16, 16, 8, 2)),
-        ("flash_bwd_dbias", 2): _rows(C(64, 32, 8, 2), C(64, 32, 8, 2), C(64, 32, 8, 2), C(32, 32, 8, 2), C(16, 32, 8, 2)),
-        ("flash_bwd_dbias", 4): _rows(C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 32, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2)),
-    },
-    "sm_90": {
-        ("flash_fwd", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 64, 8, 2), C(64, 32, 8, 2)),
-        ("flash_fwd", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2), C(32, 16, 8, 2), C(32, 16, 8, 2)),
-        ("flash_bwd_dq", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 64, 8, 2), C(128, 32, 8, 2), C(64, 32, 8, 2)),
-        ("flash_bwd_dq", 4): _rows(C(32, 32, 4, 2), C(32, 32, 4, 2), C(64, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 4, 2)),
-        ("flash_bwd_dkdv", 2): _rows(C(32, 64, 4, 2), C(32, 64, 4, 2), C(32, 64, 4, 1), C(16, 64, 8, 2), C(16, 32, 8, 2)),
-        ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 1), C(32, 32, 4, 1), C(32, 32, 8, 2), C(16, 32, 8, 2), C(16, 16, 8, 2)),
-        ("flash_bwd_dbias", 2): _rows(C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 32, 8, 2), C(16, 32, 8, 2)),
-        ("flash_bwd_dbias", 4): _rows(C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 8, 2)),
-    },
-    "gfx942": {
-        ("flash_fwd", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 64, 8, 2), C(64, 32, 4, 1)),
-        ("flash_fwd", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2), C(32, 32, 4, 2), C(32, 16, 8, 2)),
-        ("flash_bwd_dq", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 64, 8, 2), C(128, 32, 8, 1), C(32, 32, 4, 1)),
-        ("flash_bwd_dq", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2), C(32, 32, 4, 2), C(16, 16, 4, 2)),
-        ("flash_bwd_dkdv", 2): _rows(C(64, 64, 4, 1), C(64, 64, 4, 1), C(32, 128, 8, 1), C(16, 64, 4, 2), C(16, 32, 8, 1)),
-        ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 2), C(16, 32, 4, 1), C(32, 32, 4, 1), C(16, 32, 8, 1), C(16, 16, 4, 1)),
-        ("flash_bwd_dbias", 2): _rows(C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 32, 4, 2), C(32, 32, 4, 2)),
-        ("flash_bwd_dbias", 4): _rows(C(32, 32, 4, 2), C(32, 32, 4, 2), C(32, 32, 4, 2), C(32, 16, 4, 2), C(16, 16, 4, 2)),
-    },
-}  # fmt: skip
-
-# (architecture, element size, head-dim class): tiles for a backward in one pass, for few keys first.
-_ONE_PASS = {
-    **{("interpreter", itemsize, block_d): (C(32, 64),) for itemsize in (2, 4) for block_d in HEAD_DIM_CLASSES},
-    ("sm_90", 2, 64): (C(32, 64, 4, 1), C(64, 128, 8, 1)),
-}

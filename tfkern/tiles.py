@@ -1,0 +1,94 @@
+"""The tile sizes themselves, and where each comes from. Plain data: imports neither torch nor Triton.
+
+Sources: MODEL, first by the cost model among all candidates (`tfkern bench sweep`, bench/cost_model.py); FIT, the first of a
+list of sensible tiles, largest first, that spilled next to nothing on Triton 3.6.0, 3.7.1 and 3.9.0. Of both, bench/spills.json
+has what is spilled, and `python bench/compile_gate.py` prints registers, spills and shared memory. Nothing here has been timed
+on a GPU yet; `make gpu` does that.
+"""
+
+import functools
+from dataclasses import dataclass, field, replace
+
+KERNELS = ("flash_fwd", "flash_bwd_dq", "flash_bwd_dkdv", "flash_bwd_dbias")
+ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
+HEAD_DIM_CLASSES = (16, 32, 64, 128, 256)
+
+MODEL = "cost model, 2026-11"
+FIT = "largest that fits in registers, 2026-10"
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """block_m queries by block_n keys at a time, by num_warps warps, loads pipelined over num_stages; and how these
+    were chosen."""
+
+    block_m: int
+    block_n: int
+    num_warps: int = 4
+    num_stages: int = 2
+    source: str = field(default="", compare=False)
+
+    def lighter(self, kernel: str) -> "TileConfig":
+        """Half the rows that a program owns (keys in flash_bwd_dkdv), for what takes more registers a score."""
+        if kernel == "flash_bwd_dkdv":
+            return replace(self, block_n=max(16, self.block_n // 2))
+        if kernel == "flash_bwd_dbias":
+            return self
+        if kernel == "flash_fwd":
+            return replace(self, block_m=max(16, self.block_m // 2), block_n=min(32, self.block_n))
+        return replace(self, block_m=max(16, self.block_m // 2))
+
+
+# Asymmetric on purpose: in the interpreter, which only tests use, a mix-up of the two block sizes must show.
+INTERPRETER = {
+    "flash_fwd": TileConfig(64, 32),
+    "flash_bwd_dq": TileConfig(64, 32),
+    "flash_bwd_dkdv": TileConfig(32, 64),
+    "flash_bwd_dbias": TileConfig(32, 64),
+}
+
+
+def _rows(*configs: TileConfig) -> dict[int, TileConfig]:
+    return dict(zip(HEAD_DIM_CLASSES, configs, strict=True))
+
+
+C = functools.partial(TileConfig, source=FIT)
+M = functools.partial(TileConfig, source=MODEL)
+TABLE = {
+    "sm_80": {
+        ("flash_fwd", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 32, 4, 2), C(64, 64, 8, 2), C(64, 32, 8, 2)),
+        ("flash_fwd", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(32, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 8, 1)),
+        ("flash_bwd_dq", 2): _rows(C(64, 64, 4, 2), C(64, 64, 4, 2), C(128, 64, 8, 2), C(128, 32, 8, 2), C(64, 32, 8, 1)),
+        ("flash_bwd_dq", 4): _rows(C(64, 32, 4, 2), C(32, 32, 4, 2), C(32, 32, 8, 2), C(32, 16, 4, 2), C(16, 16, 4, 2)),
+        ("flash_bwd_dkdv", 2): _rows(C(32, 64, 4, 1), C(32, 64, 4, 1), C(32, 128, 8, 1), C(32, 64, 8, 1), C(16, 32, 8, 2)),
+        ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 1), C(32, 32, 4, 1), C(16, 32, 4, 1), C(16, 32, 8, 1), C(16, 16, 8, 2)),
+        ("flash_bwd_dbias", 2): _rows(C(64, 32, 8, 2), C(64, 32, 8, 2), C(64, 32, 8, 2), C(32, 32, 8, 2), C(16, 32, 8, 2)),
+        ("flash_bwd_dbias", 4): _rows(C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 32, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2)),
+    },
+    "sm_90": {
+        ("flash_fwd", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 64, 8, 2), C(64, 32, 8, 2)),
+        ("flash_fwd", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2), C(32, 16, 8, 2), C(32, 16, 8, 2)),
+        ("flash_bwd_dq", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 64, 8, 2), C(128, 32, 8, 2), C(64, 32, 8, 2)),
+        ("flash_bwd_dq", 4): _rows(C(32, 32, 4, 2), C(32, 32, 4, 2), C(64, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 4, 2)),
+        ("flash_bwd_dkdv", 2): _rows(C(32, 64, 4, 2), C(32, 64, 4, 2), C(32, 64, 4, 1), C(16, 64, 8, 2), C(16, 32, 8, 2)),
+        ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 1), C(32, 32, 4, 1), C(32, 32, 8, 2), C(16, 32, 8, 2), C(16, 16, 8, 2)),
+        ("flash_bwd_dbias", 2): _rows(C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 32, 8, 2), C(16, 32, 8, 2)),
+        ("flash_bwd_dbias", 4): _rows(C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 8, 2)),
+    },
+    "gfx942": {
+        ("flash_fwd", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 64, 8, 2), C(64, 32, 4, 1)),
+        ("flash_fwd", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2), C(32, 32, 4, 2), C(32, 16, 8, 2)),
+        ("flash_bwd_dq", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 64, 8, 2), C(128, 32, 8, 1), C(32, 32, 4, 1)),
+        ("flash_bwd_dq", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2), C(32, 32, 4, 2), C(16, 16, 4, 2)),
+        ("flash_bwd_dkdv", 2): _rows(C(64, 64, 4, 1), C(64, 64, 4, 1), C(32, 128, 8, 1), C(16, 64, 4, 2), C(16, 32, 8, 1)),
+        ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 2), C(16, 32, 4, 1), C(32, 32, 4, 1), C(16, 32, 8, 1), C(16, 16, 4, 1)),
+        ("flash_bwd_dbias", 2): _rows(C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 32, 4, 2), C(32, 32, 4, 2)),
+        ("flash_bwd_dbias", 4): _rows(C(32, 32, 4, 2), C(32, 32, 4, 2), C(32, 32, 4, 2), C(32, 16, 4, 2), C(16, 16, 4, 2)),
+    },
+}  # fmt: skip
+
+# (architecture, element size, head-dim class): tiles for a backward in one pass, for few keys first.
+ONE_PASS_TABLE = {
+    **{("interpreter", itemsize, block_d): (C(32, 64),) for itemsize in (2, 4) for block_d in HEAD_DIM_CLASSES},
+    ("sm_90", 2, 64): (C(32, 64, 4, 1), C(64, 128, 8, 1)),
+}
