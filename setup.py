@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 # Device code and benchmarks live beside the package in the checkout and inside it when installed: `kernels` is also the name
 # of a package that transformers looks for, so it must never be a top-level one.
 setup(
-    packages=[*find_packages(include=["tfkern", "tfkern.*"]), "tfkern.kernels", "tfkern.bench"],
+    packages=[*find_packages(include=["tfkern", "tfkern.*"]), "tfkern.kernels", "tfkern.kernels.hopper", "tfkern.bench"],
     package_dir={"tfkern.kernels": "kernels", "tfkern.bench": "bench"},
     package_data={"tfkern.bench": ["spills.json"]},
 )

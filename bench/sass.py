@@ -88,3 +88,59 @@ def waits(body: list[Instruction]) -> Counter:
     if "LDG" in opcodes and not opcodes & {"LDGSTS", "UTMALDG"}:  # tiles are loaded where they are needed, not ahead
         found["loads"] = 1
     return found
+
+
+NO_RESULT = (  # names begin with
+    "ST", "RED", "BAR", "SYNCS", "BRA", "WARP", "UTMA", "EXIT", "NOP", "FENCE", "DEPBAR", "MEMBAR", "BS", "ISETP", "FSETP",
+    "PLOP3", "R2UR", "ELECT", "U",
+)  # fmt: skip
+
+
+def exposed(body: list[Instruction]) -> int:
+    """Exponentials in a loop's body that no wgmma in flight hides, counted in its second pass."""
+    in_flight, found = 0, 0
+    for _ in range(2):
+        found = 0
+        for x in body:
+            if x.name == "HGMMA":
+                in_flight += "gsb0" in x.operands
+            elif x.opcode.startswith("WARPGROUP.DEPBAR"):
+                in_flight = min(in_flight, int(x.operands.split("0x")[1], 16))
+            elif x.opcode == "MUFU.EX2":
+                found += in_flight == 0
+    return found
+
+
+def clobbered(body: list[Instruction]) -> list[Instruction]:
+    """Instructions of a loop's body that write a register from which a wgmma in flight still reads its first operand (Triton
+    issue 9433), counted in its second pass."""
+    groups: list[set[int]] = []
+    reading: set[int] = set()
+    found = []
+    for _ in range(2):
+        found = []
+        for x in body:
+            operands = [operand.strip() for operand in x.operands.split(",")]
+            if x.name == "HGMMA":
+                reading |= registers(operands[1], 4)
+                if "gsb0" in x.operands:
+                    groups, reading = [*groups, reading], set()
+            elif x.opcode.startswith("WARPGROUP.DEPBAR"):
+                left = int(x.operands.split("0x")[1], 16)
+                groups = groups[len(groups) - left :] if left < len(groups) else groups
+            elif not x.name.startswith(NO_RESULT) and registers(operands[0], width(x)) & set().union(*groups):
+                found.append(x)
+    return found
+
+
+def registers(operand: str, count: int) -> set[int]:
+    """Of an operand R8 that is `count` registers wide: {8, 9, …}; none of what is no register."""
+    first = re.match(r"-?\|?R(\d+)", operand)
+    return set(range(int(first[1]), int(first[1]) + count)) if first else set()
+
+
+def width(x: Instruction) -> int:
+    """Registers that an instruction writes."""
+    if x.name == "LDSM":
+        return 4
+    return 4 if ".128" in x.opcode else 2 if ".64" in x.opcode or x.opcode.startswith(("CS2R", "IMAD.WIDE")) else 1

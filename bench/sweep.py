@@ -98,6 +98,9 @@ def evaluate(kernel: str, arch: str, dtype: str, head_dim: int, variants, config
         read = measured(kernel, arch, head_dim, config, binary, found)
         if not read.occupancy:
             return {**row, "problem": f"no program fits: {found}", "rank": math.inf}
+        expected = len(geometry.work(kernel, config, problems(head_dim, variant)[0]).passes)
+        if len(read.loops) > expected:
+            return {**row, "problem": f"{len(read.loops)} loops where the model knows {expected}", "rank": math.inf}
         for problem in problems(head_dim, variant):
             if kernel == "flash_bwd_one_pass" and problem.length > config.block_n:
                 continue

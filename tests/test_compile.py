@@ -37,7 +37,7 @@ def gate(tmp_path, *arguments) -> list[dict]:
 
 
 @pytest.mark.parametrize("kernel", configs.KERNELS)
-@pytest.mark.parametrize("arch", tiles.ARCHITECTURES)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])  # `make gate` compiles for sm_100, which takes longest
 def test_gate(arch, kernel, tmp_path):
     variants = ["plain", "causal", "all"] if arch == "sm_90" else ["all"]  # `make gate` compiles the others
     rows = gate(tmp_path, "--arch", arch, "--kernel", kernel, "--variant", *variants)

@@ -31,7 +31,7 @@ def table_arch(arch: str) -> str:
     """The architecture whose rows serve `arch`. Those of sm_80 need at most 99 KiB of shared memory, which every chip has."""
     if arch.startswith("gfx"):
         return "gfx942"
-    return "sm_90" if arch in ("sm_90", "sm_100", "sm_103") else "sm_80"
+    return {"sm_90": "sm_90", "sm_100": "sm_100", "sm_103": "sm_100"}.get(arch, "sm_80")
 
 
 def one_pass(arch: str, itemsize: int, block_d: int, n_k: int, programs: int, heavy: bool) -> TileConfig | None:

@@ -46,7 +46,8 @@ def attention(
         score_mod: (value, derivative), two @triton.jit functions of (score, b, h, i, j): value replaces the scaled and capped
             score before ALiBi and attn_mask, derivative is d value / d score.
         return_lse: also return the log-sum-exp of the logits, with the sink's.
-        backend: "portable" or "eager"; None takes the first that can (`tfkern.explain` tells which).
+        backend: "hopper", "portable" or "eager"; None takes the first that can (`tfkern.explain` tells which), "hopper" only if
+            TFKERN_BACKENDS names it.
 
     Returns:
         (B, H, Nq, Dv) in query's dtype and memory order. With return_lse also lse (B, H, Nq), float32 (float64 for float64),

@@ -85,18 +85,18 @@ class Launch:
         if self.grid == 0:
             return
         if interpreter.interpreting():
-            arguments = (*tensors, features, *self.numbers)
-            interpreter.run(self.kernel, self.grid, arguments, {**self.constants, **self.options})
+            self._interpret(tensors, features)
             return
         driver = _triton()[0].active
         if driver.get_current_device() != self.index:
             with torch.cuda.device(self.device):
                 self(tensors, features, feature_tensors)
             return
-        pointers = [None if x is None else x.data_ptr() for x in tensors]
+        pointers = [x.data_ptr() if isinstance(x, Tensor) else x for x in tensors]  # None and TMA descriptors as they are
         form = _form(pointers, feature_tensors)
         if torch.version.hip:
-            form = form, *(x is None or x.untyped_storage().size() < BUFFER for x in (*tensors, *feature_tensors))
+            memory = (x for x in (*tensors, *feature_tensors) if x is not None)
+            form = form, *(x.untyped_storage().size() < BUFFER for x in memory)
         handle = self.handles.get(form) or self._known(form, tensors, features)
         if handle is None or _hooked():
             compiled = self.by_jit(tensors, features)
@@ -107,6 +107,13 @@ class Launch:
             self.grid, 1, 1, driver.get_current_stream(self.index), handle.function, handle.metadata, None, None, None,
             *pointers, features, *self.tail,
         )  # fmt: skip
+
+    def _interpret(self, tensors: tuple, features: tuple) -> None:
+        """Triton's interpreter knows no Gluon: there, what patches the JIT takes over (tests/gluonsim)."""
+        if getattr(self.kernel, "is_gluon", bool)():
+            self.by_jit(tensors, features)
+        else:
+            interpreter.run(self.kernel, self.grid, (*tensors, features, *self.numbers), {**self.constants, **self.options})
 
     def by_jit(self, tensors: tuple, features: tuple):
         """Run it by Triton's own launch path, which compiles what is not compiled yet; the compiled kernel."""
@@ -129,13 +136,13 @@ def _form(pointers: list, feature_tensors: tuple):
     """Which pointers are aligned: 0 where all are, as almost always."""
     together = 0
     for pointer in pointers:
-        if pointer:
+        if isinstance(pointer, int):
             together |= pointer
     for tensor in feature_tensors:
         together |= tensor.data_ptr()
     if together % ALIGNMENT == 0:
         return 0
-    return tuple((p or 0) % ALIGNMENT == 0 for p in (*pointers, *(x.data_ptr() for x in feature_tensors)))
+    return tuple(not isinstance(p, int) or p % ALIGNMENT == 0 for p in (*pointers, *(x.data_ptr() for x in feature_tensors)))
 
 
 def _kinds(x):
@@ -144,6 +151,8 @@ def _kinds(x):
         return tuple(map(_kinds, x))
     if isinstance(x, Tensor):
         return x.dtype
+    if hasattr(x, "block_shape"):  # a TMA descriptor, whose layout follows from the constants
+        return x.base.dtype
     if isinstance(x, int):
         return "i32" if -(2**31) <= x < 2**31 else "i64"
     return type(x)

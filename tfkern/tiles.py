@@ -10,7 +10,7 @@ import functools
 from dataclasses import dataclass, field, replace
 
 KERNELS = ("flash_fwd", "flash_bwd_dq", "flash_bwd_dkdv", "flash_bwd_dbias")
-ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 HEAD_DIM_CLASSES = (16, 32, 64, 128, 256)
 
 MODEL = "cost model, 2026-11"
@@ -56,31 +56,41 @@ C = functools.partial(TileConfig, source=FIT)
 M = functools.partial(TileConfig, source=MODEL)
 TABLE = {
     "sm_80": {
-        ("flash_fwd", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 32, 4, 2), C(64, 64, 8, 2), C(64, 32, 8, 2)),
+        ("flash_fwd", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), M(64, 32, 4, 2), C(64, 64, 8, 2), C(64, 32, 8, 2)),
         ("flash_fwd", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(32, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 8, 1)),
-        ("flash_bwd_dq", 2): _rows(C(64, 64, 4, 2), C(64, 64, 4, 2), C(128, 64, 8, 2), C(128, 32, 8, 2), C(64, 32, 8, 1)),
+        ("flash_bwd_dq", 2): _rows(C(64, 64, 4, 2), C(64, 64, 4, 2), M(128, 32, 4, 2), C(128, 32, 8, 2), C(64, 32, 8, 1)),
         ("flash_bwd_dq", 4): _rows(C(64, 32, 4, 2), C(32, 32, 4, 2), C(32, 32, 8, 2), C(32, 16, 4, 2), C(16, 16, 4, 2)),
-        ("flash_bwd_dkdv", 2): _rows(C(32, 64, 4, 1), C(32, 64, 4, 1), C(32, 128, 8, 1), C(32, 64, 8, 1), C(16, 32, 8, 2)),
+        ("flash_bwd_dkdv", 2): _rows(C(32, 64, 4, 1), C(32, 64, 4, 1), M(32, 64, 4, 2), C(32, 64, 8, 1), C(16, 32, 8, 2)),
         ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 1), C(32, 32, 4, 1), C(16, 32, 4, 1), C(16, 32, 8, 1), C(16, 16, 8, 2)),
         ("flash_bwd_dbias", 2): _rows(C(64, 32, 8, 2), C(64, 32, 8, 2), C(64, 32, 8, 2), C(32, 32, 8, 2), C(16, 32, 8, 2)),
         ("flash_bwd_dbias", 4): _rows(C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 32, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2)),
     },
     "sm_90": {
-        ("flash_fwd", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 64, 8, 2), C(64, 32, 8, 2)),
+        ("flash_fwd", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), M(128, 64, 4, 2), C(128, 64, 8, 2), C(64, 32, 8, 2)),
         ("flash_fwd", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2), C(32, 16, 8, 2), C(32, 16, 8, 2)),
-        ("flash_bwd_dq", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 64, 8, 2), C(128, 32, 8, 2), C(64, 32, 8, 2)),
+        ("flash_bwd_dq", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 64, 8, 2), M(64, 32, 4, 2), C(64, 32, 8, 2)),
         ("flash_bwd_dq", 4): _rows(C(32, 32, 4, 2), C(32, 32, 4, 2), C(64, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 4, 2)),
-        ("flash_bwd_dkdv", 2): _rows(C(32, 64, 4, 2), C(32, 64, 4, 2), C(32, 64, 4, 1), C(16, 64, 8, 2), C(16, 32, 8, 2)),
+        ("flash_bwd_dkdv", 2): _rows(C(32, 64, 4, 2), C(32, 64, 4, 2), M(32, 64, 4, 1), M(32, 64, 4, 1), C(16, 32, 8, 2)),
+        ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 1), C(32, 32, 4, 1), C(32, 32, 8, 2), C(16, 32, 8, 2), C(16, 16, 8, 2)),
+        ("flash_bwd_dbias", 2): _rows(C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 32, 8, 2), C(16, 32, 8, 2)),
+        ("flash_bwd_dbias", 4): _rows(C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 8, 2)),
+    },
+    "sm_100": {
+        ("flash_fwd", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), M(64, 64, 4, 1), C(128, 64, 8, 2), C(64, 32, 8, 2)),
+        ("flash_fwd", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2), C(32, 16, 8, 2), C(32, 16, 8, 2)),
+        ("flash_bwd_dq", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), M(64, 32, 4, 2), C(128, 32, 8, 2), C(64, 32, 8, 2)),
+        ("flash_bwd_dq", 4): _rows(C(32, 32, 4, 2), C(32, 32, 4, 2), C(64, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 4, 2)),
+        ("flash_bwd_dkdv", 2): _rows(C(32, 64, 4, 2), C(32, 64, 4, 2), M(32, 128, 8, 1), M(32, 128, 8, 1), C(16, 32, 8, 2)),
         ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 1), C(32, 32, 4, 1), C(32, 32, 8, 2), C(16, 32, 8, 2), C(16, 16, 8, 2)),
         ("flash_bwd_dbias", 2): _rows(C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 32, 8, 2), C(16, 32, 8, 2)),
         ("flash_bwd_dbias", 4): _rows(C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 8, 2)),
     },
     "gfx942": {
-        ("flash_fwd", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 64, 8, 2), C(64, 32, 4, 1)),
+        ("flash_fwd", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), M(128, 32, 4, 2), C(128, 64, 8, 2), C(64, 32, 4, 1)),
         ("flash_fwd", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2), C(32, 32, 4, 2), C(32, 16, 8, 2)),
-        ("flash_bwd_dq", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), C(128, 64, 8, 2), C(128, 32, 8, 1), C(32, 32, 4, 1)),
+        ("flash_bwd_dq", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), M(128, 32, 4, 1), C(128, 32, 8, 1), C(32, 32, 4, 1)),
         ("flash_bwd_dq", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2), C(32, 32, 4, 2), C(16, 16, 4, 2)),
-        ("flash_bwd_dkdv", 2): _rows(C(64, 64, 4, 1), C(64, 64, 4, 1), C(32, 128, 8, 1), C(16, 64, 4, 2), C(16, 32, 8, 1)),
+        ("flash_bwd_dkdv", 2): _rows(C(64, 64, 4, 1), C(64, 64, 4, 1), M(32, 128, 4, 1), C(16, 64, 4, 2), C(16, 32, 8, 1)),
         ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 2), C(16, 32, 4, 1), C(32, 32, 4, 1), C(16, 32, 8, 1), C(16, 16, 4, 1)),
         ("flash_bwd_dbias", 2): _rows(C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 32, 4, 2), C(32, 32, 4, 2)),
         ("flash_bwd_dbias", 4): _rows(C(32, 32, 4, 2), C(32, 32, 4, 2), C(32, 32, 4, 2), C(32, 16, 4, 2), C(16, 16, 4, 2)),
@@ -90,5 +100,25 @@ TABLE = {
 # (architecture, element size, head-dim class): tiles for a backward in one pass, for few keys first.
 ONE_PASS_TABLE = {
     **{("interpreter", itemsize, block_d): (C(32, 64),) for itemsize in (2, 4) for block_d in HEAD_DIM_CLASSES},
-    ("sm_90", 2, 64): (C(32, 64, 4, 1), C(64, 128, 8, 1)),
+    ("sm_90", 2, 64): (M(32, 64, 4, 1), M(64, 128, 8, 1)),
+}
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """Of kernels/hopper/flash_fwd.py: block_n keys at a time in `stages` buffers, by `consumers` warpgroups of 64 queries each,
+    with `registers` a thread, which take turns if `pingpong`; and how these were chosen."""
+
+    block_n: int
+    stages: int
+    consumers: int
+    pingpong: bool
+    registers: int
+    source: str = field(default=FIT, compare=False)
+
+
+# By head-dim class: (for more than 64 queries, for up to 64).
+HOPPER = {
+    64: (HopperConfig(128, 2, 2, True, 240), HopperConfig(64, 2, 1, False, 240)),
+    128: (HopperConfig(128, 2, 2, True, 240), HopperConfig(64, 2, 1, False, 240)),
 }

@@ -1,18 +1,33 @@
 """The backends, their order, and the choice between them.
 
-A backend is a module with `unsupported(problem) -> list[str]` (the reasons why it can't do it; empty: it can),
+A backend has `unsupported(problem) -> list[str]` (the reasons why it can't do it; empty: it can),
 `forward(problem, tensors) -> (out, lse)` and `backward(problem, tensors, out, lse, do, dlse, needed, into=None) -> Gradients`;
 dlse may be None, and so may a gradient that is not `needed` (a bool each); `into` are tensors for those of q, k and v.
 """
 
 import functools
 import os
-from types import ModuleType
+from collections.abc import Callable
+from typing import NamedTuple
 
-from tfkern.backends import eager, portable
+from tfkern.backends import eager, hopper, portable
 from tfkern.problem import Problem
 
-BACKENDS: dict[str, ModuleType] = {"portable": portable, "eager": eager}
+
+class Backend(NamedTuple):
+    """What computes attention."""
+
+    unsupported: Callable
+    forward: Callable
+    backward: Callable
+
+
+BACKENDS = {
+    # By name only (backend="hopper", TFKERN_BACKENDS) until a GPU has shown that it is right, and faster.
+    "hopper": Backend(hopper.unsupported, hopper.forward, portable.backward),
+    "portable": Backend(portable.unsupported, portable.forward, portable.backward),
+    "eager": Backend(eager.unsupported, eager.forward, eager.backward),
+}
 
 
 class UnsupportedError(RuntimeError):
@@ -30,7 +45,7 @@ def order(device_type: str) -> tuple[str, ...]:
     return ("eager", "portable") if device_type == "cpu" else ("portable", "eager")
 
 
-def choose(problem: Problem, name: str | None = None) -> ModuleType:
+def choose(problem: Problem, name: str | None = None) -> Backend:
     """The backend for a problem: the one named, or the first in the order that supports it; UnsupportedError if none."""
     return BACKENDS[_choose(problem, _known(name), order(problem.device.type))]
 

@@ -1,0 +1,73 @@
+"""What Gluon kernels for Hopper share: TMA under its names of all Triton versions, named barriers, layouts."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+# Triton 3.8 renamed them; 3.9 has the new names only.
+tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+TURN = gl.constexpr(8)  # the first named barrier that Triton leaves to kernels, and the next, are for taking turns
+PAIR = gl.constexpr(256)  # threads of two consumers
+
+
+@gluon.constexpr_function
+def barrier_assembly(kind, index, threads):
+    """bar.sync waits until `threads` threads have come to barrier `index`; bar.arrive comes and goes on."""
+    return f"{{ bar.{kind} {index}, {threads}; mov.b32 $0, $1; }}"
+
+
+@gluon.jit
+def named_barrier(KIND: gl.constexpr, INDEX: gl.constexpr, THREADS: gl.constexpr):
+    ASSEMBLY: gl.constexpr = barrier_assembly(KIND, INDEX, THREADS)
+    gl.inline_asm_elementwise(ASSEMBLY, "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def take_turn(CONSUMER: gl.constexpr, PINGPONG: gl.constexpr):
+    """Wait until the other consumer has issued its products."""
+    if PINGPONG:
+        named_barrier("sync", TURN + CONSUMER, PAIR)
+
+
+@gluon.jit
+def give_turn(CONSUMER: gl.constexpr, PINGPONG: gl.constexpr):
+    """Let the other consumer issue its products, while this one computes its softmax."""
+    if PINGPONG:
+        named_barrier("arrive", TURN + 1 - CONSUMER, PAIR)
+
+
+@gluon.constexpr_function
+def accumulator(columns):
+    """Layout of a product [64, columns] of a warpgroup."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
+
+
+@gluon.jit
+def begin_turns(CONSUMER: gl.constexpr, PINGPONG: gl.constexpr):
+    """Consumer 0 multiplies first."""
+    if PINGPONG and CONSUMER == 1:
+        named_barrier("arrive", TURN, PAIR)
+
+
+@gluon.jit
+def end_turns(CONSUMER: gl.constexpr, PINGPONG: gl.constexpr):
+    """Take up the arrival that is left over of begin_turns."""
+    if PINGPONG and CONSUMER == 0:
+        named_barrier("sync", TURN, PAIR)
+
+
+@gluon.jit
+def stage_of(i, STAGES: gl.constexpr):
+    """(buffer, phase of its barriers) of tile number i."""
+    return i % STAGES, (i // STAGES) & 1
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """COUNT mbarriers, each of which completes a phase when ARRIVALS have come."""
+    found = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(found.index(i), count=ARRIVALS)
+    return found

@@ -1,0 +1,193 @@
+"""The Gluon kernels for Hopper: right, and free of hazards, in the simulator; what the compiler makes of them; when they decline."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tfkern
+from tfkern import call, testing
+from tfkern.backends import hopper
+from tfkern.testing import budget
+
+sys.path += [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent / "bench")]
+import sass
+from gluonsim import SimulationError, simulate
+
+SCHEDULES = [("eager", 0), ("lazy", 0), ("random", 0), ("random", 1), ("random", 2)]
+EXTRA = [
+    testing.Case("several-tiles", 2, 300, 64),
+    testing.Case("several-tiles-causal", 2, 460, 64, kv_heads=1, options=testing.CAUSAL),
+    testing.Case("wide-causal", 1, 150, 128, n_k=290, options=dict(testing.CAUSAL, causal_alignment="lower_right")),
+    testing.Case("cut-inside", 1, 100, 64, n_k=200, options=testing.CAUSAL),
+    testing.Case("window-of-many-tiles", 1, 420, 64, options=dict(window=(150, 40))),
+]
+CASES = {case.name: case for case in (*testing.CASES, *testing.FEATURE_CASES, *EXTRA)}
+
+
+def built(case, dtype):
+    inputs = testing.make_inputs(case, dtype)
+    return inputs, call.build(**inputs.tensors, enable_gqa=True, **inputs.options)
+
+
+SUPPORTED = [name for name, case in CASES.items() if not case.lengths and not hopper.limits(built(case, torch.bfloat16)[1][0])]
+
+
+def test_what_is_supported():
+    """So that no case falls away in silence."""
+    assert len(SUPPORTED) >= 20, SUPPORTED
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_forward(name, dtype):
+    inputs, (problem, tensors) = built(CASES[name], dtype)
+    truth, plain = budget.truth(CASES[name], inputs), budget.plain(CASES[name], inputs)
+    for schedule, seed in SCHEDULES if dtype == torch.bfloat16 else SCHEDULES[-1:]:
+        with simulate(schedule, seed):
+            found = dict(zip(("out", "lse"), hopper.forward(problem, tensors), strict=True))
+        for error in budget.judge(found, truth, plain):
+            assert error.ok, f"{schedule} {seed}: {error}"
+
+
+SOURCE = Path(tfkern.__file__).parent.parent / "kernels" / "hopper" / "flash_fwd.py"
+SYNCHRONISES = re.compile(r"\b(mbarrier\.\w+|fence_async_shared|tma\.store_wait|warpgroup_mma_wait|\w+_turns?)\(")
+FAULTS = [n for n, line in enumerate(SOURCE.read_text().splitlines()) if line.startswith("    ") and SYNCHRONISES.search(line)]
+# Why nothing is wrong without it.
+HARMLESS = {
+    "fence_async_shared()  # for the barriers": "the fence after mbarrier.init, which the simulator does not model",
+}
+
+
+def without(line: int, folder: Path):
+    """The kernel, one line of its source taken out."""
+    lines = SOURCE.read_text().splitlines()
+    indent = len(lines[line]) - len(lines[line].lstrip())
+    lines[line] = " " * indent + "pass"
+    path = folder / f"without_{line}.py"
+    path.write_text("\n".join(lines) + "\n")
+    spec = importlib.util.spec_from_file_location(f"tfkern.kernels.hopper.{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.flash_fwd
+
+
+def faults_found(kernel, monkeypatch) -> str | None:
+    """What shows that a kernel is broken, on problems that go through all of it."""
+    from tfkern.kernels.hopper import flash_fwd
+
+    monkeypatch.setattr(flash_fwd, "flash_fwd", kernel)
+    monkeypatch.setattr(call, "_problems", {})  # they keep launches of the kernel as it was
+    for name in ("several-tiles-causal", "window-of-many-tiles", "cut-inside"):
+        case = CASES[name]
+        inputs, (problem, tensors) = built(case, torch.bfloat16)
+        want = tfkern.attention(**inputs.clean, enable_gqa=True, **inputs.options, backend="eager")
+        for schedule, seed in SCHEDULES:
+            try:
+                with simulate(schedule, seed):
+                    out, _ = hopper.forward(problem, tensors)
+            except (SimulationError, UnboundLocalError) as error:
+                return repr(error)
+            if not torch.allclose(out.float(), want.float(), atol=0.05):
+                return "wrong results"
+    return None
+
+
+@pytest.mark.parametrize("line", FAULTS, ids=lambda n: f"{n + 1}:{SOURCE.read_text().splitlines()[n].strip()[:40]}")
+def test_every_missing_synchronisation_is_found(line, tmp_path, monkeypatch):
+    text = SOURCE.read_text().splitlines()[line].strip()
+    found = faults_found(without(line, tmp_path), monkeypatch)
+    assert found or text in HARMLESS, text
+    assert not (found and text in HARMLESS), f"{text} does harm after all: {found}"
+
+
+def test_the_kernel_itself_is_whole(monkeypatch):
+    from tfkern.kernels.hopper import flash_fwd
+
+    assert faults_found(flash_fwd.flash_fwd, monkeypatch) is None
+
+
+def test_the_compiler_overlaps_what_it_should(tmp_path):
+    """0 spills, no serialised wgmma, every exponential of a loop under a product, no operand overwritten; see the gate."""
+    gate = SOURCE.parent.parent.parent / "bench" / "hopper_gate.py"
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, gate], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert done.stdout.count("exp2 under a wgmma") == 24
+
+
+WGMMA = """
+    /*0010*/ HGMMA.64x64x16.F32.BF16 R24, R8, gdesc[UR4], R24, gsb0 ;
+    /*0020*/ MUFU.EX2 R5, R1 ;
+    /*0030*/ {between} ;
+    /*0040*/ WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+    /*0050*/ {after} ;
+    /*0060*/ BRA 0x10 ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("between", "after", "exposed", "clobbered"),
+    [("NOP", "NOP", 0, 0), ("NOP", "MUFU.EX2 R6, R1", 1, 0), ("FADD R9, R1, R1", "FADD R10, R1, R1", 0, 1), ("LDS.128 R6, [R1]", "NOP", 0, 1)],
+)  # fmt: skip
+def test_the_gate_sees_what_is_wrong(between, after, exposed, clobbered):
+    body = sass.parse(WGMMA.format(between=between, after=after))
+    assert (sass.exposed(body), len(sass.clobbered(body))) == (exposed, clobbered)
+
+
+def test_it_declines_with_reasons():
+    q = torch.randn(1, 2, 8, 64)
+    with pytest.raises(tfkern.UnsupportedError, match=r"float16 and bfloat16, not torch\.float32"):
+        tfkern.attention(q, q, q, backend="hopper")
+    h = q.bfloat16()
+    text = tfkern.explain(h, h, h, softcap=3.0, backend="hopper")
+    assert "sm_90" in text
+    assert "softcap" in text
+    assert "hopper" not in tfkern.explain(h, h, h)  # not by default, until a GPU has shown it right and faster
+
+
+@pytest.mark.parametrize("how", ["strided", "unaligned", "expanded", "negated"])
+def test_what_tma_cannot_read_is_copied(how):
+    make = {
+        "strided": lambda x: torch.randn(*x.shape[:3], 2 * x.shape[3])[..., ::2].bfloat16(),
+        "unaligned": lambda x: torch.randn(x.numel() + 1).bfloat16()[1:].view(x.shape),
+        "expanded": lambda x: x[:, :1].expand(x.shape),
+        "negated": torch._neg_view,
+    }[how]
+    q, k, v = (make(torch.randn(1, 2, 70, 64).bfloat16()) for _ in range(3))
+    problem, tensors = call.build(q, k, v)
+    with simulate():
+        out, _ = hopper.forward(problem, tensors)
+    torch.testing.assert_close(
+        out.float(), tfkern.attention(q.float(), k.float(), v.float(), backend="eager"), atol=0.02, rtol=0.02
+    )
+
+
+def test_a_second_call_launches_past_the_jit():
+    """On a GPU that is not there: the handle of the first call is used again, at another length too."""
+    script = """
+import torch
+from tfkern import call, launch
+from tfkern.backends import hopper
+from tfkern.bench import fake_gpu
+launched, by_jit = [], []
+fake_gpu.pretend(launcher=lambda *args: launched.append(args[:3]))
+original = launch.Launch.by_jit
+launch.Launch.by_jit = lambda self, *a: (by_jit.append(1), original(self, *a))[1]
+for n in (100, 100, 130, 300):
+    q = torch.empty(2, 3, n, 64, dtype=torch.bfloat16)
+    hopper.forward(*call.build(q, q, q, is_causal=True))
+q = q.half()
+hopper.forward(*call.build(q, q, q, is_causal=True))
+print(len(by_jit), launched)
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.strip() == "2 [(6, 1, 1), (6, 1, 1), (12, 1, 1), (18, 1, 1), (18, 1, 1)]", (
+        done.stdout + done.stderr[-2000:]
+    )

@@ -1,0 +1,97 @@
+"""Forward by the Gluon kernel for Hopper (kernels/hopper). The backward is the portable kernels': see backends/__init__.py."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from tfkern import launch, layout
+from tfkern.problem import Problem, Tensors
+from tfkern.tiles import HOPPER, HopperConfig
+
+QUERIES = 64  # that one consumer warpgroup owns
+ALIGNED = 8  # 16-bit numbers in the 16 bytes that TMA steps by
+LOG2E = math.log2(math.e)
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """The reasons why this kernel can't do the problem here."""
+    p, reasons = problem, launch.unsupported(problem.device)
+    if not reasons and (arch := launch.architecture(p.device)) != "sm_90":
+        reasons.append(f"runs on sm_90 (H100, H200), not on {arch}")
+    return reasons + limits(p)
+
+
+def limits(p: Problem) -> list[str]:
+    """The reasons that no device could change."""
+    there = {
+        "a mask": p.mask, "an additive mask": p.bias, "dropout": p.dropout_p, "softcap": p.softcap, "ALiBi": p.has_slopes,
+        "sinks": p.has_sinks, "score_mod": p.score_mod, "packed sequences": p.packed, "key_lengths": p.has_key_lengths,
+    }  # fmt: skip
+    reasons = [f"{name}: not in this kernel yet" for name, given in there.items() if given]
+    if p.dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(f"takes float16 and bfloat16, not {p.dtype}")
+    if p.head_dim != p.v_head_dim or p.head_dim % ALIGNED or not 0 < p.head_dim <= max(HOPPER):
+        reasons.append(f"head dims must be equal multiples of {ALIGNED} up to {max(HOPPER)}, not {p.head_dim}, {p.v_head_dim}")
+    if p.scale is None or not p.scale > 0:
+        reasons.append("scale must be a number > 0")
+    if 0 in (p.batch, p.heads, p.n_q, p.n_k):
+        reasons.append("nothing to do: TMA has no empty tensors")
+    return reasons
+
+
+def forward(problem: Problem, t: Tensors) -> tuple[Tensor, Tensor]:
+    """out in q's memory order, lse (B, H, Nq) float32."""
+    from tfkern.kernels import features
+
+    p = problem
+    q, k, v = (_for_tma(x) for x in t[:3])
+    out = layout.empty_in_order_of(q, p.v_head_dim)
+    lse = torch.empty(out.shape[:3], dtype=torch.float32, device=p.device)
+    dim, config = _config(p)
+    if "hopper" not in p.plans:
+        p.plans["hopper"] = _plan(p, dim, config)
+    rows = (QUERIES, config.block_n, config.block_n, QUERIES)
+    descriptors = [_descriptor(x, n, dim) for x, n in zip((q, k, v, out), rows, strict=True)]
+    p.plans["hopper"]((*descriptors, lse), features.NONE)
+    return out, lse
+
+
+def _plan(p: Problem, dim: int, config: HopperConfig) -> launch.Launch:
+    """All of the launch but its tensors."""
+    from tfkern.kernels.hopper import flash_fwd
+
+    tiles = -(-p.n_q // (QUERIES * config.consumers))
+    numbers = (p.heads, p.group, p.n_q, p.n_k, tiles, p.scale * LOG2E, int(p.lower_right), p.left, p.right)
+    constants = dict(
+        BLOCK_M=QUERIES, BLOCK_N=config.block_n, D=dim, STAGES=config.stages, CONSUMERS=config.consumers,
+        PINGPONG=config.pingpong, REGISTERS=config.registers,
+    )  # fmt: skip
+    options = dict(num_warps=4, enable_fp_fusion=True)  # as in portable.py
+    return launch.Launch(flash_fwd.flash_fwd, p.batch * p.heads * tiles, p.device, numbers, constants, options)
+
+
+def _config(p: Problem) -> tuple[int, HopperConfig]:
+    """(head-dim class, tiles). One consumer for what one can own: two would leave half of the program idle."""
+    dim = min(d for d in HOPPER if p.head_dim <= d)
+    return dim, HOPPER[dim][p.n_q <= QUERIES]
+
+
+def _for_tma(x: Tensor) -> Tensor:
+    """The tensor, or a copy of it where TMA can't read it in place: rows must be dense, and all else multiples of 16 bytes."""
+    steps = [s for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1]
+    dense = x.stride(3) == 1 or x.shape[3] == 1
+    ready = dense and all(s > 0 and s % ALIGNED == 0 for s in steps) and x.data_ptr() % 16 == 0 and not x.is_neg()
+    return x if ready else x.resolve_neg().clone(memory_format=torch.contiguous_format)
+
+
+def _descriptor(x: Tensor, rows: int, dim: int):
+    """Of (B, H, N, D) in blocks of (1, 1, rows, dim)."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    block = [1, 1, rows, dim]
+    swizzled = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)  # float16's is the same
+    # A dim of size 1 is never stepped along: its stride is noise that TMA might refuse.
+    strides = [s if n > 1 else ALIGNED for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], block, swizzled)
