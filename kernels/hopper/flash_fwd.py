@@ -1,4 +1,4 @@
-"""Forward for Hopper: a producer fetches tiles by TMA, each consumer warpgroup owns BLOCK_M = 64 queries.
+"""Forward for Hopper: a producer fetches tiles by TMA, each of one or two consumer warpgroups owns BLOCK_M = 64 queries.
 
 A consumer issues S_j = Q K_j^T and O += P_{j-1} V_{j-1} together and computes the softmax of S_j under the second product; two
 consumers can take turns (PINGPONG), so that one multiplies while the other exponentiates (Shah et al., FlashAttention-3, 2024).
@@ -189,7 +189,7 @@ def flash_fwd(
     scale_log2 > 0 is the scale in base 2; n_q, n_k > 0. For 4 warps: they are the producer.
     """
     gl.static_assert(STAGES >= 2, "K of the next tile is waited for before V of this one is free")
-    gl.static_assert(CONSUMERS == 2 or not PINGPONG, "two take turns")
+    gl.static_assert(CONSUMERS == 2 or (CONSUMERS == 1 and not PINGPONG), "one consumer, or two, which can take turns")
     pid = gl.program_id(0)
     bh = pid // tiles
     start_m = (tiles - 1 - pid % tiles) * (BLOCK_M * CONSUMERS)
@@ -213,15 +213,6 @@ def flash_fwd(
             (_consume, (o_desc, LSE, memory, b, h, start_m, lo, full_lo, full_hi, hi, n_k, shift, scale_log2, row, n_q, LEFT,
                         RIGHT, BLOCK_M, BLOCK_N, D, STAGES, 0, PINGPONG)),
         ], [4], [REGISTERS])  # fmt: skip
-    elif CONSUMERS == 2:
-        gl.warp_specialize([
-            (_produce, (q_desc, k_desc, v_desc, memory, v_cut, b, h, h // group, start_m, lo, hi, n_k,
-                        BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
-            (_consume, (o_desc, LSE, memory, b, h, start_m, lo, full_lo, full_hi, hi, n_k, shift, scale_log2, row, n_q, LEFT,
-                        RIGHT, BLOCK_M, BLOCK_N, D, STAGES, 0, PINGPONG)),
-            (_consume, (o_desc, LSE, memory, b, h, start_m, lo, full_lo, full_hi, hi, n_k, shift, scale_log2, row, n_q, LEFT,
-                        RIGHT, BLOCK_M, BLOCK_N, D, STAGES, 1, PINGPONG)),
-        ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (_produce, (q_desc, k_desc, v_desc, memory, v_cut, b, h, h // group, start_m, lo, hi, n_k,
@@ -230,6 +221,4 @@ def flash_fwd(
                         RIGHT, BLOCK_M, BLOCK_N, D, STAGES, 0, PINGPONG)),
             (_consume, (o_desc, LSE, memory, b, h, start_m, lo, full_lo, full_hi, hi, n_k, shift, scale_log2, row, n_q, LEFT,
                         RIGHT, BLOCK_M, BLOCK_N, D, STAGES, 1, PINGPONG)),
-            (_consume, (o_desc, LSE, memory, b, h, start_m, lo, full_lo, full_hi, hi, n_k, shift, scale_log2, row, n_q, LEFT,
-                        RIGHT, BLOCK_M, BLOCK_N, D, STAGES, 2, PINGPONG)),
-        ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
+        ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
