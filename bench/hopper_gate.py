@@ -24,7 +24,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-BANDS = {"full": (None, None), "causal": (None, "i32"), "window": ("i32", "i32")}
+BANDS = {"full": (None, None), "causal": (None, "i32"), "window": ("i32", "i32"), "padded": (None, None)}  # padded: key lengths
 ROWS = 64
 
 
@@ -34,8 +34,9 @@ def descriptor(dtype: str, rows: int, dim: int) -> str:
     return f"tensordesc<{dtype}[1, 1, {rows}, {dim}],{layout!r}>"
 
 
-def source(dtype: str, dim: int, config, band: tuple):
+def source(dtype: str, dim: int, config, variant: str):
     """flash_fwd with its arguments as types."""
+    band = BANDS[variant]
     kernel = compile_gate.load("tfkern.kernels.hopper.flash_fwd").flash_fwd
     features = compile_gate.load("tfkern.kernels.features")
     constants = dict(
@@ -49,8 +50,9 @@ def source(dtype: str, dim: int, config, band: tuple):
     signature, values = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name == "F":
-            signature[name] = features.Features(*["constexpr"] * len(features.NONE))
-            values |= {(i, j): None for j in range(len(features.NONE))}
+            lengths = {"key_lengths": "*i64"} if variant == "padded" else {}
+            signature[name] = features.Features(*(lengths.get(field, "constexpr") for field in features.NONE._fields))
+            values |= {(i, j): None for j, field in enumerate(features.NONE._fields) if field not in lengths}
         elif name in constants:
             signature[name], values[(i,)] = "constexpr", constants[name]
         else:
@@ -95,8 +97,8 @@ def main() -> int:
     for dim, configs in compile_gate.load("tfkern.tiles").HOPPER.items():
         for config in configs:
             for dtype in ("bf16", "fp16"):
-                for name, band in BANDS.items():
-                    compiled = source(dtype, dim, config, band)
+                for name in BANDS:
+                    compiled = source(dtype, dim, config, name)
                     binary = aot.triton.compile(
                         compiled, target=aot.TARGETS["sm_90"], options=dict(num_warps=4, enable_fp_fusion=True)
                     )

@@ -25,6 +25,15 @@ EXTRA = [
     testing.Case("several-tiles-causal", 2, 460, 64, kv_heads=1, options=testing.CAUSAL),
     testing.Case("wide-causal", 1, 150, 128, n_k=290, options=dict(testing.CAUSAL, causal_alignment="lower_right")),
     testing.Case("cut-inside", 1, 100, 64, n_k=200, options=testing.CAUSAL),
+    testing.Case(
+        "padded-causal",
+        2,
+        140,
+        64,
+        n_k=200,
+        batch=3,
+        options=dict(testing.CAUSAL, key_lengths=(200, 0, 71), causal_alignment="lower_right"),
+    ),
     testing.Case("window-of-many-tiles", 1, 420, 64, options=dict(window=(150, 40))),
 ]
 CASES = {case.name: case for case in (*testing.CASES, *testing.FEATURE_CASES, *EXTRA)}
@@ -118,7 +127,7 @@ def test_the_compiler_overlaps_what_it_should(tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, gate], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert done.stdout.count("exp2 under a wgmma") == 24
+    assert done.stdout.count("exp2 under a wgmma") == 32
 
 
 WGMMA = """

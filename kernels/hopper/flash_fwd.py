@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )  # fmt: skip
 
-from .. import band
+from .. import band, sequence
 from .parts import accumulator, barriers, begin_turns, end_turns, give_turn, stage_of, take_turn, tma_load, tma_store
 
 # Changing these numbers never recompiles.
@@ -185,18 +185,15 @@ def flash_fwd(
     they have most to do.
 
     Descriptors of Q and O (B, heads, n_q, D) in blocks of (1, 1, BLOCK_M, D), of K and V (B, heads / group, n_k, D) in blocks
-    of (1, 1, BLOCK_N, D); D here may exceed theirs. LSE (B, heads, n_q) fp32 contiguous, F Features, none there yet.
+    of (1, 1, BLOCK_N, D); D here may exceed theirs. LSE (B, heads, n_q) fp32 contiguous, F Features: only key_lengths yet.
     scale_log2 > 0 is the scale in base 2; n_q, n_k > 0. For 4 warps: they are the producer.
     """
     gl.static_assert(STAGES >= 2, "K of the next tile is waited for before V of this one is free")
     gl.static_assert(CONSUMERS == 2 or (CONSUMERS == 1 and not PINGPONG), "one consumer, or two, which can take turns")
-    pid = gl.program_id(0)
-    bh = pid // tiles
-    start_m = (tiles - 1 - pid % tiles) * (BLOCK_M * CONSUMERS)
-    b, h = bh // heads, bh % heads
-    shift = align * (n_k - n_q)
+    seq, h, start_m = sequence.locate_queries(F, gl.program_id(0), tiles, heads, 0, n_q, n_k, BLOCK_M * CONSUMERS)
+    b, shift = seq.b, align * (seq.n_k - n_q)
     end_m = gl.minimum(start_m + BLOCK_M * CONSUMERS, n_q)
-    lo, full_lo, full_hi, hi = band.key_range(start_m, end_m, n_k, shift, LEFT, RIGHT, F, BLOCK_N)
+    lo, full_lo, full_hi, hi = band.key_range(start_m, end_m, seq.n_k, shift, LEFT, RIGHT, F, BLOCK_N)
     qs = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, BLOCK_M, D], q_desc.layout)
     ks = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_N, D], k_desc.layout)
     vs = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_N, D], v_desc.layout)
@@ -204,21 +201,21 @@ def flash_fwd(
     k_empty, v_empty = barriers(STAGES, CONSUMERS), barriers(STAGES, CONSUMERS)
     v_cut = barriers(1, 1).index(0)
     fence_async_shared()  # for the barriers
-    row = bh.to(gl.int64) * n_q
+    row = (b * heads + h).to(gl.int64) * n_q
     memory = (qs, ks, vs, q_full, k_full, k_empty, v_full, v_empty)
     if CONSUMERS == 1:
         gl.warp_specialize([
             (_produce, (q_desc, k_desc, v_desc, memory, v_cut, b, h, h // group, start_m, lo, hi, n_k,
                         BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
-            (_consume, (o_desc, LSE, memory, b, h, start_m, lo, full_lo, full_hi, hi, n_k, shift, scale_log2, row, n_q, LEFT,
-                        RIGHT, BLOCK_M, BLOCK_N, D, STAGES, 0, PINGPONG)),
+            (_consume, (o_desc, LSE, memory, b, h, start_m, lo, full_lo, full_hi, hi, seq.n_k, shift, scale_log2, row, n_q,
+                        LEFT, RIGHT, BLOCK_M, BLOCK_N, D, STAGES, 0, PINGPONG)),
         ], [4], [REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (_produce, (q_desc, k_desc, v_desc, memory, v_cut, b, h, h // group, start_m, lo, hi, n_k,
                         BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
-            (_consume, (o_desc, LSE, memory, b, h, start_m, lo, full_lo, full_hi, hi, n_k, shift, scale_log2, row, n_q, LEFT,
-                        RIGHT, BLOCK_M, BLOCK_N, D, STAGES, 0, PINGPONG)),
-            (_consume, (o_desc, LSE, memory, b, h, start_m, lo, full_lo, full_hi, hi, n_k, shift, scale_log2, row, n_q, LEFT,
-                        RIGHT, BLOCK_M, BLOCK_N, D, STAGES, 1, PINGPONG)),
+            (_consume, (o_desc, LSE, memory, b, h, start_m, lo, full_lo, full_hi, hi, seq.n_k, shift, scale_log2, row, n_q,
+                        LEFT, RIGHT, BLOCK_M, BLOCK_N, D, STAGES, 0, PINGPONG)),
+            (_consume, (o_desc, LSE, memory, b, h, start_m, lo, full_lo, full_hi, hi, seq.n_k, shift, scale_log2, row, n_q,
+                        LEFT, RIGHT, BLOCK_M, BLOCK_N, D, STAGES, 1, PINGPONG)),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip

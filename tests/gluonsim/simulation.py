@@ -112,6 +112,9 @@ def _device_argument(value: Any) -> Any:
     if isinstance(value, HostTensorDescriptor):
         tensor = value.base.as_strided(tuple(value.shape), tuple(value.strides))
         return TensorDescriptor(tensor, value.block_shape, value.layout, value.padding)
+    if isinstance(value, tuple):
+        parts = map(_device_argument, value)
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     if isinstance(value, (bool, int, float)):
         return as_tensor(value)
     return value

@@ -26,7 +26,7 @@ def limits(p: Problem) -> list[str]:
     """The reasons that no device could change."""
     there = {
         "a mask": p.mask, "an additive mask": p.bias, "dropout": p.dropout_p, "softcap": p.softcap, "ALiBi": p.has_slopes,
-        "sinks": p.has_sinks, "score_mod": p.score_mod, "packed sequences": p.packed, "key_lengths": p.has_key_lengths,
+        "sinks": p.has_sinks, "score_mod": p.score_mod, "packed sequences": p.packed,
     }  # fmt: skip
     reasons = [f"{name}: not in this kernel yet" for name, given in there.items() if given]
     if p.dtype not in (torch.float16, torch.bfloat16):
@@ -53,7 +53,8 @@ def forward(problem: Problem, t: Tensors) -> tuple[Tensor, Tensor]:
         p.plans["hopper"] = _plan(p, dim, config)
     rows = (QUERIES, config.block_n, config.block_n, QUERIES)
     descriptors = [_descriptor(x, n, dim) for x, n in zip((q, k, v, out), rows, strict=True)]
-    p.plans["hopper"]((*descriptors, lse), features.NONE)
+    there = features.NONE._replace(key_lengths=t.key_lengths)
+    p.plans["hopper"]((*descriptors, lse), there, () if t.key_lengths is None else (t.key_lengths,))
     return out, lse
 
 
