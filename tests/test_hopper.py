@@ -5,13 +5,14 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 import tfkern
-from tfkern import call, testing
+from tfkern import call, launch, testing
 from tfkern.backends import hopper
 from tfkern.testing import budget
 
@@ -39,6 +40,14 @@ EXTRA = [
 CASES = {case.name: case for case in (*testing.CASES, *testing.FEATURE_CASES, *EXTRA)}
 
 
+@contextmanager
+def simulated(schedule="lazy", seed=0):
+    """The simulator in the place of Triton's JIT, to which launches go without a detour."""
+    with simulate(schedule, seed) as simulation, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch.Launch, "__call__", lambda self, tensors, features, _: self.by_jit(tensors, features))
+        yield simulation
+
+
 def built(case, dtype):
     inputs = testing.make_inputs(case, dtype)
     return inputs, call.build(**inputs.tensors, enable_gqa=True, **inputs.options)
@@ -58,10 +67,21 @@ def test_forward(name, dtype):
     inputs, (problem, tensors) = built(CASES[name], dtype)
     truth, plain = budget.truth(CASES[name], inputs), budget.plain(CASES[name], inputs)
     for schedule, seed in SCHEDULES if dtype == torch.bfloat16 else SCHEDULES[-1:]:
-        with simulate(schedule, seed):
+        with simulated(schedule, seed):
             found = dict(zip(("out", "lse"), hopper.forward(problem, tensors), strict=True))
         for error in budget.judge(found, truth, plain):
             assert error.ok, f"{schedule} {seed}: {error}"
+
+
+HOPPER = torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() == (9, 0)
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs an H100 or H200; the simulator stands in for it")
+@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_on_the_chip(name, dtype):
+    for error in testing.check(CASES[name], dtype, "hopper", "cuda"):
+        assert error.ok, str(error)
 
 
 SOURCE = Path(tfkern.__file__).parent.parent / "kernels" / "hopper" / "flash_fwd.py"
@@ -98,7 +118,7 @@ def faults_found(kernel, monkeypatch) -> str | None:
         want = tfkern.attention(**inputs.clean, enable_gqa=True, **inputs.options, backend="eager")
         for schedule, seed in SCHEDULES:
             try:
-                with simulate(schedule, seed):
+                with simulated(schedule, seed):
                     out, _ = hopper.forward(problem, tensors)
             except (SimulationError, UnboundLocalError) as error:
                 return repr(error)
@@ -170,7 +190,7 @@ def test_what_tma_cannot_read_is_copied(how):
     }[how]
     q, k, v = (make(torch.randn(1, 2, 70, 64).bfloat16()) for _ in range(3))
     problem, tensors = call.build(q, k, v)
-    with simulate():
+    with simulated():
         out, _ = hopper.forward(problem, tensors)
     torch.testing.assert_close(
         out.float(), tfkern.attention(q.float(), k.float(), v.float(), backend="eager"), atol=0.02, rtol=0.02

@@ -85,7 +85,8 @@ class Launch:
         if self.grid == 0:
             return
         if interpreter.interpreting():
-            self._interpret(tensors, features)
+            arguments = (*tensors, features, *self.numbers)
+            interpreter.run(self.kernel, self.grid, arguments, {**self.constants, **self.options})
             return
         driver = _triton()[0].active
         if driver.get_current_device() != self.index:
@@ -107,13 +108,6 @@ class Launch:
             self.grid, 1, 1, driver.get_current_stream(self.index), handle.function, handle.metadata, None, None, None,
             *pointers, features, *self.tail,
         )  # fmt: skip
-
-    def _interpret(self, tensors: tuple, features: tuple) -> None:
-        """Triton's interpreter knows no Gluon: there, what patches the JIT takes over (tests/gluonsim)."""
-        if getattr(self.kernel, "is_gluon", bool)():
-            self.by_jit(tensors, features)
-        else:
-            interpreter.run(self.kernel, self.grid, (*tensors, features, *self.numbers), {**self.constants, **self.options})
 
     def by_jit(self, tensors: tuple, features: tuple):
         """Run it by Triton's own launch path, which compiles what is not compiled yet; the compiled kernel."""
