@@ -24,7 +24,7 @@ from tfkern.bench import blocks, runner, shapes
 from tfkern.bench.providers import PROVIDERS, UnavailableError
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL_TESTS = ["tests/test_small.py", "tests/test_attention.py"]
+SMALL_TESTS = ["tests/test_small.py", "tests/test_attention.py", "tests/test_hopper.py"]
 REPEATS = 250
 
 
