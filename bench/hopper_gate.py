@@ -44,7 +44,7 @@ def source(dtype: str, dim: int, config, variant: str):
         PINGPONG=config.pingpong, REGISTERS=config.registers,
     )  # fmt: skip
     kinds = dict.fromkeys(("q_desc", "o_desc"), descriptor(dtype, ROWS, dim))
-    kinds |= dict.fromkeys(("k_desc", "v_desc"), descriptor(dtype, config.block_n, dim)) | dict(LSE="*fp32", scale_log2="fp32")
+    kinds |= dict.fromkeys(("k_desc", "v_desc"), descriptor(dtype, config.block_n, dim)) | dict(LSE="*fp32", scale="fp32")
     kinds |= {name: kind for name, kind in zip(("LEFT", "RIGHT"), band, strict=True) if kind}
     constants |= {name: None for name, kind in zip(("LEFT", "RIGHT"), band, strict=True) if not kind}
     signature, values = {}, {}

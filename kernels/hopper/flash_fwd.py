@@ -15,12 +15,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )  # fmt: skip
 
-from .. import band, sequence
+from .. import band, score, sequence, softmax
 from .parts import accumulator, barriers, begin_turns, end_turns, give_turn, stage_of, take_turn, tma_load, tma_store
 
 # Changing these numbers never recompiles.
 RUN_TIME = ["heads", "group", "n_q", "n_k", "tiles", "align", "LEFT", "RIGHT"]
-LN2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
@@ -64,24 +63,19 @@ def _produce(
 
 
 @gluon.jit
-def _softmax(s, m_i, l_i, start_m, start_n, n_k, shift, scale_log2, LEFT, RIGHT, MASKED: gl.constexpr):
-    """Take in scores s [BLOCK_M, BLOCK_N]; returns P, the factor for what was accumulated so far, and the new m_i and l_i. m_i
-    is in base 2; rows that have seen no key have m_i = -inf."""
+def _softmax(s, m_i, l_i, start_m, start_n, S, LEFT, RIGHT, MASKED: gl.constexpr):
+    """Take in scores s [BLOCK_M, BLOCK_N] as softmax.step does."""
     S_LAYOUT: gl.constexpr = s.type.layout
     if MASKED:
         offs_m = start_m + gl.arange(0, s.shape[0], layout=gl.SliceLayout(1, S_LAYOUT))
         offs_n = start_n + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, S_LAYOUT))
-        s = gl.where(band.visible(offs_m[:, None], offs_n[None, :], n_k, shift, LEFT, RIGHT), s, float("-inf"))
-    m_new = gl.maximum(m_i, gl.max(s, 1) * scale_log2)
-    m_ref = gl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
-    p = gl.exp2(s * scale_log2 - m_ref[:, None])
-    alpha = gl.exp2(m_i - m_ref)
-    return p, alpha, m_new, l_i * alpha + gl.sum(p, 1)
+        s = gl.where(band.visible(offs_m[:, None], offs_n[None, :], S.n_k, S.shift, LEFT, RIGHT), s, float("-inf"))
+    return softmax.step(s, m_i, l_i, S, True)
 
 
 @gluon.jit
 def _step(
-    i, q, memory, acc, p, m_i, l_i, start_m, lo, n_tiles, n_k, shift, scale_log2, LEFT, RIGHT, BLOCK_M: gl.constexpr,
+    i, q, memory, acc, p, m_i, l_i, start_m, lo, n_tiles, S, LEFT, RIGHT, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr, PINGPONG: gl.constexpr,
     MASKED: gl.constexpr,
 ):  # fmt: skip
@@ -100,7 +94,7 @@ def _step(
     give_turn(CONSUMER, PINGPONG)
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(k_empty.index(stage), count=1)
-    x, alpha, m_i, l_i = _softmax(s, m_i, l_i, start_m, lo + i * BLOCK_N, n_k, shift, scale_log2, LEFT, RIGHT, MASKED)
+    x, alpha, m_i, l_i = _softmax(s, m_i, l_i, start_m, lo + i * BLOCK_N, S, LEFT, RIGHT, MASKED)
     following = gl.convert_layout(x.to(v.dtype), p.type.layout)
     # A real branch: without one ptxas moves the wait below above the exponentials, and nothing overlaps.
     stage, phase = stage_of(i + 1, STAGES)
@@ -113,9 +107,8 @@ def _step(
 
 @gluon.jit
 def _consume(
-    o_desc, LSE, memory, b, h, start_m, lo, full_lo, full_hi, hi, n_k, shift,
-    scale_log2, row, n_q, LEFT, RIGHT, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMER: gl.constexpr, PINGPONG: gl.constexpr,
+    o_desc, LSE, memory, b, h, start_m, lo, full_lo, full_hi, hi, S, row, n_q, LEFT, RIGHT, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr, PINGPONG: gl.constexpr,
 ):  # fmt: skip
     """All of 64 queries: O and LSE."""
     qs, ks, vs, q_full, k_full, k_empty, v_full, _v_empty = memory
@@ -140,7 +133,7 @@ def _consume(
         give_turn(CONSUMER, PINGPONG)
         s = warpgroup_mma_wait(0, deps=(s,))
         mbarrier.arrive(k_empty.index(0), count=1)
-        x, _, m_i, l_i = _softmax(s, m_i, l_i, start_m, lo, n_k, shift, scale_log2, LEFT, RIGHT, True)
+        x, _, m_i, l_i = _softmax(s, m_i, l_i, start_m, lo, S, LEFT, RIGHT, True)
         p = gl.convert_layout(x.to(vs.dtype), P_LAYOUT)
         stage, phase = stage_of(1, STAGES)
         mbarrier.wait(k_full.index(stage), phase, pred=n_tiles > 1)
@@ -149,16 +142,16 @@ def _consume(
         if LEFT is not None:
             for i in range(1, left):
                 acc, p, m_i, l_i = _step(
-                    i, q, memory, acc, p, m_i, l_i, start_m, lo, n_tiles, n_k, shift,
-                    scale_log2, LEFT, RIGHT, BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, PINGPONG, True)  # fmt: skip
+                    i, q, memory, acc, p, m_i, l_i, start_m, lo, n_tiles, S, LEFT, RIGHT,
+                    BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, PINGPONG, True)  # fmt: skip
         for i in range(gl.maximum(left, 1), right):
             acc, p, m_i, l_i = _step(
-                i, q, memory, acc, p, m_i, l_i, start_m, lo, n_tiles, n_k, shift,
-                scale_log2, LEFT, RIGHT, BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, PINGPONG, False)  # fmt: skip
+                i, q, memory, acc, p, m_i, l_i, start_m, lo, n_tiles, S, LEFT, RIGHT,
+                BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, PINGPONG, False)  # fmt: skip
         for i in range(gl.maximum(right, 1), n_tiles):
             acc, p, m_i, l_i = _step(
-                i, q, memory, acc, p, m_i, l_i, start_m, lo, n_tiles, n_k, shift,
-                scale_log2, LEFT, RIGHT, BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, PINGPONG, True)  # fmt: skip
+                i, q, memory, acc, p, m_i, l_i, start_m, lo, n_tiles, S, LEFT, RIGHT,
+                BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, PINGPONG, True)  # fmt: skip
         stage, phase = stage_of(n_tiles - 1, STAGES)
         mbarrier.wait(v_full.index(stage), phase)
         v = vs.index(stage).reshape([BLOCK_N, D])
@@ -171,13 +164,13 @@ def _consume(
     fence_async_shared()
     tma_store(o_desc, [b, h, start_m, 0], qs.index(CONSUMER))
     offs_m = start_m + gl.arange(0, BLOCK_M, layout=ROWS)
-    gl.store(LSE + row + offs_m, (m_i + gl.log2(l_safe)) * LN2, mask=offs_m < n_q)
+    gl.store(LSE + row + offs_m, (m_i * S.c + gl.log2(l_safe)) * softmax.LN2, mask=offs_m < n_q)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def flash_fwd(
-    q_desc, k_desc, v_desc, o_desc, LSE, F, heads, group, n_q, n_k, tiles, scale_log2, align, LEFT, RIGHT,
+    q_desc, k_desc, v_desc, o_desc, LSE, F, heads, group, n_q, n_k, tiles, scale, align, LEFT, RIGHT,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
     PINGPONG: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -186,12 +179,13 @@ def flash_fwd(
 
     Descriptors of Q and O (B, heads, n_q, D) in blocks of (1, 1, BLOCK_M, D), of K and V (B, heads / group, n_k, D) in blocks
     of (1, 1, BLOCK_N, D); D here may exceed theirs. LSE (B, heads, n_q) fp32 contiguous, F Features: only key_lengths yet.
-    scale_log2 > 0 is the scale in base 2; n_q, n_k > 0. For 4 warps: they are the producer.
+    scale > 0; n_q, n_k > 0. For 4 warps: they are the producer.
     """
     gl.static_assert(STAGES >= 2, "K of the next tile is waited for before V of this one is free")
     gl.static_assert(CONSUMERS == 2 or (CONSUMERS == 1 and not PINGPONG), "one consumer, or two, which can take turns")
     seq, h, start_m = sequence.locate_queries(F, gl.program_id(0), tiles, heads, 0, n_q, n_k, BLOCK_M * CONSUMERS)
     b, shift = seq.b, align * (seq.n_k - n_q)
+    S = score.prepare(F, seq, h, scale, shift, True, 0)
     end_m = gl.minimum(start_m + BLOCK_M * CONSUMERS, n_q)
     lo, full_lo, full_hi, hi = band.key_range(start_m, end_m, seq.n_k, shift, LEFT, RIGHT, F, BLOCK_N)
     qs = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, BLOCK_M, D], q_desc.layout)
@@ -207,15 +201,15 @@ def flash_fwd(
         gl.warp_specialize([
             (_produce, (q_desc, k_desc, v_desc, memory, v_cut, b, h, h // group, start_m, lo, hi, n_k,
                         BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
-            (_consume, (o_desc, LSE, memory, b, h, start_m, lo, full_lo, full_hi, hi, seq.n_k, shift, scale_log2, row, n_q,
+            (_consume, (o_desc, LSE, memory, b, h, start_m, lo, full_lo, full_hi, hi, S, row, n_q,
                         LEFT, RIGHT, BLOCK_M, BLOCK_N, D, STAGES, 0, PINGPONG)),
         ], [4], [REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (_produce, (q_desc, k_desc, v_desc, memory, v_cut, b, h, h // group, start_m, lo, hi, n_k,
                         BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
-            (_consume, (o_desc, LSE, memory, b, h, start_m, lo, full_lo, full_hi, hi, seq.n_k, shift, scale_log2, row, n_q,
+            (_consume, (o_desc, LSE, memory, b, h, start_m, lo, full_lo, full_hi, hi, S, row, n_q,
                         LEFT, RIGHT, BLOCK_M, BLOCK_N, D, STAGES, 0, PINGPONG)),
-            (_consume, (o_desc, LSE, memory, b, h, start_m, lo, full_lo, full_hi, hi, seq.n_k, shift, scale_log2, row, n_q,
+            (_consume, (o_desc, LSE, memory, b, h, start_m, lo, full_lo, full_hi, hi, S, row, n_q,
                         LEFT, RIGHT, BLOCK_M, BLOCK_N, D, STAGES, 1, PINGPONG)),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip

@@ -1,7 +1,5 @@
 """Forward by the Gluon kernel for Hopper (kernels/hopper). The backward is the portable kernels': see backends/__init__.py."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,6 @@ from tfkern.tiles import HOPPER, HopperConfig
 
 QUERIES = 64  # that one consumer warpgroup owns
 ALIGNED = 8  # 16-bit numbers in the 16 bytes that TMA steps by
-LOG2E = math.log2(math.e)
 
 
 def unsupported(problem: Problem) -> list[str]:
@@ -63,7 +60,7 @@ def _plan(p: Problem, dim: int, config: HopperConfig) -> launch.Launch:
     from tfkern.kernels.hopper import flash_fwd
 
     tiles = -(-p.n_q // (QUERIES * config.consumers))
-    numbers = (p.heads, p.group, p.n_q, p.n_k, tiles, p.scale * LOG2E, int(p.lower_right), p.left, p.right)
+    numbers = (p.heads, p.group, p.n_q, p.n_k, tiles, p.scale, int(p.lower_right), p.left, p.right)
     constants = dict(
         BLOCK_M=QUERIES, BLOCK_N=config.block_n, D=dim, STAGES=config.stages, CONSUMERS=config.consumers,
         PINGPONG=config.pingpong, REGISTERS=config.registers,
