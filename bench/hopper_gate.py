@@ -25,7 +25,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 BANDS = {"full": (None, None), "causal": (None, "i32"), "window": ("i32", "i32"), "padded": (None, None)}  # padded: key lengths
-ROWS = 64
 
 
 def descriptor(dtype: str, rows: int, dim: int) -> str:
@@ -39,11 +38,8 @@ def source(dtype: str, dim: int, config, variant: str):
     band = BANDS[variant]
     kernel = compile_gate.load("tfkern.kernels.hopper.flash_fwd").flash_fwd
     features = compile_gate.load("tfkern.kernels.features")
-    constants = dict(
-        BLOCK_M=ROWS, BLOCK_N=config.block_n, D=dim, STAGES=config.stages, CONSUMERS=config.consumers,
-        PINGPONG=config.pingpong, REGISTERS=config.registers,
-    )  # fmt: skip
-    kinds = dict.fromkeys(("q_desc", "o_desc"), descriptor(dtype, ROWS, dim))
+    constants = config.constants(dim)
+    kinds = dict.fromkeys(("q_desc", "o_desc"), descriptor(dtype, constants["BLOCK_M"], dim))
     kinds |= dict.fromkeys(("k_desc", "v_desc"), descriptor(dtype, config.block_n, dim)) | dict(LSE="*fp32", scale="fp32")
     kinds |= {name: kind for name, kind in zip(("LEFT", "RIGHT"), band, strict=True) if kind}
     constants |= {name: None for name, kind in zip(("LEFT", "RIGHT"), band, strict=True) if not kind}
@@ -104,8 +100,8 @@ def main() -> int:
                     )
                     text, wrong = judge(binary, args.spills)
                     failed += bool(wrong)
-                    tiles = f"{config.consumers} x {ROWS} x {config.block_n} s{config.stages}"
-                    print(f"flash_fwd {dtype} D{dim:<4} {name:7} {tiles:17} {text} {'; '.join(wrong)}", flush=True)
+                    tiles = f"{config.consumers} consumers x {config.block_n} s{config.stages}"
+                    print(f"flash_fwd {dtype} D{dim:<4} {name:7} {tiles:20} {text} {'; '.join(wrong)}", flush=True)
     print(f"{failed} failed")
     return 1 if failed else 0
 

@@ -2,8 +2,8 @@
 
 Sources: MODEL, first by the cost model among all candidates (`tfkern bench sweep`, bench/cost_model.py); FIT, the first of a
 list of sensible tiles, largest first, that spilled next to nothing on Triton 3.6.0, 3.7.1 and 3.9.0. Of both, bench/spills.json
-has what is spilled, and `python bench/compile_gate.py` prints registers, spills and shared memory. Nothing here has been timed
-on a GPU yet; `make gpu` does that.
+has what is spilled, and `python bench/compile_gate.py` prints registers, spills and shared memory. COMPILES, of the Gluon
+kernels: chosen by hand, not compared with other tiles. Nothing here has been timed on a GPU yet; `make gpu` does that.
 """
 
 import functools
@@ -15,6 +15,7 @@ HEAD_DIM_CLASSES = (16, 32, 64, 128, 256)
 
 MODEL = "cost model, 2026-11"
 FIT = "largest that fits in registers, 2026-10"
+COMPILES = "compiles without spills, 2026-11"
 
 
 @dataclass(frozen=True)
@@ -104,20 +105,30 @@ ONE_PASS_TABLE = {
 }
 
 
+HOPPER_QUERIES = 64  # that one consumer warpgroup owns
+
+
 @dataclass(frozen=True)
 class HopperConfig:
-    """Of kernels/hopper/flash_fwd.py: block_n keys at a time in `stages` buffers, by `consumers` warpgroups of 64 queries each,
-    with `registers` a thread, which take turns if `pingpong`; and how these were chosen."""
+    """Of kernels/hopper/flash_fwd.py: block_n keys at a time in `stages` buffers, by `consumers` warpgroups with `registers` a
+    thread, which take turns if `pingpong`; and how these were chosen."""
 
     block_n: int
     stages: int
     consumers: int
     pingpong: bool
     registers: int
-    source: str = field(default=FIT, compare=False)
+    source: str = field(default=COMPILES, compare=False)
+
+    def constants(self, block_d: int) -> dict:
+        """The kernel's compile-time constants."""
+        return dict(
+            BLOCK_M=HOPPER_QUERIES, BLOCK_N=self.block_n, D=block_d, STAGES=self.stages, CONSUMERS=self.consumers,
+            PINGPONG=self.pingpong, REGISTERS=self.registers,
+        )  # fmt: skip
 
 
-# By head-dim class: (for more than 64 queries, for up to 64).
+# By head-dim class: (for more queries than one consumer owns, for no more).
 HOPPER = {
     64: (HopperConfig(128, 2, 2, True, 240), HopperConfig(64, 2, 1, False, 240)),
     128: (HopperConfig(128, 2, 2, True, 240), HopperConfig(64, 2, 1, False, 240)),

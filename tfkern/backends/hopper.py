@@ -5,9 +5,8 @@ from torch import Tensor
 
 from tfkern import launch, layout
 from tfkern.problem import Problem, Tensors
-from tfkern.tiles import HOPPER, HopperConfig
+from tfkern.tiles import HOPPER, HOPPER_QUERIES, HopperConfig
 
-QUERIES = 64  # that one consumer warpgroup owns
 ALIGNED = 8  # 16-bit numbers in the 16 bytes that TMA steps by
 
 
@@ -48,7 +47,7 @@ def forward(problem: Problem, t: Tensors) -> tuple[Tensor, Tensor]:
     dim, config = _config(p)
     if "hopper" not in p.plans:
         p.plans["hopper"] = _plan(p, dim, config)
-    rows = (QUERIES, config.block_n, config.block_n, QUERIES)
+    rows = (HOPPER_QUERIES, config.block_n, config.block_n, HOPPER_QUERIES)
     descriptors = [_descriptor(x, n, dim) for x, n in zip((q, k, v, out), rows, strict=True)]
     there = features.NONE._replace(key_lengths=t.key_lengths)
     p.plans["hopper"]((*descriptors, lse), there, () if t.key_lengths is None else (t.key_lengths,))
@@ -59,20 +58,16 @@ def _plan(p: Problem, dim: int, config: HopperConfig) -> launch.Launch:
     """All of the launch but its tensors."""
     from tfkern.kernels.hopper import flash_fwd
 
-    tiles = -(-p.n_q // (QUERIES * config.consumers))
+    tiles = -(-p.n_q // (HOPPER_QUERIES * config.consumers))
     numbers = (p.heads, p.group, p.n_q, p.n_k, tiles, p.scale, int(p.lower_right), p.left, p.right)
-    constants = dict(
-        BLOCK_M=QUERIES, BLOCK_N=config.block_n, D=dim, STAGES=config.stages, CONSUMERS=config.consumers,
-        PINGPONG=config.pingpong, REGISTERS=config.registers,
-    )  # fmt: skip
     options = dict(num_warps=4, enable_fp_fusion=True)  # as in portable.py
-    return launch.Launch(flash_fwd.flash_fwd, p.batch * p.heads * tiles, p.device, numbers, constants, options)
+    return launch.Launch(flash_fwd.flash_fwd, p.batch * p.heads * tiles, p.device, numbers, config.constants(dim), options)
 
 
 def _config(p: Problem) -> tuple[int, HopperConfig]:
     """(head-dim class, tiles). One consumer for what one can own: two would leave half of the program idle."""
     dim = min(d for d in HOPPER if p.head_dim <= d)
-    return dim, HOPPER[dim][p.n_q <= QUERIES]
+    return dim, HOPPER[dim][p.n_q <= HOPPER_QUERIES]
 
 
 def _for_tma(x: Tensor) -> Tensor:
