@@ -1,5 +1,7 @@
 """Forward by the Gluon kernel for Hopper (kernels/hopper). The backward is the portable kernels': see backends/__init__.py."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -80,11 +82,17 @@ def _for_tma(x: Tensor) -> Tensor:
 
 def _descriptor(x: Tensor, rows: int, dim: int):
     """Of (B, H, N, D) in blocks of (1, 1, rows, dim)."""
+    block, swizzled, make = _swizzled(rows, dim)
+    # A dim of size 1 is never stepped along: its stride is noise that TMA might refuse.
+    strides = [s if n > 1 else ALIGNED for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
+    return make(x, list(x.shape), [*strides, 1], block, swizzled)
+
+
+@functools.cache
+def _swizzled(rows: int, dim: int):
+    """(block, its layout in shared memory, the class of descriptors): Triton takes longer to find a layout than all else."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     block = [1, 1, rows, dim]
-    swizzled = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)  # float16's is the same
-    # A dim of size 1 is never stepped along: its stride is noise that TMA might refuse.
-    strides = [s if n > 1 else ALIGNED for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], block, swizzled)
+    return block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16), TensorDescriptor  # float16's layout is the same
