@@ -60,22 +60,24 @@ def compile_kernel(kernel, arch: str, arguments: dict, config):
     return triton.compile(source, target=TARGETS[arch], options=launch)
 
 
+def cuobjdump(compiled, *what: str) -> str:
+    """What the cuobjdump of the Triton wheel prints of a cubin."""
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        return subprocess.run([program, *what, file.name], capture_output=True, text=True, check=True).stdout
+
+
 def resources(compiled, arch: str) -> Resources:
-    """Read them from the cubin (cuobjdump of the Triton wheel) or from the AMDGCN text."""
+    """Read them from the cubin or from the AMDGCN text."""
     if arch.startswith("gfx"):
         text = compiled.asm["amdgcn"]
         vgprs, spills = (int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count"))
         code = re.findall(r"^\t[sv]_|^\t(?:ds|global|buffer)_", text, re.M)
         return Resources(vgprs, 4 * spills, compiled.metadata.shared, len(code))
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        text, sass = (
-            subprocess.run([cuobjdump, what, file.name], capture_output=True, text=True, check=True).stdout
-            for what in ("--dump-resource-usage", "--dump-sass")
-        )
+    text = cuobjdump(compiled, "--dump-resource-usage", "--dump-sass")
     # Triton kernels have no stack of their own: what is on it was spilled.
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text).groups())
-    instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", sass, re.M))
+    instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", text, re.M))
     return Resources(registers, stack + local, compiled.metadata.shared, instructions)

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 
 from machine_code import Instruction
 
@@ -96,41 +97,37 @@ NO_RESULT = (  # names begin with
 )  # fmt: skip
 
 
-def exposed(body: list[Instruction]) -> int:
-    """Exponentials in a loop's body that no wgmma in flight hides, counted in its second pass."""
-    in_flight, found = 0, 0
-    for _ in range(2):
-        found = 0
-        for x in body:
-            if x.name == "HGMMA":
-                in_flight += "gsb0" in x.operands
-            elif x.opcode.startswith("WARPGROUP.DEPBAR"):
-                in_flight = min(in_flight, int(x.operands.split("0x")[1], 16))
-            elif x.opcode == "MUFU.EX2":
-                found += in_flight == 0
-    return found
-
-
-def clobbered(body: list[Instruction]) -> list[Instruction]:
-    """Instructions of a loop's body that write a register from which a wgmma in flight still reads its first operand (Triton
-    issue 9433), counted in its second pass."""
+def _under_wgmma(body: list[Instruction]) -> Iterator[tuple[Instruction, list[set[int]]]]:
+    """(instruction, for each group of wgmma in flight the registers of its first operands) in a second pass through a loop's
+    body, of all instructions but wgmma and its waits."""
     groups: list[set[int]] = []
     reading: set[int] = set()
-    found = []
-    for _ in range(2):
-        found = []
+    for second in (False, True):
         for x in body:
-            operands = [operand.strip() for operand in x.operands.split(",")]
             if x.name == "HGMMA":
-                reading |= registers(operands[1], 4)
+                reading |= registers(x.operands.split(",")[1].strip(), 4)
                 if "gsb0" in x.operands:
                     groups, reading = [*groups, reading], set()
             elif x.opcode.startswith("WARPGROUP.DEPBAR"):
                 left = int(x.operands.split("0x")[1], 16)
-                groups = groups[len(groups) - left :] if left < len(groups) else groups
-            elif not x.name.startswith(NO_RESULT) and registers(operands[0], width(x)) & set().union(*groups):
-                found.append(x)
-    return found
+                groups = groups[max(0, len(groups) - left) :]
+            elif second:
+                yield x, groups
+
+
+def exposed(body: list[Instruction]) -> int:
+    """Exponentials in a loop's body that no wgmma in flight hides."""
+    return sum(x.opcode == "MUFU.EX2" and not groups for x, groups in _under_wgmma(body))
+
+
+def clobbered(body: list[Instruction]) -> list[Instruction]:
+    """Instructions of a loop's body that write a register from which a wgmma in flight still reads its first operand (Triton
+    issue 9433)."""
+    return [
+        x
+        for x, groups in _under_wgmma(body)
+        if not x.name.startswith(NO_RESULT) and registers(x.operands.split(",")[0], width(x)) & set().union(*groups)
+    ]
 
 
 def registers(operand: str, count: int) -> set[int]:

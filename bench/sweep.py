@@ -10,9 +10,7 @@ Needs Triton alone. The rank is the geometric mean, over the lengths and variant
 import argparse
 import json
 import math
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,13 +33,7 @@ def code_of(binary, arch: str) -> list:
     """The instructions of a compiled kernel."""
     if arch.startswith("gfx"):
         return amdgcn.parse(binary.asm["amdgcn"])
-    cuobjdump = Path(aot.triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        return sass.parse(
-            subprocess.run([cuobjdump, "--dump-sass", file.name], capture_output=True, text=True, check=True).stdout
-        )
+    return sass.parse(aot.cuobjdump(binary, "--dump-sass"))
 
 
 def problems(head_dim: int, variant: str) -> list[geometry.Problem]:
