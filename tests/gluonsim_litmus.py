@@ -10,10 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-if hasattr(tma, "async_load"):
-    tma_load, tma_store = tma.async_load, tma.async_store
-else:
-    tma_load, tma_store = tma.async_copy_global_to_shared, tma.async_copy_shared_to_global
+from tfkern.kernels.hopper.parts import named_barrier, tma_load, tma_store
 
 
 @gluon.jit
@@ -67,17 +64,6 @@ def product(a, b, c_ptr, WAIT: gl.constexpr, OUTSTANDING: gl.constexpr, IS_ASYNC
     rows = gl.arange(0, M, layout=gl.SliceLayout(1, layout))
     columns = gl.arange(0, N, layout=gl.SliceLayout(0, layout))
     gl.store(c_ptr + rows[:, None] * N + columns[None, :], acc)
-
-
-@gluon.constexpr_function
-def barrier_assembly(kind, index, threads):
-    return f"bar.{kind} {index}, {threads}; mov.b32 $0, $1;"
-
-
-@gluon.jit
-def named_barrier(KIND: gl.constexpr, INDEX: gl.constexpr, THREADS: gl.constexpr):
-    ASSEMBLY: gl.constexpr = barrier_assembly(KIND, INDEX, THREADS)
-    gl.inline_asm_elementwise(ASSEMBLY, "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
