@@ -36,9 +36,9 @@ class Constant:
     value: object
 
 
-def compile_kernel(kernel, arch: str, arguments: dict, config):
-    """Compile a @triton.jit kernel. `arguments` maps each parameter to a type ("*bf16", "i32"), a Constant, or a tuple of
-    those, however deep; config gives warps and stages. Pointers are taken to be 16-byte aligned."""
+def source(kernel, arguments: dict, kind=ASTSource):
+    """A kernel to compile. `arguments` maps each parameter to a type ("*bf16", "i32"), a Constant, or a tuple of those, however
+    deep. Pointers are taken to be 16-byte aligned. kind: GluonASTSource for Gluon."""
     constants, attributes = {}, {}
 
     def signature(kind, *path):
@@ -52,12 +52,15 @@ def compile_kernel(kernel, arch: str, arguments: dict, config):
             attributes[path] = [["tt.divisibility", 16]]
         return kind
 
-    source = ASTSource(
-        kernel, {name: signature(arguments[name], i) for i, name in enumerate(kernel.arg_names)}, constants, attributes
-    )
+    kinds = {name: signature(arguments[name], i) for i, name in enumerate(kernel.arg_names)}
+    return kind(kernel, kinds, constants, attributes)
+
+
+def compile_kernel(kernel, arch: str, arguments: dict, config):
+    """Compile a @triton.jit kernel with its arguments as for `source`; config gives warps and stages."""
     # The launch options of tfkern/backends/portable.py: what is judged is what runs.
     launch = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
-    return triton.compile(source, target=TARGETS[arch], options=launch)
+    return triton.compile(source(kernel, arguments), target=TARGETS[arch], options=launch)
 
 
 def cuobjdump(compiled, *what: str) -> str:

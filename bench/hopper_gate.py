@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """The compile gate of the Gluon kernels: for sm_90, without a GPU, they spill nothing and overlap what they are meant to.
 
-usage: hopper_gate.py [--spills BYTES]
+usage: hopper_gate.py [--head-dim 64 …] [--dtype bf16 …] [--variant full …]
 
-Compiles every configuration of tfkern/tiles.py without a band, causal and with a window, and checks: at most --spills bytes
-spilled a thread; ptxas serialises no wgmma (its advisories C7510 to C7515); every exponential in a loop has a wgmma in flight;
-no instruction writes a register from which a wgmma in flight reads. Needs Triton alone.
+Compiles every configuration of tfkern/tiles.py and checks: nothing is spilled in the loops over tiles, and outside of them no
+more than SPILLED bytes a thread; ptxas serialises no wgmma (its advisories C7510 to C7515); every exponential in a loop has a
+wgmma in flight; no instruction writes a register from which a wgmma in flight reads. Needs Triton alone.
 """
 
 import argparse
@@ -24,7 +24,14 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-BANDS = {"full": (None, None), "causal": (None, "i32"), "window": ("i32", "i32"), "padded": (None, None)}  # padded: key lengths
+# As in compile_gate.py: what is there beside queries, keys and values.
+VARIANTS = {
+    "full": set(), "causal": {"RIGHT"}, "window": {"LEFT", "RIGHT"}, "padded": {"key_lengths"}, "packed": {"cu_q", "cu_k"},
+    "softcap": {"softcap"}, "slopes": {"slopes", "RIGHT"}, "sinks": {"sinks"}, "score-mod": {"MOD"},
+    "everything": {"LEFT", "RIGHT", "cu_q", "cu_k", "softcap", "slopes", "sinks", "MOD"},
+}  # fmt: skip
+LIGHT = ["full", "causal", "window", "padded", "packed", "sinks"]  # what does not take the tiles for `heavy` problems
+SPILLED = 64  # such as the number of the program, which ptxas keeps in memory over the start of a partition
 
 
 def descriptor(dtype: str, rows: int, dim: int) -> str:
@@ -35,25 +42,18 @@ def descriptor(dtype: str, rows: int, dim: int) -> str:
 
 def source(dtype: str, dim: int, config, variant: str):
     """flash_fwd with its arguments as types."""
-    band = BANDS[variant]
+    there = VARIANTS[variant]
     kernel = compile_gate.load("tfkern.kernels.hopper.flash_fwd").flash_fwd
-    features = compile_gate.load("tfkern.kernels.features")
-    constants = config.constants(dim)
-    kinds = dict.fromkeys(("q_desc", "o_desc"), descriptor(dtype, constants["BLOCK_M"], dim))
-    kinds |= dict.fromkeys(("k_desc", "v_desc"), descriptor(dtype, config.block_n, dim)) | dict(LSE="*fp32", scale="fp32")
-    kinds |= {name: kind for name, kind in zip(("LEFT", "RIGHT"), band, strict=True) if kind}
-    constants |= {name: None for name, kind in zip(("LEFT", "RIGHT"), band, strict=True) if not kind}
-    signature, values = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name == "F":
-            lengths = {"key_lengths": "*i64"} if variant == "padded" else {}
-            signature[name] = features.Features(*(lengths.get(field, "constexpr") for field in features.NONE._fields))
-            values |= {(i, j): None for j, field in enumerate(features.NONE._fields) if field not in lengths}
-        elif name in constants:
-            signature[name], values[(i,)] = "constexpr", constants[name]
-        else:
-            signature[name] = kinds.get(name, "i32")
-    return GluonASTSource(kernel, signature, values, {(kernel.arg_names.index("LSE"),): [["tt.divisibility", 16]]})
+    features = compile_gate.features(there, f"*{dtype}", 0)
+    mod = compile_gate.load("tfkern.kernels.score_mods").signed_log if "MOD" in there else None
+    linear = not there & {"softcap", "slopes", "sinks", "MOD"}
+    constants = dict(MOD=mod, LINEAR=linear, DIM=dim, **config.constants(dim))
+    constants |= {name: None for name in ("LEFT", "RIGHT") if name not in there}
+    kinds = dict(F=features, O=f"*{dtype}", LSE="*fp32", stride_o=("i32",) * 3, scale="fp32")
+    kinds |= dict.fromkeys(("q_desc", "o_desc"), descriptor(dtype, constants["BLOCK_M"], dim))
+    kinds |= dict.fromkeys(("k_desc", "v_desc"), descriptor(dtype, config.block_n, dim))
+    given = {name: aot.Constant(constants[name]) if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
+    return aot.source(kernel, given, GluonASTSource)
 
 
 def advisories(ptx: str) -> list[str]:
@@ -68,13 +68,14 @@ def advisories(ptx: str) -> list[str]:
     return [line for line in (done.stdout + done.stderr).splitlines() if "C75" in line]
 
 
-def judge(binary, spills: int) -> tuple[str, list[str]]:
+def judge(binary) -> tuple[str, list[str]]:
     """(what was found, what is wrong)."""
     found = aot.resources(binary, "sm_90")
     loops = machine_code.loops(sweep.code_of(binary, "sm_90"), sass.MULTIPLY)
     exponentials = sum(x.opcode == "MUFU.EX2" for body in loops for x in body)
     exposed = sum(sass.exposed(body) for body in loops)
-    wrong = [f"spills {found.spilled} bytes, {spills} allowed"] if found.spilled > spills else []
+    wrong = [f"spills {found.spilled} bytes, {SPILLED} allowed"] if found.spilled > SPILLED else []
+    wrong += [f"{x} is a spill in a loop" for body in loops for x in body if x.name in ("LDL", "STL")]
     wrong += advisories(binary.asm["ptx"])
     wrong += [f"{exposed} of {exponentials} exponentials wait for nothing"] if exposed or not exponentials else []
     wrong += [f"{x} overwrites an operand" for body in loops for x in sass.clobbered(body)]
@@ -84,24 +85,29 @@ def judge(binary, spills: int) -> tuple[str, list[str]]:
     return f"{found.registers} regs {found.spilled:4} B spilled {found.shared:7} B shared {hidden}", wrong
 
 
+def jobs(args):
+    for dim in args.head_dim:
+        tiles = compile_gate.load("tfkern.tiles").HOPPER[dim]
+        for variant in args.variant:
+            for config in (tiles.main if variant in LIGHT else tiles.heavy, tiles.few):
+                for dtype in args.dtype:
+                    yield dtype, dim, config, variant
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--spills", type=int, default=0, help="bytes a thread")
-    args = parser.parse_args()
+    parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128, 256])
+    parser.add_argument("--dtype", nargs="+", default=["bf16"])
+    parser.add_argument("--variant", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     failed = 0
     print(f"Triton {aot.triton.__version__}")
-    for dim, configs in compile_gate.load("tfkern.tiles").HOPPER.items():
-        for config in configs:
-            for dtype in ("bf16", "fp16"):
-                for name in BANDS:
-                    compiled = source(dtype, dim, config, name)
-                    binary = aot.triton.compile(
-                        compiled, target=aot.TARGETS["sm_90"], options=dict(num_warps=4, enable_fp_fusion=True)
-                    )
-                    text, wrong = judge(binary, args.spills)
-                    failed += bool(wrong)
-                    tiles = f"{config.consumers} consumers x {config.block_n} s{config.stages}"
-                    print(f"flash_fwd {dtype} D{dim:<4} {name:7} {tiles:20} {text} {'; '.join(wrong)}", flush=True)
+    for dtype, dim, config, variant in jobs(parser.parse_args()):
+        options = dict(num_warps=4, enable_fp_fusion=True)
+        binary = aot.triton.compile(source(dtype, dim, config, variant), target=aot.TARGETS["sm_90"], options=options)
+        text, wrong = judge(binary)
+        failed += bool(wrong)
+        tiles = f"{config.consumers} consumers x {config.block_n} s{config.stages}"
+        print(f"flash_fwd {dtype} D{dim:<4} {variant:10} {tiles:20} {text} {'; '.join(wrong)}", flush=True)
     print(f"{failed} failed")
     return 1 if failed else 0
 

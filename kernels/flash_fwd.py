@@ -25,22 +25,8 @@ def _attend(
         k = tile.load(K, stride_k, start_n, lo, hi, BLOCK_N, D, BLOCK_D, VEC, MASKED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_D] @ [BLOCK_D, BLOCK_N]
         s, keep, _ = score.logits(
-            s,
-            offs_m[:, None],
-            offs_n[None, :],
-            start_m,
-            start_n,
-            F,
-            S,
-            LEFT,
-            RIGHT,
-            MOD,
-            None,
-            LINEAR,
-            MASK_VEC,
-            MASKED,
-            MASKED,
-        )
+            s, offs_m[:, None], offs_n[None, :], start_m, start_n, F, S, LEFT, RIGHT,
+            MOD, None, LINEAR, MASK_VEC, MASKED, MASKED)  # fmt: skip
         s = tl.where(keep, s, float("-inf"))
         p, alpha, m_i, l_i = softmax.step(s, m_i, l_i, S, LINEAR)
         if F.dropout is not None:
@@ -79,7 +65,7 @@ def flash_fwd(
     K = tile.head(K, stride_k, seq.at, h // group, seq.k_row, VEC)
     V = tile.head(V, stride_v, seq.at, h // group, seq.k_row, VEC)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    m_i, l_i = softmax.start(F.sinks, h, seq.real, BLOCK_M)
+    m_i, l_i = softmax.start(tl.zeros([BLOCK_M], tl.float32), F.sinks, h, seq.real)
     if LEFT is not None:
         acc, m_i, l_i = _attend(
             q, K, V, stride_k, stride_v, acc, m_i, l_i, band.first_tile(lo, F, BLOCK_N), tl.minimum(full_lo, hi), lo, hi,

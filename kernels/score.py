@@ -115,8 +115,8 @@ def logits(
     is d logits / d (scale * q . k), not to be used without MOD_GRAD. Where they are true and 1 everywhere, they are constants
     that fold away. MASKED: the tile may cross the band's edges; RAGGED: it may reach beyond the last key.
     """
-    keep = tl.full(s.shape, True, tl.int1)
-    slope = tl.full(s.shape, 1.0, tl.float32)
+    keep = (s > 0.0) | True  # in the layout that s has: Gluon's `full` would want it named
+    slope = tl.where(keep, 1.0, 0.0)
     if MASKED:
         keep = band.visible(offs_m, offs_n, S.n_k, S.shift, LEFT, RIGHT)
     if not LINEAR:

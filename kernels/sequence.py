@@ -67,11 +67,8 @@ def of_batch(F, b, batch, n_q, n_k):
 
 
 @triton.jit
-def locate_queries(F, pid, tiles, heads, batch, n_q, n_k, BLOCK: tl.constexpr):
-    """(sequence, head, first query) of a program of a grid over (batch, head, tile), tile fastest. The last tiles come first:
-    under a causal mask they are the longest."""
-    tile = tiles - 1 - pid % tiles
-    bh = pid // tiles
+def query_tile(F, tile, bh, heads, batch, n_q, n_k, BLOCK: tl.constexpr):
+    """(sequence, head, first query) of a tile of queries of (batch, head) number bh."""
     if F.cu_q is not None:
         b = _owner(F.cu_q, tile, batch, n_q, BLOCK)
         s = of_batch(F, b, batch, n_q, n_k)
@@ -80,6 +77,13 @@ def locate_queries(F, pid, tiles, heads, batch, n_q, n_k, BLOCK: tl.constexpr):
         return Sequence(b, 0, s.q_row, s.n_q, s.k_row, n_k, s.real), bh, start
     else:
         return of_batch(F, bh // heads, batch, n_q, n_k), bh % heads, tile * BLOCK
+
+
+@triton.jit
+def locate_queries(F, pid, tiles, heads, batch, n_q, n_k, BLOCK: tl.constexpr):
+    """(sequence, head, first query) of a program of a grid over (batch, head, tile), tile fastest. The last tiles come first:
+    under a causal mask they are the longest."""
+    return query_tile(F, tiles - 1 - pid % tiles, pid // tiles, heads, batch, n_q, n_k, BLOCK)
 
 
 @triton.jit

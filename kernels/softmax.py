@@ -34,13 +34,14 @@ def exponent(s, reference, S, LINEAR: tl.constexpr):
 
 
 @triton.jit
-def start(sinks, h, there, BLOCK_M: tl.constexpr):
-    """Running maximum and sum of rows that have seen no key yet: nothing, or the head's sink if it is `there`."""
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
+def start(zero, sinks, h, there):
+    """Running maximum and sum of rows that have seen no key yet: nothing, or the head's sink if it is `there`. zero [BLOCK_M]:
+    zeros of float32."""
+    m_i = zero + float("-inf")
+    l_i = zero
     if sinks is not None:
         sink = tl.where(there, tl.load(sinks + h).to(tl.float32), float("-inf"))
-        m_i = tl.zeros([BLOCK_M], tl.float32) + sink
+        m_i = zero + sink
         l_i += 1.0  # for a sink of -inf too: the first step's alpha, exp2(-inf), takes it away
     return m_i, l_i
 

@@ -22,6 +22,7 @@ LAYERS = [
     ["tfkern.backends.portable", "tfkern.backends.eager"],
     ["tfkern.eager_tiles"],
     ["tfkern.reference"],
+    ["tfkern.features"],
     ["tfkern.problem", "tfkern.launch", "tfkern.layout", "tfkern.checks", "tfkern.dropout", "tfkern.score_mods"],
     ["tfkern.interpreter", "tfkern.configs", "tfkern.extras", "tfkern.dynamo"],
     ["tfkern.tiles"],

@@ -40,6 +40,13 @@ def architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a device has: what persistent kernels share their work out to. On a CPU, where they are simulated, so few that
+    each has several items to do."""
+    return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def unsupported(device: torch.device) -> list[str]:
     """The reasons why kernels can't run on a device."""
     reasons = [reason] if (reason := missing()) else []

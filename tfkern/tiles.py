@@ -9,6 +9,7 @@ with other tiles, as those of the Gluon kernels. Nothing here has been timed on 
 
 import functools
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 KERNELS = ("flash_fwd", "flash_bwd_dq", "flash_bwd_dkdv", "flash_bwd_dbias")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -122,15 +123,24 @@ class HopperConfig:
     source: str = field(default=COMPILES, compare=False)
 
     def constants(self, block_d: int) -> dict:
-        """The kernel's compile-time constants."""
+        """The kernel's compile-time constants that tell tiles."""
         return dict(
             BLOCK_M=HOPPER_QUERIES, BLOCK_N=self.block_n, D=block_d, STAGES=self.stages, CONSUMERS=self.consumers,
             PINGPONG=self.pingpong, REGISTERS=self.registers,
         )  # fmt: skip
 
 
-# By head-dim class: (for more queries than one consumer owns, for no more).
+class HopperTiles(NamedTuple):
+    """Of one head-dim class."""
+
+    main: HopperConfig
+    few: HopperConfig  # no more queries than one consumer owns: with two, half of the program would be idle
+    heavy: HopperConfig  # more than scale and band between a product and its logit: that takes registers
+
+
+# By head-dim class.
 HOPPER = {
-    64: (HopperConfig(128, 2, 2, True, 240), HopperConfig(64, 2, 1, False, 240)),
-    128: (HopperConfig(128, 2, 2, True, 240), HopperConfig(64, 2, 1, False, 240)),
+    64: HopperTiles(HopperConfig(128, 2, 2, True, 240), HopperConfig(64, 2, 1, False, 240), HopperConfig(64, 2, 2, True, 240)),
+    128: HopperTiles(HopperConfig(128, 2, 2, True, 240), HopperConfig(64, 2, 1, False, 240), HopperConfig(64, 2, 2, True, 240)),
+    256: HopperTiles(HopperConfig(64, 2, 2, True, 240), HopperConfig(64, 2, 1, False, 240), HopperConfig(64, 2, 2, True, 240)),
 }

@@ -2,7 +2,9 @@
 
 A consumer issues S_j = Q K_j^T and O += P_{j-1} V_{j-1} together and computes the softmax of S_j under the second product; two
 consumers can take turns (PINGPONG), so that one multiplies while the other exponentiates (Shah et al., FlashAttention-3, 2024).
-Which keys a query sees is as in kernels/band.py.
+Programs are persistent: one goes through items (a tile of queries of a head) until none is left, and the producer is ahead with
+the next one's tiles while consumers finish the last. Which keys a query sees, and what stands between the product and the
+softmax, is as in the portable kernels.
 """
 
 from triton.experimental import gluon
@@ -15,74 +17,94 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )  # fmt: skip
 
-from .. import band, score, sequence, softmax
-from .parts import accumulator, barriers, begin_turns, end_turns, give_turn, stage_of, take_turn, tma_load, tma_store
+from .. import band, score, sequence, softmax, tile
+from .parts import accumulator, barriers, begin_turns, end_turns, give_turn, stage_of, take_turn, tma_load, tma_store, zero_rows
 
 # Changing these numbers never recompiles.
-RUN_TIME = ["heads", "group", "n_q", "n_k", "tiles", "align", "LEFT", "RIGHT"]
+RUN_TIME = ["stride_o", "batch", "heads", "group", "n_q", "n_k", "tiles", "items", "align", "LEFT", "RIGHT"]
 
 
 @gluon.jit
-def _zero_rows(v, rows, ROWS: gl.constexpr):
-    """Zero a tile's rows from `rows` on, 16 at a time: what no query sees may be NaN, and 0 * NaN would reach O."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    for first in gl.static_range(0, ROWS, 16):
-        part = v.slice(first, 16)
-        there = first + gl.arange(0, 16, layout=gl.SliceLayout(1, LAYOUT)) < rows
-        part.store(gl.where(there[:, None], part.load(LAYOUT), 0.0))
+def _place(item, F, work, LEFT, RIGHT, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, LINEAR: gl.constexpr):
+    """Where item number `item` is, and what it depends on: (sequence, head, first query, Scorer, the keys it needs). Where
+    later queries see more keys, those of all heads come first, so that the shortest items fill the end."""
+    scale, batch, heads, _group, n_q, n_k, tiles, items, align = work
+    if RIGHT is not None:
+        sets = items // tiles
+        seq, h, start_m = sequence.query_tile(F, tiles - 1 - item // sets, item % sets, heads, batch, n_q, n_k, ROWS)
+    else:
+        seq, h, start_m = sequence.locate_queries(F, item, tiles, heads, batch, n_q, n_k, ROWS)
+    shift = align * (seq.n_k - seq.n_q)
+    S = score.prepare(F, seq, h, score.scale_of(F, scale), shift, LINEAR, 0)
+    end_m = gl.minimum(start_m + ROWS, seq.n_q)
+    return seq, h, start_m, S, band.key_range(start_m, end_m, S.n_k, shift, LEFT, RIGHT, F, BLOCK_N)
 
 
 @gluon.jit
 def _produce(
-    q_desc, k_desc, v_desc, memory, v_cut, b, h, h_kv, start_m, lo, hi, n_k,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    q_desc, k_desc, v_desc, memory, v_cut, work, F, LEFT, RIGHT, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, LINEAR: gl.constexpr,
 ):  # fmt: skip
-    """Fetch Q once, then K and V of every tile of [lo, hi) as their buffers fall free. Rows beyond a tensor arrive as zeros;
-    keys of the last tile that are there, but that no query here sees, are zeroed in V."""
-    qs, ks, vs, q_full, k_full, k_empty, v_full, v_empty = memory
-    for c in gl.static_range(CONSUMERS):
-        mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
-        tma_load(q_desc, [b, h, start_m + c * BLOCK_M, 0], q_full.index(c), qs.index(c))
-    for i in range(gl.cdiv(hi - lo, BLOCK_N)):
-        stage, phase = stage_of(i, STAGES)
-        start_n = lo + i * BLOCK_N
-        mbarrier.wait(k_empty.index(stage), phase ^ 1)
-        mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-        tma_load(k_desc, [b, h_kv, start_n, 0], k_full.index(stage), ks.index(stage))
-        mbarrier.wait(v_empty.index(stage), phase ^ 1)
-        if gl.minimum(start_n + BLOCK_N, n_k) > hi:
-            mbarrier.expect(v_cut, v_desc.block_type.nbytes)
-            tma_load(v_desc, [b, h_kv, start_n, 0], v_cut, vs.index(stage))
-            mbarrier.wait(v_cut, 0)
-            _zero_rows(vs.index(stage).reshape([BLOCK_N, D]), hi - start_n, BLOCK_N)
-            fence_async_shared()
-            mbarrier.arrive(v_full.index(stage), count=1)
-        else:
-            mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-            tma_load(v_desc, [b, h_kv, start_n, 0], v_full.index(stage), vs.index(stage))
+    """For each item fetch Q, then K and V of every tile of [lo, hi), as their buffers fall free. Rows beyond a tensor arrive as
+    zeros; keys of the last tile that are there, but that no query here sees, are zeroed in V."""
+    qs, ks, vs, _os, q_full, q_empty, k_full, k_empty, v_full, v_empty = memory
+    _scale, _batch, _heads, group, _n_q, n_k, _tiles, items, _align = work
+    number, cuts, count = 0, 0, 0  # of items, of tiles cut short, of tiles so far
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        seq, h, start_m, _S, keys = _place(item, F, work, LEFT, RIGHT, BLOCK_M * CONSUMERS, BLOCK_N, LINEAR)
+        lo, _full_lo, _full_hi, hi = keys
+        for c in gl.static_range(CONSUMERS):
+            mbarrier.wait(q_empty.index(c), (number & 1) ^ 1)
+            mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
+            tma_load(q_desc, [seq.at, h, seq.q_row + start_m + c * BLOCK_M, 0], q_full.index(c), qs.index(c))
+        h_kv = h // group
+        for start_n in range(lo, hi, BLOCK_N):
+            stage, phase = stage_of(count, STAGES)
+            row = seq.k_row + start_n
+            mbarrier.wait(k_empty.index(stage), phase ^ 1)
+            mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+            tma_load(k_desc, [seq.at, h_kv, row, 0], k_full.index(stage), ks.index(stage))
+            mbarrier.wait(v_empty.index(stage), phase ^ 1)
+            if gl.minimum(row + BLOCK_N, n_k) > seq.k_row + hi:
+                mbarrier.expect(v_cut, v_desc.block_type.nbytes)
+                tma_load(v_desc, [seq.at, h_kv, row, 0], v_cut, vs.index(stage))
+                mbarrier.wait(v_cut, cuts & 1)
+                zero_rows(vs.index(stage).reshape([BLOCK_N, D]), hi - start_n, BLOCK_N)
+                fence_async_shared()
+                mbarrier.arrive(v_full.index(stage), count=1)
+                cuts += 1
+            else:
+                mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+                tma_load(v_desc, [seq.at, h_kv, row, 0], v_full.index(stage), vs.index(stage))
+            count += 1
+        number += 1
 
 
 @gluon.jit
-def _softmax(s, m_i, l_i, start_m, start_n, S, LEFT, RIGHT, MASKED: gl.constexpr):
-    """Take in scores s [BLOCK_M, BLOCK_N] as softmax.step does."""
+def _softmax(
+    s, m_i, l_i, start_m, start_n, F, S, LEFT, RIGHT, MOD: gl.constexpr, LINEAR: gl.constexpr, MASKED: gl.constexpr
+):  # fmt: skip
+    """Take in products s [BLOCK_M, BLOCK_N] as softmax.step does."""
     S_LAYOUT: gl.constexpr = s.type.layout
-    if MASKED:
-        offs_m = start_m + gl.arange(0, s.shape[0], layout=gl.SliceLayout(1, S_LAYOUT))
-        offs_n = start_n + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, S_LAYOUT))
-        s = gl.where(band.visible(offs_m[:, None], offs_n[None, :], S.n_k, S.shift, LEFT, RIGHT), s, float("-inf"))
-    return softmax.step(s, m_i, l_i, S, True)
+    offs_m = start_m + gl.arange(0, s.shape[0], layout=gl.SliceLayout(1, S_LAYOUT))
+    offs_n = start_n + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, S_LAYOUT))
+    s, keep, _slope = score.logits(
+        s, offs_m[:, None], offs_n[None, :], start_m, start_n, F, S, LEFT, RIGHT,
+        MOD, None, LINEAR, 0, MASKED, MASKED)  # fmt: skip
+    return softmax.step(gl.where(keep, s, float("-inf")), m_i, l_i, S, LINEAR)
 
 
 @gluon.jit
 def _step(
-    i, q, memory, acc, p, m_i, l_i, start_m, lo, n_tiles, S, LEFT, RIGHT, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr, PINGPONG: gl.constexpr,
-    MASKED: gl.constexpr,
+    i, count, q, memory, acc, p, m_i, l_i, start_m, lo, n_tiles, F, S, LEFT, RIGHT, MOD: gl.constexpr, LINEAR: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr,
+    PINGPONG: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """The scores and softmax of tile i, and the product of the tile before it, whose P is p."""
-    _, ks, vs, _, k_full, k_empty, v_full, v_empty = memory
-    stage, _ = stage_of(i, STAGES)
-    before, phase = stage_of(i - 1, STAGES)
+    """The scores and softmax of an item's tile i, before which `count` tiles came, and the product of the tile before it,
+    whose P is p."""
+    _, ks, vs, _os, _q_full, _q_empty, k_full, k_empty, v_full, v_empty = memory
+    stage, _ = stage_of(count + i, STAGES)
+    before, phase = stage_of(count + i - 1, STAGES)
     S_LAYOUT: gl.constexpr = accumulator(BLOCK_N)
     take_turn(CONSUMER, PINGPONG)
     zero = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, S_LAYOUT)
@@ -94,10 +116,10 @@ def _step(
     give_turn(CONSUMER, PINGPONG)
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(k_empty.index(stage), count=1)
-    x, alpha, m_i, l_i = _softmax(s, m_i, l_i, start_m, lo + i * BLOCK_N, S, LEFT, RIGHT, MASKED)
+    x, alpha, m_i, l_i = _softmax(s, m_i, l_i, start_m, lo + i * BLOCK_N, F, S, LEFT, RIGHT, MOD, LINEAR, MASKED)
     following = gl.convert_layout(x.to(v.dtype), p.type.layout)
     # A real branch: without one ptxas moves the wait below above the exponentials, and nothing overlaps.
-    stage, phase = stage_of(i + 1, STAGES)
+    stage, phase = stage_of(count + i + 1, STAGES)
     mbarrier.wait(k_full.index(stage), phase, pred=i + 1 < n_tiles)
     acc, following = warpgroup_mma_wait(0, deps=(acc, following))
     mbarrier.arrive(v_empty.index(before), count=1)
@@ -106,110 +128,158 @@ def _step(
 
 
 @gluon.jit
-def _consume(
-    o_desc, LSE, memory, b, h, start_m, lo, full_lo, full_hi, hi, S, row, n_q, LEFT, RIGHT, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr, PINGPONG: gl.constexpr,
+def _attend(
+    q, memory, acc, m_i, l_i, count, n_tiles, start_m, keys, F, S, LEFT, RIGHT, MOD: gl.constexpr, LINEAR: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr,
+    PINGPONG: gl.constexpr,
 ):  # fmt: skip
-    """All of 64 queries: O and LSE."""
-    qs, ks, vs, q_full, k_full, k_empty, v_full, _v_empty = memory
+    """Take an item's n_tiles > 0 tiles of keys, before which `count` tiles came, into (acc, m_i, l_i)."""
+    _, ks, vs, _os, _q_full, _q_empty, k_full, k_empty, v_full, v_empty = memory
+    lo, full_lo, full_hi, _hi = keys
     S_LAYOUT: gl.constexpr = accumulator(BLOCK_N)
-    O_LAYOUT: gl.constexpr = accumulator(D)
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
-    ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    start_m += CONSUMER * BLOCK_M
-    n_tiles = gl.cdiv(gl.maximum(hi - lo, 0), BLOCK_N)
-    q = qs.index(CONSUMER).reshape([BLOCK_M, D])
-    acc = gl.zeros([BLOCK_M, D], gl.float32, O_LAYOUT)
-    m_i = gl.full([BLOCK_M], float("-inf"), gl.float32, ROWS)
-    l_i = gl.zeros([BLOCK_M], gl.float32, ROWS)
-    mbarrier.wait(q_full.index(CONSUMER), 0)
-    if n_tiles > 0:
-        begin_turns(CONSUMER, PINGPONG)
-        mbarrier.wait(k_full.index(0), 0)
-        take_turn(CONSUMER, PINGPONG)
-        zero = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, S_LAYOUT)
-        k = ks.index(0).reshape([BLOCK_N, D])
-        s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)  # [BLOCK_M, D] @ [D, BLOCK_N]
-        give_turn(CONSUMER, PINGPONG)
-        s = warpgroup_mma_wait(0, deps=(s,))
-        mbarrier.arrive(k_empty.index(0), count=1)
-        x, _, m_i, l_i = _softmax(s, m_i, l_i, start_m, lo, S, LEFT, RIGHT, True)
-        p = gl.convert_layout(x.to(vs.dtype), P_LAYOUT)
-        stage, phase = stage_of(1, STAGES)
-        mbarrier.wait(k_full.index(stage), phase, pred=n_tiles > 1)
-        left = gl.minimum((full_lo - lo) // BLOCK_N, n_tiles)
-        right = gl.minimum(gl.maximum((full_hi - lo) // BLOCK_N, left), n_tiles)
-        if LEFT is not None:
-            for i in range(1, left):
-                acc, p, m_i, l_i = _step(
-                    i, q, memory, acc, p, m_i, l_i, start_m, lo, n_tiles, S, LEFT, RIGHT,
-                    BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, PINGPONG, True)  # fmt: skip
-        for i in range(gl.maximum(left, 1), right):
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc.type.layout, k_width=2)
+    stage, phase = stage_of(count, STAGES)
+    mbarrier.wait(k_full.index(stage), phase)
+    take_turn(CONSUMER, PINGPONG)
+    zero = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, S_LAYOUT)
+    k = ks.index(stage).reshape([BLOCK_N, D])
+    s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)  # [BLOCK_M, D] @ [D, BLOCK_N]
+    give_turn(CONSUMER, PINGPONG)
+    s = warpgroup_mma_wait(0, deps=(s,))
+    mbarrier.arrive(k_empty.index(stage), count=1)
+    x, _alpha, m_i, l_i = _softmax(s, m_i, l_i, start_m, lo, F, S, LEFT, RIGHT, MOD, LINEAR, True)
+    p = gl.convert_layout(x.to(vs.dtype), P_LAYOUT)
+    stage, phase = stage_of(count + 1, STAGES)
+    mbarrier.wait(k_full.index(stage), phase, pred=n_tiles > 1)
+    left = gl.minimum((full_lo - lo) // BLOCK_N, n_tiles)
+    right = gl.minimum(gl.maximum((full_hi - lo) // BLOCK_N, left), n_tiles)
+    if LEFT is not None:
+        for i in range(1, left):
             acc, p, m_i, l_i = _step(
-                i, q, memory, acc, p, m_i, l_i, start_m, lo, n_tiles, S, LEFT, RIGHT,
-                BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, PINGPONG, False)  # fmt: skip
-        for i in range(gl.maximum(right, 1), n_tiles):
-            acc, p, m_i, l_i = _step(
-                i, q, memory, acc, p, m_i, l_i, start_m, lo, n_tiles, S, LEFT, RIGHT,
+                i, count, q, memory, acc, p, m_i, l_i, start_m, lo, n_tiles, F, S, LEFT, RIGHT, MOD, LINEAR,
                 BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, PINGPONG, True)  # fmt: skip
-        stage, phase = stage_of(n_tiles - 1, STAGES)
-        mbarrier.wait(v_full.index(stage), phase)
-        v = vs.index(stage).reshape([BLOCK_N, D])
-        acc = warpgroup_mma(p, v, acc, is_async=True)  # [BLOCK_M, BLOCK_N] @ [BLOCK_N, D]
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        end_turns(CONSUMER, PINGPONG)
-    l_safe = gl.where(l_i == 0.0, 1.0, l_i)
-    inverse = gl.convert_layout(1.0 / l_safe, gl.SliceLayout(1, O_LAYOUT), assert_trivial=True)
-    q.store((acc * inverse[:, None]).to(q.dtype))  # O leaves through the memory of Q
-    fence_async_shared()
-    tma_store(o_desc, [b, h, start_m, 0], qs.index(CONSUMER))
-    offs_m = start_m + gl.arange(0, BLOCK_M, layout=ROWS)
-    gl.store(LSE + row + offs_m, (m_i * S.c + gl.log2(l_safe)) * softmax.LN2, mask=offs_m < n_q)
+    for i in range(gl.maximum(left, 1), right):
+        acc, p, m_i, l_i = _step(
+            i, count, q, memory, acc, p, m_i, l_i, start_m, lo, n_tiles, F, S, LEFT, RIGHT, MOD, LINEAR,
+            BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, PINGPONG, False)  # fmt: skip
+    for i in range(gl.maximum(right, 1), n_tiles):
+        acc, p, m_i, l_i = _step(
+            i, count, q, memory, acc, p, m_i, l_i, start_m, lo, n_tiles, F, S, LEFT, RIGHT, MOD, LINEAR,
+            BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, PINGPONG, True)  # fmt: skip
+    stage, phase = stage_of(count + n_tiles - 1, STAGES)
+    mbarrier.wait(v_full.index(stage), phase)
+    v = vs.index(stage).reshape([BLOCK_N, D])
+    acc = warpgroup_mma(p, v, acc, is_async=True)  # [BLOCK_M, BLOCK_N] @ [BLOCK_N, D]
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(v_empty.index(stage), count=1)
+    return acc, m_i, l_i
+
+
+@gluon.jit
+def _write(o, o_desc, O, stride_o, buffer, seq, h, start_m, F, DIM: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr):
+    """o [BLOCK_M, D] to its rows of O: by TMA, or where they end inside of a tensor, row by row."""
+    if F.cu_q is None:
+        buffer.reshape([BLOCK_M, D]).store(o)
+        fence_async_shared()
+        tma_store(o_desc, [seq.at, h, start_m, 0], buffer)
+    else:
+        LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4, 1], [1, 0])
+        o = gl.convert_layout(o, LAYOUT)
+        rows = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, LAYOUT))
+        columns = gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT))
+        there = (start_m + rows < seq.n_q)[:, None] & (columns < DIM)[None, :]
+        O = tile.head(O, stride_o, seq.at, h, seq.q_row + start_m, 8)
+        gl.store(O + (rows[:, None] * tile.stride_of(stride_o, 2, 8).to(gl.int32) + columns[None, :]), o, mask=there)
+
+
+@gluon.jit
+def _consume(
+    o_desc, O, LSE, stride_o, memory, work, F, LEFT, RIGHT, MOD: gl.constexpr, LINEAR: gl.constexpr, DIM: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    CONSUMER: gl.constexpr, PINGPONG: gl.constexpr,
+):  # fmt: skip
+    """O and LSE of 64 queries of every item."""
+    qs, _ks, _vs, os, q_full, q_empty, _k_full, _k_empty, _v_full, _v_empty = memory
+    _scale, _batch, heads, _group, n_q, _n_k, _tiles, items, _align = work
+    O_LAYOUT: gl.constexpr = accumulator(D)
+    ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BLOCK_N))
+    O_IN_Q: gl.constexpr = D > 128
+    number, count = 0, 0  # of items, of tiles so far
+    begin_turns(CONSUMER, PINGPONG)
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        seq, h, start_m, S, keys = _place(item, F, work, LEFT, RIGHT, BLOCK_M * CONSUMERS, BLOCK_N, LINEAR)
+        start_m += CONSUMER * BLOCK_M
+        lo, _full_lo, _full_hi, hi = keys
+        n_tiles = gl.cdiv(gl.maximum(hi - lo, 0), BLOCK_N)
+        acc = gl.zeros([BLOCK_M, D], gl.float32, O_LAYOUT)
+        m_i, l_i = softmax.start(gl.zeros([BLOCK_M], gl.float32, ROWS), F.sinks, h, seq.real)
+        mbarrier.wait(q_full.index(CONSUMER), number & 1)
+        if n_tiles > 0:
+            acc, m_i, l_i = _attend(
+                qs.index(CONSUMER).reshape([BLOCK_M, D]), memory, acc, m_i, l_i, count, n_tiles, start_m, keys, F, S,
+                LEFT, RIGHT, MOD, LINEAR, BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, PINGPONG)  # fmt: skip
+        if not O_IN_Q:
+            mbarrier.arrive(q_empty.index(CONSUMER), count=1)
+        l_safe = gl.where(l_i == 0.0, 1.0, l_i)
+        inverse = gl.convert_layout(1.0 / l_safe, gl.SliceLayout(1, O_LAYOUT), assert_trivial=True)
+        tma.store_wait(0)  # the last item's O has left the buffer
+        _write(
+            (acc * inverse[:, None]).to(os.dtype), o_desc, O, stride_o, os.index(CONSUMER), seq, h, start_m, F, DIM, BLOCK_M, D
+        )
+        row = (seq.at * heads + h).to(gl.int64) * n_q + seq.q_row
+        offs_m = start_m + gl.arange(0, BLOCK_M, layout=ROWS)
+        lse = m_i * (S.c * softmax.LN2) + gl.log2(l_safe) * softmax.LN2
+        gl.store(LSE + row + offs_m, lse, mask=offs_m < seq.n_q)
+        if O_IN_Q:
+            tma.store_wait(0)
+            mbarrier.arrive(q_empty.index(CONSUMER), count=1)
+        count += n_tiles
+        number += 1
+    end_turns(CONSUMER, PINGPONG)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def flash_fwd(
-    q_desc, k_desc, v_desc, o_desc, LSE, F, heads, group, n_q, n_k, tiles, scale, align, LEFT, RIGHT,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
-    PINGPONG: gl.constexpr, REGISTERS: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, O, LSE, F, stride_o, batch, heads, group, n_q, n_k, tiles, items, scale, align, LEFT, RIGHT,
+    MOD: gl.constexpr, LINEAR: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, CONSUMERS: gl.constexpr, PINGPONG: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Grid (batch * heads * tiles,), tiles = ceil(n_q / (CONSUMERS * BLOCK_M)), the last queries first: with a causal mask
-    they have most to do.
+    """Grid: any number of programs, which share `items` = batch * heads * tiles; tiles = ceil(n_q / (CONSUMERS * BLOCK_M)).
+    Packed: heads * tiles, tiles as in sequence.py.
 
-    Descriptors of Q and O (B, heads, n_q, D) in blocks of (1, 1, BLOCK_M, D), of K and V (B, heads / group, n_k, D) in blocks
-    of (1, 1, BLOCK_N, D); D here may exceed theirs. LSE (B, heads, n_q) fp32 contiguous, F Features: only key_lengths yet.
-    scale > 0; n_q, n_k > 0. For 4 warps: they are the producer.
+    Descriptors of Q and O (B, heads, n_q, DIM) in blocks of (1, 1, BLOCK_M, D), of K and V (B, heads / group, n_k, DIM) in
+    blocks of (1, 1, BLOCK_N, D), DIM <= D. O again, with its strides as in tile.py, VEC 8. LSE (B, heads, n_q) fp32 contiguous;
+    F Features, of which mask, bias and dropout are not in this kernel; scale > 0; n_q, n_k > 0. For 4 warps: the producer.
     """
     gl.static_assert(STAGES >= 2, "K of the next tile is waited for before V of this one is free")
     gl.static_assert(CONSUMERS == 2 or (CONSUMERS == 1 and not PINGPONG), "one consumer, or two, which can take turns")
-    seq, h, start_m = sequence.locate_queries(F, gl.program_id(0), tiles, heads, 0, n_q, n_k, BLOCK_M * CONSUMERS)
-    b, shift = seq.b, align * (seq.n_k - n_q)
-    S = score.prepare(F, seq, h, scale, shift, True, 0)
-    end_m = gl.minimum(start_m + BLOCK_M * CONSUMERS, n_q)
-    lo, full_lo, full_hi, hi = band.key_range(start_m, end_m, seq.n_k, shift, LEFT, RIGHT, F, BLOCK_N)
+    gl.static_assert(F.mask is None and F.bias is None and F.dropout is None, "not in this kernel")
     qs = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, BLOCK_M, D], q_desc.layout)
+    os = qs
+    if D <= 128:  # else it goes through the memory of Q, which is free again only then
+        os = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, BLOCK_M, D], o_desc.layout)
     ks = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_N, D], k_desc.layout)
     vs = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_N, D], v_desc.layout)
     q_full, k_full, v_full = barriers(CONSUMERS, 1), barriers(STAGES, 1), barriers(STAGES, 1)
-    k_empty, v_empty = barriers(STAGES, CONSUMERS), barriers(STAGES, CONSUMERS)
+    q_empty, k_empty, v_empty = barriers(CONSUMERS, 1), barriers(STAGES, CONSUMERS), barriers(STAGES, CONSUMERS)
     v_cut = barriers(1, 1).index(0)
     fence_async_shared()  # for the barriers
-    row = (b * heads + h).to(gl.int64) * n_q
-    memory = (qs, ks, vs, q_full, k_full, k_empty, v_full, v_empty)
+    memory = (qs, ks, vs, os, q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    work = (scale, batch, heads, group, n_q, n_k, tiles, items, align)
     if CONSUMERS == 1:
         gl.warp_specialize([
-            (_produce, (q_desc, k_desc, v_desc, memory, v_cut, b, h, h // group, start_m, lo, hi, n_k,
-                        BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
-            (_consume, (o_desc, LSE, memory, b, h, start_m, lo, full_lo, full_hi, hi, S, row, n_q,
-                        LEFT, RIGHT, BLOCK_M, BLOCK_N, D, STAGES, 0, PINGPONG)),
+            (_produce, (q_desc, k_desc, v_desc, memory, v_cut, work, F, LEFT, RIGHT,
+                        BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, LINEAR)),
+            (_consume, (o_desc, O, LSE, stride_o, memory, work, F, LEFT, RIGHT, MOD, LINEAR, DIM,
+                        BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, 0, PINGPONG)),
         ], [4], [REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_produce, (q_desc, k_desc, v_desc, memory, v_cut, b, h, h // group, start_m, lo, hi, n_k,
-                        BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
-            (_consume, (o_desc, LSE, memory, b, h, start_m, lo, full_lo, full_hi, hi, S, row, n_q,
-                        LEFT, RIGHT, BLOCK_M, BLOCK_N, D, STAGES, 0, PINGPONG)),
-            (_consume, (o_desc, LSE, memory, b, h, start_m, lo, full_lo, full_hi, hi, S, row, n_q,
-                        LEFT, RIGHT, BLOCK_M, BLOCK_N, D, STAGES, 1, PINGPONG)),
+            (_produce, (q_desc, k_desc, v_desc, memory, v_cut, work, F, LEFT, RIGHT,
+                        BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, LINEAR)),
+            (_consume, (o_desc, O, LSE, stride_o, memory, work, F, LEFT, RIGHT, MOD, LINEAR, DIM,
+                        BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, 0, PINGPONG)),
+            (_consume, (o_desc, O, LSE, stride_o, memory, work, F, LEFT, RIGHT, MOD, LINEAR, DIM,
+                        BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, 1, PINGPONG)),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip

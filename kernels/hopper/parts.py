@@ -71,3 +71,14 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     for i in gl.static_range(COUNT):
         mbarrier.init(found.index(i), count=ARRIVALS)
     return found
+
+
+@gluon.jit
+def zero_rows(x, rows, ROWS: gl.constexpr):
+    """Zero a tile [ROWS, D] in shared memory from row `rows` on, 16 rows at a time: what nothing sees may be NaN, and 0 * NaN
+    would reach what is summed over it."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    for first in gl.static_range(0, ROWS, 16):
+        part = x.slice(first, 16)
+        there = first + gl.arange(0, 16, layout=gl.SliceLayout(1, LAYOUT)) < rows
+        part.store(gl.where(there[:, None], part.load(LAYOUT), 0.0))

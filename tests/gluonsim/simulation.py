@@ -71,7 +71,10 @@ class Simulation:
         sizes = grid(bound.arguments) if callable(grid) else grid
         num_programs = (*map(int, sizes), 1, 1)[:3]
         constexprs = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
-        arguments = {name: value if name in constexprs else _device_argument(value) for name, value in bound.arguments.items()}
+        arguments = {
+            name: self._frontend.translate(value) if name in constexprs else _device_argument(value)
+            for name, value in bound.arguments.items()
+        }
         program = partial(self._frontend.function(kernel), **arguments)
         store_owners = StoreOwners()
         for z, y, x in itertools.product(*map(range, reversed(num_programs))):

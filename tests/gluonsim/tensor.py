@@ -127,6 +127,8 @@ def as_tensor(value: Tensor | bool | int | float) -> Tensor:
 
 def promote(left, right, *, dividing: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Both operands in the type Triton computes in: Python numbers give way to tensors, scalar tensors do not."""
+    if not isinstance(left, Tensor) and not isinstance(right, Tensor):
+        left, right = as_tensor(left), as_tensor(right)
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         if left.shape and right.shape and len(left.shape) != len(right.shape):
             raise ValueError(f"cannot broadcast {left.shape} with {right.shape}: the ranks differ")

@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from tfkern import launch, layout
+from tfkern import features, launch, layout
 from tfkern.problem import Problem, Tensors
 from tfkern.tiles import HOPPER, HOPPER_QUERIES, HopperConfig
 
@@ -23,8 +23,7 @@ def unsupported(problem: Problem) -> list[str]:
 def limits(p: Problem) -> list[str]:
     """The reasons that no device could change."""
     there = {
-        "a mask": p.mask, "an additive mask": p.bias, "dropout": p.dropout_p, "softcap": p.softcap, "ALiBi": p.has_slopes,
-        "sinks": p.has_sinks, "score_mod": p.score_mod, "packed sequences": p.packed,
+        "a mask": p.mask, "an additive mask": p.bias, "dropout": p.dropout_p,
     }  # fmt: skip
     reasons = [f"{name}: not in this kernel yet" for name, given in there.items() if given]
     if p.dtype not in (torch.float16, torch.bfloat16):
@@ -39,37 +38,43 @@ def limits(p: Problem) -> list[str]:
 
 
 def forward(problem: Problem, t: Tensors) -> tuple[Tensor, Tensor]:
-    """out in q's memory order, lse (B, H, Nq) float32."""
-    from tfkern.kernels import features
-
-    p = problem
+    """out in q's memory order, lse (B, H, Nq) float32; B is 1 for packed sequences."""
+    p, t = problem, features.plain_memory(problem, t)
     q, k, v = (_for_tma(x) for x in t[:3])
     out = layout.empty_in_order_of(q, p.v_head_dim)
     lse = torch.empty(out.shape[:3], dtype=torch.float32, device=p.device)
     dim, config = _config(p)
-    if "hopper" not in p.plans:
-        p.plans["hopper"] = _plan(p, dim, config)
+    key = "hopper", out.stride()
+    if key not in p.plans:
+        p.plans[key] = _plan(p, dim, config, out)
     rows = (HOPPER_QUERIES, config.block_n, config.block_n, HOPPER_QUERIES)
     descriptors = [_descriptor(x, n, dim) for x, n in zip((q, k, v, out), rows, strict=True)]
-    there = features.NONE._replace(key_lengths=t.key_lengths)
-    p.plans["hopper"]((*descriptors, lse), there, () if t.key_lengths is None else (t.key_lengths,))
+    p.plans[key]((*descriptors, out, lse), *features.of(p, t))
     return out, lse
 
 
-def _plan(p: Problem, dim: int, config: HopperConfig) -> launch.Launch:
+def _plan(p: Problem, dim: int, config: HopperConfig, out: Tensor) -> launch.Launch:
     """All of the launch but its tensors."""
     from tfkern.kernels.hopper import flash_fwd
 
-    tiles = -(-p.n_q // (HOPPER_QUERIES * config.consumers))
-    numbers = (p.heads, p.group, p.n_q, p.n_k, tiles, p.scale, int(p.lower_right), p.left, p.right)
+    rows = HOPPER_QUERIES * config.consumers
+    # of all queries of a head, or for packed sequences as many as they may need at most (kernels/sequence.py)
+    tiles = p.n_q // rows + p.batch + 1 if p.packed else -(-p.n_q // rows)
+    items = (1 if p.packed else p.batch) * p.heads * tiles
+    stride_o = tuple(layout.encode(s // ALIGNED if n > 1 else 0) for s, n in zip(out.stride()[:3], out.shape[:3], strict=True))
+    sizes = (p.batch, p.heads, p.group, p.n_q, p.n_k, tiles, items)
+    numbers = (stride_o, *sizes, p.scale, int(p.lower_right), p.left, p.right)
+    constants = dict(MOD=p.score_mod[0] if p.score_mod else None, LINEAR=p.linear, DIM=p.head_dim, **config.constants(dim))
     options = dict(num_warps=4, enable_fp_fusion=True)  # as in portable.py
-    return launch.Launch(flash_fwd.flash_fwd, p.batch * p.heads * tiles, p.device, numbers, config.constants(dim), options)
+    programs = min(items, launch.multiprocessors(p.device))
+    return launch.Launch(flash_fwd.flash_fwd, programs, p.device, numbers, constants, options)
 
 
 def _config(p: Problem) -> tuple[int, HopperConfig]:
-    """(head-dim class, tiles). One consumer for what one can own: two would leave half of the program idle."""
+    """(head-dim class, tiles)."""
     dim = min(d for d in HOPPER if p.head_dim <= d)
-    return dim, HOPPER[dim][p.n_q <= HOPPER_QUERIES]
+    tiles = HOPPER[dim]
+    return dim, tiles.few if p.n_q <= HOPPER_QUERIES else tiles.heavy if p.heavy else tiles.main
 
 
 def _for_tma(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tfkern import configs, dropout, launch, layout
+from tfkern import configs, features, launch, layout
 from tfkern.problem import Gradients, Problem, Tensors
 
 
@@ -37,18 +37,18 @@ class Blank:
 
 def forward(problem: Problem, t: Tensors) -> tuple[Tensor, Tensor]:
     """out in q's memory order, lse (B, H, Nq) float32; B is 1 for packed sequences."""
-    p, t = problem, _plain_memory(problem, t)
+    p, t = problem, features.plain_memory(problem, t)
     launch_fwd, result = _plan(p, _plan_forward, t)
     out = result.empty()
     lse = torch.empty(result.shape[:3], dtype=torch.float32, device=p.device)
-    launch_fwd((t.q, t.k, t.v, out, lse), *_features(p, t))
+    launch_fwd((t.q, t.k, t.v, out, lse), *features.of(p, t))
     return out, lse
 
 
 def backward(problem: Problem, t: Tensors, out, lse, do, dlse, needed, into=None) -> Gradients:
     """The needed gradients, those of q, k and v in the memory order of what they are the gradients of, or written into the
     three tensors given."""
-    p, t = problem, _plain_memory(problem, t)
+    p, t = problem, features.plain_memory(problem, t)
     do = layout.last_dim_dense(do.resolve_neg())
     dlse = None if dlse is None else dlse.resolve_neg().contiguous()
     need = Gradients(*needed)
@@ -56,18 +56,18 @@ def backward(problem: Problem, t: Tensors, out, lse, do, dlse, needed, into=None
     dq, dk, dv = into or (result.empty() for result in plan.results)
     delta = torch.empty_like(lse)
     dslopes = torch.empty_like(lse) if need.slopes else None
-    features = _features(p, t)
+    optional = features.of(p, t)
     if plan.dq is None:
-        plan.dkdv((t.q, t.k, t.v, out, do, lse, dlse, delta, dq, dk, dv, dslopes), *features)
+        plan.dkdv((t.q, t.k, t.v, out, do, lse, dlse, delta, dq, dk, dv, dslopes), *optional)
     else:
         # delta and, where slopes need a gradient, each query's part of it, come of this one: any gradient needs it
-        plan.dq((t.q, t.k, t.v, out, do, lse, dlse, delta, dq, dslopes), *features)
+        plan.dq((t.q, t.k, t.v, out, do, lse, dlse, delta, dq, dslopes), *optional)
         if need.k or need.v:
-            plan.dkdv((t.q, t.k, t.v, None, do, lse, None, delta, None, dk, dv, None), *features)
+            plan.dkdv((t.q, t.k, t.v, None, do, lse, None, delta, None, dk, dv, None), *optional)
     dbias = None
     if need.bias:
         dbias = torch.empty(p.bias, dtype=t.bias.dtype, device=p.device)
-        plan.dbias((t.q, t.k, t.v, do, lse, delta, dbias), *features)
+        plan.dbias((t.q, t.k, t.v, do, lse, delta, dbias), *optional)
     return Gradients(
         dq, *((dk, dv) if need.k or need.v else (None, None)), dbias, _slope_sums(p, t, dslopes) if need.slopes else None,
         _sink_sums(t.sinks, lse, delta) if need.sinks else None,
@@ -149,7 +149,7 @@ def _launch(p: Problem, t: Tensors, kernel, vec: int, strides: list, heads: int,
     constants = dict(
         D=p.head_dim, DV=p.v_head_dim, BLOCK_D=configs.head_dim_class(p.head_dim),
         BLOCK_DV=configs.head_dim_class(p.v_head_dim), VEC=vec, PRECISION=_precision(p), MOD=value, MOD_GRAD=derivative,
-        LINEAR=p.linear, MASK_VEC=_mask_vec(t), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        LINEAR=p.linear, MASK_VEC=features.mask_vec(t), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
     )  # fmt: skip
     if name == "flash_bwd_dbias":
         batch, bias_heads, rows, columns = p.bias
@@ -184,43 +184,6 @@ def _sink_sums(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """The gradient of the sinks: a sink is one more logit, whose value is 0, so its dS is P * (0 - delta)."""
     p = (sinks.float()[:, None] - lse).exp_()  # [H, 1] - [B, H, Nq]
     return -(p * delta).masked_fill_(lse == -torch.inf, 0.0).sum((0, 2)).to(sinks.dtype)
-
-
-def _plain_memory(p: Problem, t: Tensors) -> Tensors:
-    """No lazy negation, and masks as bytes."""
-    if any([x is not None and x.is_neg() for x in (t[:3] if p.plain else t)]):
-        t = Tensors(*(None if x is None else x.resolve_neg() for x in t))
-    return t if t.mask is None else t._replace(mask=t.mask.view(torch.uint8))
-
-
-def _features(p: Problem, t: Tensors) -> tuple[tuple, tuple]:
-    """The optional arguments as kernels/features.py has them, and the tensors among them."""
-    from tfkern.kernels import features as device
-
-    if p.plain:
-        return device.NONE, ()
-    tensors = tuple(x for x in t[3:] if x is not None)
-
-    def mask(x: Tensor | None):
-        if x is None:
-            return None
-        rows, columns = (layout.encode(layout.MANY if n == 1 else n) for n in x.shape[2:])
-        return device.Mask(x, layout.mask_strides(x)[1], rows, columns)
-
-    def stepped(x: Tensor) -> list[int]:
-        return [layout.encode(s if n > 1 else 0) for s, n in zip(x.stride(), x.shape, strict=True)]
-
-    return device.Features(
-        key_lengths=t.key_lengths, cu_q=t.cu_q, cu_k=t.cu_k, scale=t.scale, softcap=p.softcap, mask=mask(t.mask),
-        bias=mask(t.bias), slopes=None if t.slopes is None else device.Slopes(t.slopes, *stepped(t.slopes)), sinks=t.sinks,
-        dropout=device.Dropout(t.seed, layout.encode(dropout.threshold(p.dropout_p)), dropout.factor(p.dropout_p))
-        if p.dropout_p else None,
-    ), tensors  # fmt: skip
-
-
-def _mask_vec(t: Tensors) -> int:
-    masks = [x for x in (t.mask, t.bias) if x is not None]
-    return layout.mask_strides(masks[0])[0] if masks else 0
 
 
 def _precision(p: Problem) -> str:
