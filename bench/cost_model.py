@@ -16,6 +16,7 @@ Assumptions (each is a number to be corrected by measurements, `tfkern bench mod
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 LATENCY = {
     "barriers": 30, "wgmma waits": 60, "tensor-memory waits": 120, "shuffles": 12, "copy waits": 30, "LDS waits": 64,
@@ -84,6 +85,14 @@ class Prediction:
     bound: str
 
 
+class Loop(NamedTuple):
+    """An inner loop. Of one pass by a program: the cycles for which it keeps each pipe busy; the cycles that it takes if it has
+    an SM to itself."""
+
+    busy: dict[str, float]
+    alone: float
+
+
 def alone(instructions: int, busy: dict[str, float], waits: dict[str, int], machine: Machine) -> float:
     """Cycles of one pass by a program that has an SM to itself."""
     vector = max([machine.pace * instructions, *(cycles for pipe, cycles in busy.items() if pipe != "tensor")])
@@ -91,18 +100,18 @@ def alone(instructions: int, busy: dict[str, float], waits: dict[str, int], mach
 
 
 def predict(
-    work: Work, loops: list[tuple[int, dict, dict]], outside: float, occupancy: int, machine: Machine = H100
+    work: Work, loops: list[Loop], outside: float, occupancy: int, machine: Machine = H100, memory_waits: int = 2
 ) -> Prediction:
-    """loops: (instructions, busy cycles by pipe, waits) of each inner loop; outside: cycles a program issues beside them."""
+    """outside: cycles that a program issues beside its inner loops; memory_waits: how often it waits for memory there."""
     loops = loops + loops[-1:] * (len(work.passes) - len(loops))
     each = min(occupancy, max(1, math.ceil(work.programs / machine.sms)))
     by_pipe = {"latency": 0.0}
-    for passes, (instructions, busy, waits) in zip(work.passes, loops, strict=True):
-        for pipe, cycles in busy.items():
+    for passes, loop in zip(work.passes, loops, strict=True):
+        for pipe, cycles in loop.busy.items():
             by_pipe[pipe] = by_pipe.get(pipe, 0.0) + passes * cycles / (machine.tensor if pipe == "tensor" else 1.0)
-        by_pipe["latency"] += passes * alone(instructions, busy, waits, machine) / each
+        by_pipe["latency"] += passes * loop.alone / each
     by_pipe["issue"] = by_pipe.get("issue", 0.0) + work.programs * outside
-    by_pipe["latency"] += work.programs * (machine.pace * outside + 2 * MEMORY_LATENCY) / each
+    by_pipe["latency"] += work.programs * (machine.pace * outside + memory_waits * MEMORY_LATENCY) / each
     seconds = {pipe: cycles / machine.sms / machine.clock for pipe, cycles in by_pipe.items()}
     # The last wave: SMs that have fewer programs than the others wait for them.
     slots = machine.sms * each

@@ -22,8 +22,9 @@ def parse(text: str) -> list[Instruction]:
 
 # Cycles that one warp's instruction keeps a pipe of its quarter of an SM (throughputs of NVIDIA's CUDA C++ programming guide,
 # "arithmetic instructions", over four quarters of 32 lanes; taken to be the same for sm_80, sm_90 and sm_100).
+MUFU_CYCLES = 8.0
 PIPES = (
-    ("mufu", 8.0, ("MUFU",)),
+    ("mufu", MUFU_CYCLES, ("MUFU",)),
     ("fma", 1.0, ("FFMA", "FMUL", "FADD", "HFMA2", "HADD2", "HMUL2")),
     ("fma", 2.0, ("FFMA2", "FMUL2", "FADD2")),  # sm_100: two numbers a lane
     ("imad", 2.0, ("IMAD",)),

@@ -46,7 +46,7 @@ class Measured(NamedTuple):
 
     arch: str
     found: aot.Resources
-    loops: list[tuple[int, dict, dict]]  # of each inner loop: instructions, busy cycles by pipe, waits
+    loops: list[cost_model.Loop]
     outside: float  # cycles issued beside the inner loops
     occupancy: int
 
@@ -68,10 +68,15 @@ def measured(kernel: str, arch: str, head_dim: int, config, binary, found: aot.R
     code = code_of(binary, arch)
     inner = machine_code.loops(code, isa.MULTIPLY)
     multiply_adds = geometry.multiply_adds(kernel, config, head_dim)
-    loops = [(len(body), isa.busy(body, config.num_warps, multiply_adds), isa.waits(body)) for body in inner]
+    busy = [isa.busy(body, config.num_warps, multiply_adds) for body in inner]
+    machine = cost_model.MACHINES[arch]
+    loops = [
+        cost_model.Loop(cycles, cost_model.alone(len(body), cycles, isa.waits(body), machine))
+        for body, cycles in zip(inner, busy, strict=True)
+    ]
     outside = (len(code) - sum(map(len, inner))) * config.num_warps / 4
     tensor_memory = getattr(binary.metadata, "tmem_size", None) or 0
-    occupancy = cost_model.MACHINES[arch].occupancy(found.registers, found.shared, config.num_warps, tensor_memory)
+    occupancy = machine.occupancy(found.registers, found.shared, config.num_warps, tensor_memory)
     return Measured(arch, found, loops, outside, occupancy)
 
 

@@ -1,0 +1,114 @@
+#!/usr/bin/env python3
+"""Predicted times of the Hopper forward beside the portable one's, on an H100 that need not be there.
+
+usage: hopper_model.py [--length 197 512 …] [--head-dim 64] [--heads 12] [--tokens 32768] [--dtype bf16]
+
+To the assumptions of cost_model.py come, for two consumers whose products run while they exponentiate:
+- A consumer by itself issues an instruction every `pace` cycles; its products run one after the other beside that, from where
+  they are issued to where it waits for them, as the machine code has it. So exponentials under a product cost the longer of the
+  two, not their sum.
+- Two consumers disturb each other only where a pipe is full: a pass takes the program the longest of what each consumer takes
+  by itself and of what both need of the tensor pipes, MUFU, or issue slots.
+- The producer is free, and always ahead but for what a program waits for as it begins and ends (MEMORY_WAITS).
+- The first tile of a program, which the kernel has outside of its loops, counts as one more pass of the last loop.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import aot
+import compile_gate
+import cost_model
+import geometry
+import hopper_gate
+import machine_code
+import model
+import sass
+import sweep
+
+WARPS = 4  # of a consumer
+MEMORY_WAITS = 2  # of a program: for Q and the first K; for V and for O to leave
+ARRIVED = cost_model.LATENCY["barriers"]  # of a wait for an mbarrier that has completed
+
+
+def steady(body: list[machine_code.Instruction], machine: cost_model.Machine = cost_model.H100) -> float:
+    """Cycles of one pass of a loop by one consumer that has an SM to itself."""
+    now = tensor = mufu = 0.0  # when the next instruction is issued, and when these pipes are free
+    groups: list[float] = []  # when those in flight are done
+    begun = 0.0
+    for _ in range(4):  # by then every pass takes as long
+        begun = now
+        for x in body:
+            now += machine.pace
+            if x.name == "HGMMA":
+                tensor = max(tensor, now) + sass.wgmma_cycles(x) / machine.tensor
+                groups += [tensor] if "gsb0" in x.operands else []
+            elif x.opcode.startswith("WARPGROUP.DEPBAR"):
+                done = len(groups) - int(x.operands.split("0x")[1], 16)
+                now = max([now, *groups[: max(0, done)]]) + cost_model.LATENCY["wgmma waits"]
+                groups = groups[max(0, done) :]
+            elif x.name == "MUFU":
+                now = max(now, mufu)
+                mufu = now + sass.MUFU_CYCLES
+            elif x.name == "SHFL":
+                now += cost_model.LATENCY["shuffles"]
+            elif x.opcode.startswith(("BAR.SYNC", "SYNCS.PHASECHK")):
+                now += ARRIVED
+    return now - begun
+
+
+def loops_of(code: list[machine_code.Instruction], consumers: int) -> tuple[list[cost_model.Loop], float]:
+    """(the loops of a program, each of all its consumers together; cycles that one of them issues beside the loops)."""
+    inner = machine_code.loops(code, sass.MULTIPLY)
+    kinds = len(inner) // consumers  # the code has one consumer's loops behind the other's
+    loops = []
+    for kind in range(kinds):
+        bodies = inner[kind::kinds]
+        busy = sum((Counter(sass.busy(body, WARPS, 0)) for body in bodies), Counter())
+        loops.append(cost_model.Loop(dict(busy), max(map(steady, bodies))))
+    first_tile = sum(map(len, inner[kinds - 1 :: kinds]))
+    return loops, (len(code) - sum(map(len, inner)) - first_tile) / consumers
+
+
+def predict(problem: geometry.Problem, dtype: str) -> cost_model.Prediction:
+    """Of one launch of flash_fwd for Hopper, with the tiles for more queries than one consumer owns."""
+    tiles = compile_gate.load("tfkern.tiles")
+    config = tiles.HOPPER[problem.head_dim][0]
+    source = hopper_gate.source(dtype, problem.head_dim, config, "causal" if problem.causal else "full")
+    binary = aot.triton.compile(source, target=aot.TARGETS["sm_90"], options=dict(num_warps=4, enable_fp_fusion=True))
+    found = aot.resources(binary, "sm_90")
+    loops, outside = loops_of(sweep.code_of(binary, "sm_90"), config.consumers)
+    occupancy = cost_model.H100.occupancy(found.registers, found.shared, WARPS * (1 + config.consumers))
+    owned = tiles.TileConfig(tiles.HOPPER_QUERIES * config.consumers, config.block_n)
+    return cost_model.predict(geometry.work("flash_fwd", owned, problem), loops, outside, occupancy, memory_waits=MEMORY_WAITS)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--length", nargs="+", type=int, default=[197, 512, 1024, 2048])
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--heads", type=int, default=sweep.HEADS)
+    parser.add_argument("--tokens", type=int, default=sweep.TOKENS)
+    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16"])
+    args = parser.parse_args()
+    print("| N | | floor µs | portable µs | of the floor | Hopper µs | bound | of the floor | TFLOP/s |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for n in args.length:
+        for causal in (False, True):
+            problem = geometry.Problem(max(1, args.tokens // n), args.heads, n, args.head_dim, causal)
+            portable = model.predict(problem, "forward", args.dtype)["microseconds"]
+            found, floor = predict(problem, args.dtype), geometry.floor("flash_fwd", problem)
+            flops = 4 * problem.scores * problem.head_dim / found.microseconds / 1e6
+            print(
+                f"| {n} | {'causal' if causal else 'full'} | {floor:.0f} | {portable:.0f} | {floor / portable:.0%} "
+                f"| {found.microseconds:.0f} | {found.bound} | {floor / found.microseconds:.0%} | {flops:.0f} |",
+                flush=True,
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
