@@ -27,8 +27,10 @@ from triton.experimental.gluon._runtime import GluonASTSource
 # As in compile_gate.py: what is there beside queries, keys and values.
 VARIANTS = {
     "full": set(), "causal": {"RIGHT"}, "window": {"LEFT", "RIGHT"}, "padded": {"key_lengths"}, "packed": {"cu_q", "cu_k"},
-    "softcap": {"softcap"}, "slopes": {"slopes", "RIGHT"}, "sinks": {"sinks"}, "score-mod": {"MOD"},
-    "everything": {"LEFT", "RIGHT", "cu_q", "cu_k", "softcap", "slopes", "sinks", "MOD"},
+    "mask": {"mask"}, "bias": {"bias"},
+    "bias-any": {"bias"}, "softcap": {"softcap"}, "slopes": {"slopes", "RIGHT"}, "sinks": {"sinks"}, "score-mod": {"MOD"},
+    "several": {"LEFT", "RIGHT", "cu_q", "cu_k", "softcap", "slopes", "sinks", "MOD"},
+    "everything": {"LEFT", "RIGHT", "cu_q", "cu_k", "bias", "softcap", "slopes", "sinks", "MOD"},
 }  # fmt: skip
 LIGHT = ["full", "causal", "window", "padded", "packed", "sinks"]  # what does not take the tiles for `heavy` problems
 SPILLED = 64  # such as the number of the program, which ptxas keeps in memory over the start of a partition
@@ -44,10 +46,11 @@ def source(dtype: str, dim: int, config, variant: str):
     """flash_fwd with its arguments as types."""
     there = VARIANTS[variant]
     kernel = compile_gate.load("tfkern.kernels.hopper.flash_fwd").flash_fwd
-    features = compile_gate.features(there, f"*{dtype}", 0)
+    mask_vec = 0 if variant == "bias-any" else 8
+    features = compile_gate.features(there, f"*{dtype}", mask_vec)
     mod = compile_gate.load("tfkern.kernels.score_mods").signed_log if "MOD" in there else None
-    linear = not there & {"softcap", "slopes", "sinks", "MOD"}
-    constants = dict(MOD=mod, LINEAR=linear, DIM=dim, **config.constants(dim))
+    linear = not there & {"bias", "softcap", "slopes", "sinks", "MOD"}
+    constants = dict(MOD=mod, LINEAR=linear, MASK_VEC=mask_vec, DIM=dim, **config.constants(dim))
     constants |= {name: None for name in ("LEFT", "RIGHT") if name not in there}
     kinds = dict(F=features, O=f"*{dtype}", LSE="*fp32", stride_o=("i32",) * 3, scale="fp32")
     kinds |= dict.fromkeys(("q_desc", "o_desc"), descriptor(dtype, constants["BLOCK_M"], dim))
@@ -89,7 +92,9 @@ def jobs(args):
     for dim in args.head_dim:
         tiles = compile_gate.load("tfkern.tiles").HOPPER[dim]
         for variant in args.variant:
-            for config in (tiles.main if variant in LIGHT else tiles.heavy, tiles.few):
+            usual = tiles.main if variant in LIGHT else tiles.heavy
+            several = (tiles.masked,) if {"mask", "bias"} & VARIANTS[variant] else (usual, tiles.single)
+            for config in filter(None, several):
                 for dtype in args.dtype:
                     yield dtype, dim, config, variant
 
@@ -102,8 +107,8 @@ def main() -> int:
     failed = 0
     print(f"Triton {aot.triton.__version__}")
     for dtype, dim, config, variant in jobs(parser.parse_args()):
-        options = dict(num_warps=4, enable_fp_fusion=True)
-        binary = aot.triton.compile(source(dtype, dim, config, variant), target=aot.TARGETS["sm_90"], options=options)
+        compiled = source(dtype, dim, config, variant)
+        binary = aot.triton.compile(compiled, target=aot.TARGETS["sm_90"], options=config.options())
         text, wrong = judge(binary)
         failed += bool(wrong)
         tiles = f"{config.consumers} consumers x {config.block_n} s{config.stages}"

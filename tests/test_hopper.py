@@ -40,6 +40,8 @@ EXTRA = [
     testing.Case("d192", 1, 70, 192, n_k=200),
     testing.Case("packed-long", 2, 0, 64, kv_heads=1, lengths=((140, 0, 77, 200), (140, 30, 150, 0)), options=testing.CAUSAL),
     testing.Case("packed-window", 2, 0, 40, lengths=((90, 5), (130, 170)), options=dict(window=(60, 20))),
+    testing.Case("hidden-keys", 2, 150, 64, mask="bool 1h1k", options=dict(window=(90, 40))),
+    testing.Case("bias-wide", 2, 70, 128, n_k=130, kv_heads=1, batch=2, mask="query b1qk", options=testing.CAUSAL),
     testing.Case("softcap-causal", 2, 200, 64, options=dict(softcap=3.0, **testing.CAUSAL)),
     testing.Case("slopes-sinks", 2, 150, 64, slopes="h", sinks=True, options=testing.CAUSAL),
     testing.Case(
@@ -136,7 +138,7 @@ def faults_found(kernel, monkeypatch) -> str | None:
 
     monkeypatch.setattr(flash_fwd, "flash_fwd", kernel)
     monkeypatch.setattr(call, "_problems", {})  # they keep launches of the kernel as it was
-    for name in ("several-tiles-causal", "window-of-many-tiles", "cut-inside", "packed-long", "d256-causal"):
+    for name in ("several-tiles-causal", "window-of-many-tiles", "cut-inside", "packed-long", "d256-causal", "hidden-keys"):
         case = CASES[name]
         inputs, (problem, tensors) = built(case, torch.bfloat16)
         function = tfkern.attention_varlen if case.lengths else tfkern.attention
@@ -170,10 +172,10 @@ def test_the_compiler_overlaps_what_it_should(tmp_path):
     """0 spills, no serialised wgmma, every exponential of a loop under a product, no operand overwritten; see the gate."""
     gate = SOURCE.parent.parent.parent / "bench" / "hopper_gate.py"
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    some = ["--head-dim", "64", "--variant", "full", "causal", "packed", "everything"]  # make gate has all
+    some = ["--head-dim", "64", "--variant", "full", "causal", "packed", "several", "everything"]  # make gate has all
     done = subprocess.run([sys.executable, gate, *some], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert done.stdout.count("exp2 under a wgmma") == 8
+    assert done.stdout.count("exp2 under a wgmma") == 9
 
 
 WGMMA = """

@@ -113,13 +113,14 @@ HOPPER_QUERIES = 64  # that one consumer warpgroup owns
 @dataclass(frozen=True)
 class HopperConfig:
     """Of kernels/hopper/flash_fwd.py: block_n keys at a time in `stages` buffers, by `consumers` warpgroups with `registers` a
-    thread, which take turns if `pingpong`; and how these were chosen."""
+    thread, which take turns if `pingpong`; `programs` share a multiprocessor; and how these were chosen."""
 
     block_n: int
     stages: int
     consumers: int
     pingpong: bool
     registers: int
+    programs: int = 1
     source: str = field(default=COMPILES, compare=False)
 
     def constants(self, block_d: int) -> dict:
@@ -129,18 +130,31 @@ class HopperConfig:
             PINGPONG=self.pingpong, REGISTERS=self.registers,
         )  # fmt: skip
 
+    def options(self) -> dict:
+        """For the compiler. The producer's 4 warps are those of the launch."""
+        share = 65536 // (self.programs * (1 + self.consumers) * 128)  # registers a thread
+        options = dict(num_warps=4, enable_fp_fusion=True)  # as in portable.py
+        return options if self.programs == 1 else options | dict(maxnreg=share)
+
 
 class HopperTiles(NamedTuple):
     """Of one head-dim class."""
 
     main: HopperConfig
-    few: HopperConfig  # no more queries than one consumer owns: with two, half of the program would be idle
     heavy: HopperConfig  # more than scale and band between a product and its logit: that takes registers
+    single: HopperConfig  # one consumer: for no more queries than it owns
+    masked: HopperConfig | None  # one consumer, which changes V where a mask hides keys; its addresses take registers
 
+
+_SINGLE = HopperConfig(64, 2, 1, False, 216, 2)
 
 # By head-dim class.
 HOPPER = {
-    64: HopperTiles(HopperConfig(128, 2, 2, True, 240), HopperConfig(64, 2, 1, False, 240), HopperConfig(64, 2, 2, True, 240)),
-    128: HopperTiles(HopperConfig(128, 2, 2, True, 240), HopperConfig(64, 2, 1, False, 240), HopperConfig(64, 2, 2, True, 240)),
-    256: HopperTiles(HopperConfig(64, 2, 2, True, 240), HopperConfig(64, 2, 1, False, 240), HopperConfig(64, 2, 2, True, 240)),
-}
+    64: HopperTiles(
+        HopperConfig(128, 2, 2, True, 240), HopperConfig(64, 2, 2, True, 240), _SINGLE, HopperConfig(32, 2, 1, False, 216, 2),
+    ),
+    128: HopperTiles(
+        HopperConfig(128, 2, 2, True, 240), HopperConfig(64, 2, 2, True, 240), _SINGLE, HopperConfig(32, 2, 1, False, 240),
+    ),
+    256: HopperTiles(*[HopperConfig(64, 2, 2, True, 240)] * 2, HopperConfig(64, 2, 1, False, 240), None),
+}  # fmt: skip

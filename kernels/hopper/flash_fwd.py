@@ -18,16 +18,30 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )  # fmt: skip
 
 from .. import band, score, sequence, softmax, tile
-from .parts import accumulator, barriers, begin_turns, end_turns, give_turn, stage_of, take_turn, tma_load, tma_store, zero_rows
+from .parts import (
+    accumulator,
+    barriers,
+    begin_turns,
+    end_turns,
+    give_turn,
+    hide_rows,
+    stage_of,
+    take_turn,
+    tma_load,
+    tma_store,
+    zero_rows,
+)  # fmt: skip
 
 # Changing these numbers never recompiles.
 RUN_TIME = ["stride_o", "batch", "heads", "group", "n_q", "n_k", "tiles", "items", "align", "LEFT", "RIGHT"]
 
 
 @gluon.jit
-def _place(item, F, work, LEFT, RIGHT, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, LINEAR: gl.constexpr):
-    """Where item number `item` is, and what it depends on: (sequence, head, first query, Scorer, the keys it needs). Where
-    later queries see more keys, those of all heads come first, so that the shortest items fill the end."""
+def _place(
+    item, F, work, LEFT, RIGHT, LINEAR: gl.constexpr, MASK_VEC: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr
+):  # fmt: skip
+    """Where item number `item` is, and what it depends on: (sequence, head, first query, Scorer, first key of its first tile,
+    the keys it needs). Where later queries see more keys, those of all heads come first: the shortest items fill the end."""
     scale, batch, heads, _group, n_q, n_k, tiles, items, align = work
     if RIGHT is not None:
         sets = items // tiles
@@ -35,41 +49,42 @@ def _place(item, F, work, LEFT, RIGHT, ROWS: gl.constexpr, BLOCK_N: gl.constexpr
     else:
         seq, h, start_m = sequence.locate_queries(F, item, tiles, heads, batch, n_q, n_k, ROWS)
     shift = align * (seq.n_k - seq.n_q)
-    S = score.prepare(F, seq, h, score.scale_of(F, scale), shift, LINEAR, 0)
+    S = score.prepare(F, seq, h, score.scale_of(F, scale), shift, LINEAR, MASK_VEC)
     end_m = gl.minimum(start_m + ROWS, seq.n_q)
-    return seq, h, start_m, S, band.key_range(start_m, end_m, S.n_k, shift, LEFT, RIGHT, F, BLOCK_N)
+    keys = band.key_range(start_m, end_m, S.n_k, shift, LEFT, RIGHT, F, BLOCK_N)
+    return seq, h, start_m, S, band.first_tile(keys[0], F, BLOCK_N), keys
 
 
 @gluon.jit
 def _produce(
-    q_desc, k_desc, v_desc, memory, v_cut, work, F, LEFT, RIGHT, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, LINEAR: gl.constexpr,
+    q_desc, k_desc, v_desc, memory, v_cut, work, F, LEFT, RIGHT, LINEAR: gl.constexpr, MASK_VEC: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """For each item fetch Q, then K and V of every tile of [lo, hi), as their buffers fall free. Rows beyond a tensor arrive as
-    zeros; keys of the last tile that are there, but that no query here sees, are zeroed in V."""
+    zeros; keys of the first and last tile that are there, but outside of [lo, hi), are zeroed in V."""
     qs, ks, vs, _os, q_full, q_empty, k_full, k_empty, v_full, v_empty = memory
     _scale, _batch, _heads, group, _n_q, n_k, _tiles, items, _align = work
     number, cuts, count = 0, 0, 0  # of items, of tiles cut short, of tiles so far
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        seq, h, start_m, _S, keys = _place(item, F, work, LEFT, RIGHT, BLOCK_M * CONSUMERS, BLOCK_N, LINEAR)
+        seq, h, start_m, _S, first, keys = _place(item, F, work, LEFT, RIGHT, LINEAR, MASK_VEC, BLOCK_M * CONSUMERS, BLOCK_N)
         lo, _full_lo, _full_hi, hi = keys
         for c in gl.static_range(CONSUMERS):
             mbarrier.wait(q_empty.index(c), (number & 1) ^ 1)
             mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
             tma_load(q_desc, [seq.at, h, seq.q_row + start_m + c * BLOCK_M, 0], q_full.index(c), qs.index(c))
         h_kv = h // group
-        for start_n in range(lo, hi, BLOCK_N):
+        for start_n in range(first, hi, BLOCK_N):
             stage, phase = stage_of(count, STAGES)
             row = seq.k_row + start_n
             mbarrier.wait(k_empty.index(stage), phase ^ 1)
             mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
             tma_load(k_desc, [seq.at, h_kv, row, 0], k_full.index(stage), ks.index(stage))
             mbarrier.wait(v_empty.index(stage), phase ^ 1)
-            if gl.minimum(row + BLOCK_N, n_k) > seq.k_row + hi:
+            if (start_n < lo) | (gl.minimum(row + BLOCK_N, n_k) > seq.k_row + hi):
                 mbarrier.expect(v_cut, v_desc.block_type.nbytes)
                 tma_load(v_desc, [seq.at, h_kv, row, 0], v_cut, vs.index(stage))
                 mbarrier.wait(v_cut, cuts & 1)
-                zero_rows(vs.index(stage).reshape([BLOCK_N, D]), hi - start_n, BLOCK_N)
+                zero_rows(vs.index(stage).reshape([BLOCK_N, D]), lo - start_n, hi - start_n, BLOCK_N)
                 fence_async_shared()
                 mbarrier.arrive(v_full.index(stage), count=1)
                 cuts += 1
@@ -82,28 +97,36 @@ def _produce(
 
 @gluon.jit
 def _softmax(
-    s, m_i, l_i, start_m, start_n, F, S, LEFT, RIGHT, MOD: gl.constexpr, LINEAR: gl.constexpr, MASKED: gl.constexpr
+    s, m_i, l_i, v, v_full, phase, start_m, start_n, F, S, LEFT, RIGHT, MOD: gl.constexpr, LINEAR: gl.constexpr,
+    MASK_VEC: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """Take in products s [BLOCK_M, BLOCK_N] as softmax.step does."""
+    """Take in products s [BLOCK_M, BLOCK_N] as softmax.step does. With a mask: where it hides a key of the tile from all
+    queries, its row of v is zeroed, as soon as it is there."""
     S_LAYOUT: gl.constexpr = s.type.layout
     offs_m = start_m + gl.arange(0, s.shape[0], layout=gl.SliceLayout(1, S_LAYOUT))
     offs_n = start_n + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, S_LAYOUT))
     s, keep, _slope = score.logits(
         s, offs_m[:, None], offs_n[None, :], start_m, start_n, F, S, LEFT, RIGHT,
-        MOD, None, LINEAR, 0, MASKED, MASKED)  # fmt: skip
+        MOD, None, LINEAR, MASK_VEC, MASKED, MASKED)  # fmt: skip
+    if F.mask is not None or F.bias is not None:
+        seen = gl.max(keep.to(gl.int32), 0)
+        if gl.min(seen, 0) == 0:
+            mbarrier.wait(v_full, phase)
+            hide_rows(v, seen)
+            fence_async_shared()
     return softmax.step(gl.where(keep, s, float("-inf")), m_i, l_i, S, LINEAR)
 
 
 @gluon.jit
 def _step(
-    i, count, q, memory, acc, p, m_i, l_i, start_m, lo, n_tiles, F, S, LEFT, RIGHT, MOD: gl.constexpr, LINEAR: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr,
-    PINGPONG: gl.constexpr, MASKED: gl.constexpr,
+    i, count, q, memory, acc, p, m_i, l_i, start_m, first, n_tiles, F, S, LEFT, RIGHT, MOD: gl.constexpr, LINEAR: gl.constexpr,
+    MASK_VEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMER: gl.constexpr, PINGPONG: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """The scores and softmax of an item's tile i, before which `count` tiles came, and the product of the tile before it,
     whose P is p."""
     _, ks, vs, _os, _q_full, _q_empty, k_full, k_empty, v_full, v_empty = memory
-    stage, _ = stage_of(count + i, STAGES)
+    stage, now = stage_of(count + i, STAGES)
     before, phase = stage_of(count + i - 1, STAGES)
     S_LAYOUT: gl.constexpr = accumulator(BLOCK_N)
     take_turn(CONSUMER, PINGPONG)
@@ -116,7 +139,10 @@ def _step(
     give_turn(CONSUMER, PINGPONG)
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(k_empty.index(stage), count=1)
-    x, alpha, m_i, l_i = _softmax(s, m_i, l_i, start_m, lo + i * BLOCK_N, F, S, LEFT, RIGHT, MOD, LINEAR, MASKED)
+    v = vs.index(stage).reshape([BLOCK_N, D])
+    x, alpha, m_i, l_i = _softmax(
+        s, m_i, l_i, v, v_full.index(stage), now, start_m, first + i * BLOCK_N, F, S, LEFT, RIGHT,
+        MOD, LINEAR, MASK_VEC, MASKED)  # fmt: skip
     following = gl.convert_layout(x.to(v.dtype), p.type.layout)
     # A real branch: without one ptxas moves the wait below above the exponentials, and nothing overlaps.
     stage, phase = stage_of(count + i + 1, STAGES)
@@ -129,13 +155,13 @@ def _step(
 
 @gluon.jit
 def _attend(
-    q, memory, acc, m_i, l_i, count, n_tiles, start_m, keys, F, S, LEFT, RIGHT, MOD: gl.constexpr, LINEAR: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr,
-    PINGPONG: gl.constexpr,
+    q, memory, acc, m_i, l_i, count, n_tiles, start_m, first, keys, F, S, LEFT, RIGHT, MOD: gl.constexpr, LINEAR: gl.constexpr,
+    MASK_VEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMER: gl.constexpr, PINGPONG: gl.constexpr,
 ):  # fmt: skip
     """Take an item's n_tiles > 0 tiles of keys, before which `count` tiles came, into (acc, m_i, l_i)."""
     _, ks, vs, _os, _q_full, _q_empty, k_full, k_empty, v_full, v_empty = memory
-    lo, full_lo, full_hi, _hi = keys
+    _lo, full_lo, full_hi, _hi = keys
     S_LAYOUT: gl.constexpr = accumulator(BLOCK_N)
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc.type.layout, k_width=2)
     stage, phase = stage_of(count, STAGES)
@@ -147,25 +173,27 @@ def _attend(
     give_turn(CONSUMER, PINGPONG)
     s = warpgroup_mma_wait(0, deps=(s,))
     mbarrier.arrive(k_empty.index(stage), count=1)
-    x, _alpha, m_i, l_i = _softmax(s, m_i, l_i, start_m, lo, F, S, LEFT, RIGHT, MOD, LINEAR, True)
+    v = vs.index(stage).reshape([BLOCK_N, D])
+    x, _alpha, m_i, l_i = _softmax(
+        s, m_i, l_i, v, v_full.index(stage), phase, start_m, first, F, S, LEFT, RIGHT, MOD, LINEAR, MASK_VEC, True)  # fmt: skip
     p = gl.convert_layout(x.to(vs.dtype), P_LAYOUT)
     stage, phase = stage_of(count + 1, STAGES)
     mbarrier.wait(k_full.index(stage), phase, pred=n_tiles > 1)
-    left = gl.minimum((full_lo - lo) // BLOCK_N, n_tiles)
-    right = gl.minimum(gl.maximum((full_hi - lo) // BLOCK_N, left), n_tiles)
+    left = gl.minimum((full_lo - first) // BLOCK_N, n_tiles)
+    right = gl.minimum(gl.maximum((full_hi - first) // BLOCK_N, left), n_tiles)
     if LEFT is not None:
         for i in range(1, left):
             acc, p, m_i, l_i = _step(
-                i, count, q, memory, acc, p, m_i, l_i, start_m, lo, n_tiles, F, S, LEFT, RIGHT, MOD, LINEAR,
-                BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, PINGPONG, True)  # fmt: skip
+                i, count, q, memory, acc, p, m_i, l_i, start_m, first, n_tiles, F, S, LEFT, RIGHT, MOD, LINEAR,
+                MASK_VEC, BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, PINGPONG, True)  # fmt: skip
     for i in range(gl.maximum(left, 1), right):
         acc, p, m_i, l_i = _step(
-            i, count, q, memory, acc, p, m_i, l_i, start_m, lo, n_tiles, F, S, LEFT, RIGHT, MOD, LINEAR,
-            BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, PINGPONG, False)  # fmt: skip
+            i, count, q, memory, acc, p, m_i, l_i, start_m, first, n_tiles, F, S, LEFT, RIGHT, MOD, LINEAR,
+            MASK_VEC, BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, PINGPONG, False)  # fmt: skip
     for i in range(gl.maximum(right, 1), n_tiles):
         acc, p, m_i, l_i = _step(
-            i, count, q, memory, acc, p, m_i, l_i, start_m, lo, n_tiles, F, S, LEFT, RIGHT, MOD, LINEAR,
-            BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, PINGPONG, True)  # fmt: skip
+            i, count, q, memory, acc, p, m_i, l_i, start_m, first, n_tiles, F, S, LEFT, RIGHT, MOD, LINEAR,
+            MASK_VEC, BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, PINGPONG, True)  # fmt: skip
     stage, phase = stage_of(count + n_tiles - 1, STAGES)
     mbarrier.wait(v_full.index(stage), phase)
     v = vs.index(stage).reshape([BLOCK_N, D])
@@ -194,9 +222,9 @@ def _write(o, o_desc, O, stride_o, buffer, seq, h, start_m, F, DIM: gl.constexpr
 
 @gluon.jit
 def _consume(
-    o_desc, O, LSE, stride_o, memory, work, F, LEFT, RIGHT, MOD: gl.constexpr, LINEAR: gl.constexpr, DIM: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
-    CONSUMER: gl.constexpr, PINGPONG: gl.constexpr,
+    o_desc, O, LSE, stride_o, memory, work, F, LEFT, RIGHT, MOD: gl.constexpr, LINEAR: gl.constexpr, MASK_VEC: gl.constexpr,
+    DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr, CONSUMER: gl.constexpr, PINGPONG: gl.constexpr,
 ):  # fmt: skip
     """O and LSE of 64 queries of every item."""
     qs, _ks, _vs, os, q_full, q_empty, _k_full, _k_empty, _v_full, _v_empty = memory
@@ -207,17 +235,16 @@ def _consume(
     number, count = 0, 0  # of items, of tiles so far
     begin_turns(CONSUMER, PINGPONG)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        seq, h, start_m, S, keys = _place(item, F, work, LEFT, RIGHT, BLOCK_M * CONSUMERS, BLOCK_N, LINEAR)
+        seq, h, start_m, S, first, keys = _place(item, F, work, LEFT, RIGHT, LINEAR, MASK_VEC, BLOCK_M * CONSUMERS, BLOCK_N)
         start_m += CONSUMER * BLOCK_M
-        lo, _full_lo, _full_hi, hi = keys
-        n_tiles = gl.cdiv(gl.maximum(hi - lo, 0), BLOCK_N)
+        n_tiles = gl.cdiv(gl.maximum(keys[3] - first, 0), BLOCK_N)
         acc = gl.zeros([BLOCK_M, D], gl.float32, O_LAYOUT)
         m_i, l_i = softmax.start(gl.zeros([BLOCK_M], gl.float32, ROWS), F.sinks, h, seq.real)
         mbarrier.wait(q_full.index(CONSUMER), number & 1)
         if n_tiles > 0:
             acc, m_i, l_i = _attend(
-                qs.index(CONSUMER).reshape([BLOCK_M, D]), memory, acc, m_i, l_i, count, n_tiles, start_m, keys, F, S,
-                LEFT, RIGHT, MOD, LINEAR, BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, PINGPONG)  # fmt: skip
+                qs.index(CONSUMER).reshape([BLOCK_M, D]), memory, acc, m_i, l_i, count, n_tiles, start_m, first, keys,
+                F, S, LEFT, RIGHT, MOD, LINEAR, MASK_VEC, BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, PINGPONG)  # fmt: skip
         if not O_IN_Q:
             mbarrier.arrive(q_empty.index(CONSUMER), count=1)
         l_safe = gl.where(l_i == 0.0, 1.0, l_i)
@@ -242,19 +269,21 @@ def _consume(
 @gluon.jit(do_not_specialize=RUN_TIME)
 def flash_fwd(
     q_desc, k_desc, v_desc, o_desc, O, LSE, F, stride_o, batch, heads, group, n_q, n_k, tiles, items, scale, align, LEFT, RIGHT,
-    MOD: gl.constexpr, LINEAR: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr, CONSUMERS: gl.constexpr, PINGPONG: gl.constexpr, REGISTERS: gl.constexpr,
+    MOD: gl.constexpr, LINEAR: gl.constexpr, MASK_VEC: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, PINGPONG: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Grid: any number of programs, which share `items` = batch * heads * tiles; tiles = ceil(n_q / (CONSUMERS * BLOCK_M)).
     Packed: heads * tiles, tiles as in sequence.py.
 
     Descriptors of Q and O (B, heads, n_q, DIM) in blocks of (1, 1, BLOCK_M, D), of K and V (B, heads / group, n_k, DIM) in
     blocks of (1, 1, BLOCK_N, D), DIM <= D. O again, with its strides as in tile.py, VEC 8. LSE (B, heads, n_q) fp32 contiguous;
-    F Features, of which mask, bias and dropout are not in this kernel; scale > 0; n_q, n_k > 0. For 4 warps: the producer.
+    F Features, of which dropout is not in this kernel; scale > 0; n_q, n_k > 0. For 4 warps: the producer.
     """
     gl.static_assert(STAGES >= 2, "K of the next tile is waited for before V of this one is free")
     gl.static_assert(CONSUMERS == 2 or (CONSUMERS == 1 and not PINGPONG), "one consumer, or two, which can take turns")
-    gl.static_assert(F.mask is None and F.bias is None and F.dropout is None, "not in this kernel")
+    gl.static_assert(F.dropout is None, "not in this kernel")
+    gl.static_assert(CONSUMERS == 1 or (F.mask is None and F.bias is None), "a consumer zeroes what its queries don't see in V")
     qs = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, BLOCK_M, D], q_desc.layout)
     os = qs
     if D <= 128:  # else it goes through the memory of Q, which is free again only then
@@ -269,17 +298,17 @@ def flash_fwd(
     work = (scale, batch, heads, group, n_q, n_k, tiles, items, align)
     if CONSUMERS == 1:
         gl.warp_specialize([
-            (_produce, (q_desc, k_desc, v_desc, memory, v_cut, work, F, LEFT, RIGHT,
-                        BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, LINEAR)),
-            (_consume, (o_desc, O, LSE, stride_o, memory, work, F, LEFT, RIGHT, MOD, LINEAR, DIM,
-                        BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, 0, PINGPONG)),
+            (_produce, (q_desc, k_desc, v_desc, memory, v_cut, work, F, LEFT, RIGHT, LINEAR, MASK_VEC,
+                        BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
+            (_consume, (o_desc, O, LSE, stride_o, memory, work, F, LEFT, RIGHT, MOD, LINEAR, MASK_VEC,
+                        DIM, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, 0, PINGPONG)),
         ], [4], [REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_produce, (q_desc, k_desc, v_desc, memory, v_cut, work, F, LEFT, RIGHT,
-                        BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, LINEAR)),
-            (_consume, (o_desc, O, LSE, stride_o, memory, work, F, LEFT, RIGHT, MOD, LINEAR, DIM,
-                        BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, 0, PINGPONG)),
-            (_consume, (o_desc, O, LSE, stride_o, memory, work, F, LEFT, RIGHT, MOD, LINEAR, DIM,
-                        BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, 1, PINGPONG)),
+            (_produce, (q_desc, k_desc, v_desc, memory, v_cut, work, F, LEFT, RIGHT, LINEAR, MASK_VEC,
+                        BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
+            (_consume, (o_desc, O, LSE, stride_o, memory, work, F, LEFT, RIGHT, MOD, LINEAR, MASK_VEC,
+                        DIM, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, 0, PINGPONG)),
+            (_consume, (o_desc, O, LSE, stride_o, memory, work, F, LEFT, RIGHT, MOD, LINEAR, MASK_VEC,
+                        DIM, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, 1, PINGPONG)),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip

@@ -74,11 +74,19 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def zero_rows(x, rows, ROWS: gl.constexpr):
-    """Zero a tile [ROWS, D] in shared memory from row `rows` on, 16 rows at a time: what nothing sees may be NaN, and 0 * NaN
-    would reach what is summed over it."""
+def zero_rows(x, lo, hi, ROWS: gl.constexpr):
+    """Zero the rows outside [lo, hi) of a tile [ROWS, D] in shared memory, 16 at a time: what nothing sees may be NaN, and
+    0 * NaN would reach what is summed over it."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     for first in gl.static_range(0, ROWS, 16):
         part = x.slice(first, 16)
-        there = first + gl.arange(0, 16, layout=gl.SliceLayout(1, LAYOUT)) < rows
-        part.store(gl.where(there[:, None], part.load(LAYOUT), 0.0))
+        row = first + gl.arange(0, 16, layout=gl.SliceLayout(1, LAYOUT))
+        part.store(gl.where(((row >= lo) & (row < hi))[:, None], part.load(LAYOUT), 0.0))
+
+
+@gluon.jit
+def hide_rows(x, seen):
+    """Zero the rows of a tile [N, D] in shared memory where seen [N] is 0."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    there = gl.convert_layout(seen, gl.SliceLayout(1, LAYOUT)) > 0
+    x.store(gl.where(there[:, None], x.load(LAYOUT), 0.0))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tfkern import features, launch, layout
 from tfkern.problem import Problem, Tensors
-from tfkern.tiles import HOPPER, HOPPER_QUERIES, HopperConfig
+from tfkern.tiles import HOPPER, HOPPER_QUERIES, HopperConfig, HopperTiles
 
 ALIGNED = 8  # 16-bit numbers in the 16 bytes that TMA steps by
 
@@ -22,14 +22,13 @@ def unsupported(problem: Problem) -> list[str]:
 
 def limits(p: Problem) -> list[str]:
     """The reasons that no device could change."""
-    there = {
-        "a mask": p.mask, "an additive mask": p.bias, "dropout": p.dropout_p,
-    }  # fmt: skip
-    reasons = [f"{name}: not in this kernel yet" for name, given in there.items() if given]
+    reasons = ["dropout: not in this kernel yet"] if p.dropout_p else []
     if p.dtype not in (torch.float16, torch.bfloat16):
         reasons.append(f"takes float16 and bfloat16, not {p.dtype}")
     if p.head_dim != p.v_head_dim or p.head_dim % ALIGNED or not 0 < p.head_dim <= max(HOPPER):
         reasons.append(f"head dims must be equal multiples of {ALIGNED} up to {max(HOPPER)}, not {p.head_dim}, {p.v_head_dim}")
+    elif (p.mask or p.bias) and _tiles(p)[1].masked is None:
+        reasons.append(f"a mask takes too many registers with head dim {p.head_dim}")
     if p.scale is None or not p.scale > 0:
         reasons.append("scale must be a number > 0")
     if 0 in (p.batch, p.heads, p.n_q, p.n_k):
@@ -44,16 +43,16 @@ def forward(problem: Problem, t: Tensors) -> tuple[Tensor, Tensor]:
     out = layout.empty_in_order_of(q, p.v_head_dim)
     lse = torch.empty(out.shape[:3], dtype=torch.float32, device=p.device)
     dim, config = _config(p)
-    key = "hopper", out.stride()
+    key = "hopper", out.stride(), features.mask_vec(t)
     if key not in p.plans:
-        p.plans[key] = _plan(p, dim, config, out)
+        p.plans[key] = _plan(p, dim, config, out, features.mask_vec(t))
     rows = (HOPPER_QUERIES, config.block_n, config.block_n, HOPPER_QUERIES)
     descriptors = [_descriptor(x, n, dim) for x, n in zip((q, k, v, out), rows, strict=True)]
     p.plans[key]((*descriptors, out, lse), *features.of(p, t))
     return out, lse
 
 
-def _plan(p: Problem, dim: int, config: HopperConfig, out: Tensor) -> launch.Launch:
+def _plan(p: Problem, dim: int, config: HopperConfig, out: Tensor, mask_vec: int) -> launch.Launch:
     """All of the launch but its tensors."""
     from tfkern.kernels.hopper import flash_fwd
 
@@ -64,17 +63,26 @@ def _plan(p: Problem, dim: int, config: HopperConfig, out: Tensor) -> launch.Lau
     stride_o = tuple(layout.encode(s // ALIGNED if n > 1 else 0) for s, n in zip(out.stride()[:3], out.shape[:3], strict=True))
     sizes = (p.batch, p.heads, p.group, p.n_q, p.n_k, tiles, items)
     numbers = (stride_o, *sizes, p.scale, int(p.lower_right), p.left, p.right)
-    constants = dict(MOD=p.score_mod[0] if p.score_mod else None, LINEAR=p.linear, DIM=p.head_dim, **config.constants(dim))
-    options = dict(num_warps=4, enable_fp_fusion=True)  # as in portable.py
-    programs = min(items, launch.multiprocessors(p.device))
-    return launch.Launch(flash_fwd.flash_fwd, programs, p.device, numbers, constants, options)
+    mod = p.score_mod[0] if p.score_mod else None
+    constants = dict(MOD=mod, LINEAR=p.linear, MASK_VEC=mask_vec, DIM=p.head_dim, **config.constants(dim))
+    programs = min(items, launch.multiprocessors(p.device) * config.programs)
+    return launch.Launch(flash_fwd.flash_fwd, programs, p.device, numbers, constants, config.options())
+
+
+def _tiles(p: Problem) -> tuple[int, HopperTiles]:
+    """(head-dim class, its tiles)."""
+    dim = min(d for d in HOPPER if p.head_dim <= d)
+    return dim, HOPPER[dim]
 
 
 def _config(p: Problem) -> tuple[int, HopperConfig]:
-    """(head-dim class, tiles)."""
-    dim = min(d for d in HOPPER if p.head_dim <= d)
-    tiles = HOPPER[dim]
-    return dim, tiles.few if p.n_q <= HOPPER_QUERIES else tiles.heavy if p.heavy else tiles.main
+    """(head-dim class, those of its tiles that fit the problem)."""
+    dim, tiles = _tiles(p)
+    if p.mask or p.bias:
+        return dim, tiles.masked
+    if p.n_q <= HOPPER_QUERIES:
+        return dim, tiles.single
+    return dim, tiles.heavy if p.heavy else tiles.main
 
 
 def _for_tma(x: Tensor) -> Tensor:
