@@ -135,17 +135,22 @@ def test_on_amd_memory_beyond_2_gib_has_its_own_kernel():
     """There the JIT addresses smaller tensors with 32 bits."""
     counts = script("""
 torch.version.hip = "7.0"
-small = tensors
-def large(b=2, h=3, n=40, d=64, **_):
-    return [torch.empty(2**30 + 64, dtype=torch.bfloat16)[: b * h * n * d].view(b, h, n, d) for _ in range(3)]
+def on(*sizes):  # q, k and v as views of memory of so many numbers
+    return lambda **_: [torch.empty(size, dtype=torch.bfloat16)[:15360].view(2, 3, 40, 64) for size in sizes]
+def lengths(size):
+    return dict(key_lengths=torch.empty(size, dtype=torch.int64)[:2].fill_(40))
+few, most, beyond = 15360, 2**30 - 1, 2**30
 counts = []
-for tensors in (small, large, small, large):
+for tensors, options in (
+    (on(few, few, few), {}), (on(most, most, most), {}), (on(beyond, beyond, beyond), {}), (on(few, few, beyond), {}),
+    (on(few, few, few), {}), (on(beyond, beyond, beyond), {}), (on(few, few, few), lengths(2)), (on(few, few, few), lengths(2**28)),
+):
     by_jit.clear()
-    run()
+    run(options=options)
     counts.append(len(by_jit))
 print(json.dumps(counts))
 """)
-    assert counts == [3, 3, 0, 0]
+    assert counts == [3, 0, 3, 3, 0, 0, 3, 3]
 
 
 def test_a_profilers_hook_hears_of_every_launch():

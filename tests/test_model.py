@@ -95,6 +95,29 @@ def test_amd():
     assert amdgcn.waits(code[-3:]) == {"loads": 1}
 
 
+LOAD, PRODUCT_OF_AMD, ARRIVED = "buffer_load_dword v0", "v_mfma_f32_32x32x8_bf16 v[32:47]", "s_waitcnt vmcnt(0)"
+
+
+@pytest.mark.parametrize(
+    ("lines", "loads"),
+    [
+        ([LOAD, ARRIVED], 1),
+        ([LOAD, PRODUCT_OF_AMD, ARRIVED], 0),
+        ([PRODUCT_OF_AMD, LOAD, ARRIVED], 1),  # a product before it hides nothing
+        ([LOAD, ARRIVED, ARRIVED], 1),
+        ([ARRIVED], 0),  # for what was loaded before the loop
+    ],
+)
+def test_loads_on_amd_that_no_product_hides(lines, loads):
+    assert amdgcn.waits(amdgcn.parse("".join(f"\t{line}\n" for line in lines))) == ({"loads": loads} if loads else {})
+
+
+def test_a_loop_on_amd_may_end_in_any_jump():
+    code = amdgcn.parse(f".LBB0_1:\n\t{PRODUCT_OF_AMD}\n\ts_cbranch_scc0 .LBB0_2\n\ts_branch .LBB0_1\n.LBB0_2:\n\ts_endpgm\n")
+    assert [len(body) for body in machine_code.loops(code, amdgcn.MULTIPLY)] == [3]
+    assert amdgcn.busy(code[:1], 4, 0) == {"tensor": 32}  # and nothing of the pipes that are idle
+
+
 @pytest.mark.parametrize(
     ("opcode", "multiply_adds"),
     [("v_mfma_f32_16x16x16_bf16", 256), ("v_mfma_f32_32x32x2_f32", 32), ("v_mfma_f32_16x16x8_xf32", 128)],

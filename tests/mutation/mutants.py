@@ -29,14 +29,20 @@ class Mutant:
 
 
 def mutants(file: str, source: str) -> Iterator[Mutant]:
-    """All mutants of the device functions, and of the constants, of a file."""
+    """All mutants of the device functions of a file."""
+    return changed(file, source, _changes)
+
+
+def changed(file: str, source: str, changes) -> Iterator[Mutant]:
+    """A file with one node of its device functions changed: `changes` gives for (node, its statement) functions that change one
+    in place."""
     tree = ast.parse(source)
     nodes = list(_mutable(tree))
     for index, (node, statement) in enumerate(nodes):
-        for change in _changes(node):
+        for change in changes(node, statement):
             other = copy.deepcopy(tree)
-            changed, whole = list(_mutable(other))[index]
-            change(changed)
+            node_there, whole = list(_mutable(other))[index]
+            change(node_there)
             before, after = (_text(s) for s in (statement, whole))
             if before != after:
                 yield Mutant(file, statement.lineno, *_shorten(before, after), ast.unparse(other))
@@ -81,7 +87,7 @@ def _within(statement: ast.stmt) -> Iterator[tuple[ast.AST, ast.stmt]]:
         yield statement, statement
 
 
-def _changes(node: ast.AST):
+def _changes(node: ast.AST, _statement: ast.stmt):
     """Functions that change a node in place, each in one way."""
     if (isinstance(node, (ast.BinOp, ast.AugAssign)) and type(node.op) in SWAPS) or isinstance(node, ast.BoolOp):
         yield lambda n: setattr(n, "op", SWAPS[type(n.op)]())
