@@ -1,6 +1,8 @@
 """What we mend in Triton's interpreter: bfloat16 conversions round as PyTorch's and dots are right; no address beside a
 kernel's tensors is followed."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 import triton
@@ -62,3 +64,22 @@ def test_addresses_beside_the_tensors_raise(n_read, n_write, wrong):
         with pytest.raises(triton.runtime.errors.InterpreterError, match=f"{wrong} bytes .*0, 36.* of a tensor that has 32"):
             interpreter.run(_copy, 1, (x, out, n_read, n_write, 16), {})
         assert not out.any()
+
+
+class Pair(NamedTuple):
+    number: float
+    more: tuple
+
+
+@triton.jit
+def _numbers(OUT, number, pair):
+    tl.store(OUT, number)
+    tl.store(OUT + 1, pair.number)
+    tl.store(OUT + 2, pair.more[0])
+
+
+def test_numbers_are_float32_as_on_a_gpu():
+    """However deep in tuples: in float32 there is no 1e300."""
+    out = torch.zeros(3, dtype=torch.float64)
+    interpreter.run(_numbers, 1, (out, 1e300, Pair(1e300, (1e300,))), {})
+    assert out.isposinf().all()
