@@ -27,10 +27,10 @@ from triton.experimental.gluon._runtime import GluonASTSource
 # As in compile_gate.py: what is there beside queries, keys and values.
 VARIANTS = {
     "full": set(), "causal": {"RIGHT"}, "window": {"LEFT", "RIGHT"}, "padded": {"key_lengths"}, "packed": {"cu_q", "cu_k"},
-    "mask": {"mask"}, "bias": {"bias"},
-    "bias-any": {"bias"}, "softcap": {"softcap"}, "slopes": {"slopes", "RIGHT"}, "sinks": {"sinks"}, "score-mod": {"MOD"},
-    "several": {"LEFT", "RIGHT", "cu_q", "cu_k", "softcap", "slopes", "sinks", "MOD"},
-    "everything": {"LEFT", "RIGHT", "cu_q", "cu_k", "bias", "softcap", "slopes", "sinks", "MOD"},
+    "mask": {"mask"}, "bias": {"bias"}, "bias-any": {"bias"}, "dropout": {"dropout"}, "softcap": {"softcap"},
+    "slopes": {"slopes", "RIGHT"}, "sinks": {"sinks"}, "score-mod": {"MOD"},
+    "several": {"LEFT", "RIGHT", "cu_q", "cu_k", "dropout", "softcap", "slopes", "sinks", "MOD"},
+    "everything": {"LEFT", "RIGHT", "cu_q", "cu_k", "bias", "dropout", "softcap", "slopes", "sinks", "MOD"},
 }  # fmt: skip
 LIGHT = ["full", "causal", "window", "padded", "packed", "sinks"]  # what does not take the tiles for `heavy` problems
 SPILLED = 64  # such as the number of the program, which ptxas keeps in memory over the start of a partition

@@ -19,7 +19,7 @@ def _words(seed, bh, rows, groups):
     key = tl.load(seed)
     offset = tl.load(seed + 1).to(tl.int32)
     rows, groups = tl.broadcast(rows, groups)
-    return tl.philox(key, groups, rows, tl.zeros_like(rows) + bh, tl.zeros_like(rows) + offset, ROUNDS)
+    return tl.philox(key, groups, rows, rows * 0 + bh, rows * 0 + offset, ROUNDS)
 
 
 @triton.jit
@@ -30,20 +30,30 @@ def _numbers(w0, w1, w2, w3):
 
 
 @triton.jit
-def keep(D, bh, start_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """[BLOCK_M, BLOCK_N]: True where the probability of query start_m + m and key start_n + n survives. start_n % 8 == 0."""
-    rows = (start_m + tl.arange(0, BLOCK_M))[:, None]
-    groups = (start_n // 8 + tl.arange(0, BLOCK_N // 8))[None, :]
+def keep_at(D, bh, rows, groups):
+    """[A, 8 B]: True where the probability survives of queries rows [A, 1] and of the eight keys of each of groups [1, B]."""
     w0, w1, w2, w3 = _words(D.seed, bh, rows, groups)
     numbers = _numbers(w0, w1, w2, w3) >= tile.whole(D.threshold)
-    return tl.reshape(numbers, [BLOCK_M, BLOCK_N])
+    return tl.reshape(numbers, [rows.shape[0], 8 * groups.shape[1]])
+
+
+@triton.jit
+def keep_transposed_at(D, bh, rows, groups):
+    """The same, [8 B, A], of rows [1, A] and groups [B, 1]."""
+    w0, w1, w2, w3 = _words(D.seed, bh, rows, groups)
+    numbers = _numbers(w0, w1, w2, w3) >= tile.whole(D.threshold)
+    return tl.reshape(tl.permute(numbers, [0, 2, 3, 4, 1]), [8 * groups.shape[0], rows.shape[1]])
+
+
+@triton.jit
+def keep(D, bh, start_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """keep_at of the queries from start_m and the keys from start_n on, [BLOCK_M, BLOCK_N]. start_n % 8 == 0."""
+    return keep_at(D, bh, (start_m + tl.arange(0, BLOCK_M))[:, None], (start_n // 8 + tl.arange(0, BLOCK_N // 8))[None, :])
 
 
 @triton.jit
 def keep_transposed(D, bh, start_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The same, [BLOCK_N, BLOCK_M]."""
-    rows = (start_m + tl.arange(0, BLOCK_M))[None, :]
-    groups = (start_n // 8 + tl.arange(0, BLOCK_N // 8))[:, None]
-    w0, w1, w2, w3 = _words(D.seed, bh, rows, groups)
-    numbers = _numbers(w0, w1, w2, w3) >= tile.whole(D.threshold)
-    return tl.reshape(tl.permute(numbers, [0, 2, 3, 4, 1]), [BLOCK_N, BLOCK_M])
+    return keep_transposed_at(
+        D, bh, (start_m + tl.arange(0, BLOCK_M))[None, :], (start_n // 8 + tl.arange(0, BLOCK_N // 8))[:, None]
+    )

@@ -26,11 +26,12 @@ from .parts import (
     give_turn,
     hide_rows,
     stage_of,
+    survivors,
     take_turn,
     tma_load,
     tma_store,
     zero_rows,
-)  # fmt: skip
+)
 
 # Changing these numbers never recompiles.
 RUN_TIME = ["stride_o", "batch", "heads", "group", "n_q", "n_k", "tiles", "items", "align", "LEFT", "RIGHT"]
@@ -97,7 +98,7 @@ def _produce(
 
 @gluon.jit
 def _softmax(
-    s, m_i, l_i, v, v_full, phase, start_m, start_n, F, S, LEFT, RIGHT, MOD: gl.constexpr, LINEAR: gl.constexpr,
+    s, m_i, l_i, v, v_full, phase, bh, start_m, start_n, F, S, LEFT, RIGHT, MOD: gl.constexpr, LINEAR: gl.constexpr,
     MASK_VEC: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Take in products s [BLOCK_M, BLOCK_N] as softmax.step does. With a mask: where it hides a key of the tile from all
@@ -114,14 +115,17 @@ def _softmax(
             mbarrier.wait(v_full, phase)
             hide_rows(v, seen)
             fence_async_shared()
-    return softmax.step(gl.where(keep, s, float("-inf")), m_i, l_i, S, LINEAR)
+    p, alpha, m_i, l_i = softmax.step(gl.where(keep, s, float("-inf")), m_i, l_i, S, LINEAR)
+    if F.dropout is not None:
+        p = gl.where(survivors(F.dropout, bh, start_m, start_n, p), p, 0.0)
+    return p, alpha, m_i, l_i
 
 
 @gluon.jit
 def _step(
-    i, count, q, memory, acc, p, m_i, l_i, start_m, first, n_tiles, F, S, LEFT, RIGHT, MOD: gl.constexpr, LINEAR: gl.constexpr,
-    MASK_VEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMER: gl.constexpr, PINGPONG: gl.constexpr, MASKED: gl.constexpr,
+    i, count, q, memory, acc, p, m_i, l_i, bh, start_m, first, n_tiles, F, S, LEFT, RIGHT, MOD: gl.constexpr,
+    LINEAR: gl.constexpr, MASK_VEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, CONSUMER: gl.constexpr, PINGPONG: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """The scores and softmax of an item's tile i, before which `count` tiles came, and the product of the tile before it,
     whose P is p."""
@@ -141,7 +145,7 @@ def _step(
     mbarrier.arrive(k_empty.index(stage), count=1)
     v = vs.index(stage).reshape([BLOCK_N, D])
     x, alpha, m_i, l_i = _softmax(
-        s, m_i, l_i, v, v_full.index(stage), now, start_m, first + i * BLOCK_N, F, S, LEFT, RIGHT,
+        s, m_i, l_i, v, v_full.index(stage), now, bh, start_m, first + i * BLOCK_N, F, S, LEFT, RIGHT,
         MOD, LINEAR, MASK_VEC, MASKED)  # fmt: skip
     following = gl.convert_layout(x.to(v.dtype), p.type.layout)
     # A real branch: without one ptxas moves the wait below above the exponentials, and nothing overlaps.
@@ -155,9 +159,9 @@ def _step(
 
 @gluon.jit
 def _attend(
-    q, memory, acc, m_i, l_i, count, n_tiles, start_m, first, keys, F, S, LEFT, RIGHT, MOD: gl.constexpr, LINEAR: gl.constexpr,
-    MASK_VEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMER: gl.constexpr, PINGPONG: gl.constexpr,
+    q, memory, acc, m_i, l_i, count, n_tiles, bh, start_m, first, keys, F, S, LEFT, RIGHT, MOD: gl.constexpr,
+    LINEAR: gl.constexpr, MASK_VEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, CONSUMER: gl.constexpr, PINGPONG: gl.constexpr,
 ):  # fmt: skip
     """Take an item's n_tiles > 0 tiles of keys, before which `count` tiles came, into (acc, m_i, l_i)."""
     _, ks, vs, _os, _q_full, _q_empty, k_full, k_empty, v_full, v_empty = memory
@@ -175,7 +179,8 @@ def _attend(
     mbarrier.arrive(k_empty.index(stage), count=1)
     v = vs.index(stage).reshape([BLOCK_N, D])
     x, _alpha, m_i, l_i = _softmax(
-        s, m_i, l_i, v, v_full.index(stage), phase, start_m, first, F, S, LEFT, RIGHT, MOD, LINEAR, MASK_VEC, True)  # fmt: skip
+        s, m_i, l_i, v, v_full.index(stage), phase, bh, start_m, first, F, S, LEFT, RIGHT,
+        MOD, LINEAR, MASK_VEC, True)  # fmt: skip
     p = gl.convert_layout(x.to(vs.dtype), P_LAYOUT)
     stage, phase = stage_of(count + 1, STAGES)
     mbarrier.wait(k_full.index(stage), phase, pred=n_tiles > 1)
@@ -184,15 +189,15 @@ def _attend(
     if LEFT is not None:
         for i in range(1, left):
             acc, p, m_i, l_i = _step(
-                i, count, q, memory, acc, p, m_i, l_i, start_m, first, n_tiles, F, S, LEFT, RIGHT, MOD, LINEAR,
+                i, count, q, memory, acc, p, m_i, l_i, bh, start_m, first, n_tiles, F, S, LEFT, RIGHT, MOD, LINEAR,
                 MASK_VEC, BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, PINGPONG, True)  # fmt: skip
     for i in range(gl.maximum(left, 1), right):
         acc, p, m_i, l_i = _step(
-            i, count, q, memory, acc, p, m_i, l_i, start_m, first, n_tiles, F, S, LEFT, RIGHT, MOD, LINEAR,
+            i, count, q, memory, acc, p, m_i, l_i, bh, start_m, first, n_tiles, F, S, LEFT, RIGHT, MOD, LINEAR,
             MASK_VEC, BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, PINGPONG, False)  # fmt: skip
     for i in range(gl.maximum(right, 1), n_tiles):
         acc, p, m_i, l_i = _step(
-            i, count, q, memory, acc, p, m_i, l_i, start_m, first, n_tiles, F, S, LEFT, RIGHT, MOD, LINEAR,
+            i, count, q, memory, acc, p, m_i, l_i, bh, start_m, first, n_tiles, F, S, LEFT, RIGHT, MOD, LINEAR,
             MASK_VEC, BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, PINGPONG, True)  # fmt: skip
     stage, phase = stage_of(count + n_tiles - 1, STAGES)
     mbarrier.wait(v_full.index(stage), phase)
@@ -237,18 +242,21 @@ def _consume(
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         seq, h, start_m, S, first, keys = _place(item, F, work, LEFT, RIGHT, LINEAR, MASK_VEC, BLOCK_M * CONSUMERS, BLOCK_N)
         start_m += CONSUMER * BLOCK_M
+        bh = seq.b * heads + h
         n_tiles = gl.cdiv(gl.maximum(keys[3] - first, 0), BLOCK_N)
         acc = gl.zeros([BLOCK_M, D], gl.float32, O_LAYOUT)
         m_i, l_i = softmax.start(gl.zeros([BLOCK_M], gl.float32, ROWS), F.sinks, h, seq.real)
         mbarrier.wait(q_full.index(CONSUMER), number & 1)
         if n_tiles > 0:
             acc, m_i, l_i = _attend(
-                qs.index(CONSUMER).reshape([BLOCK_M, D]), memory, acc, m_i, l_i, count, n_tiles, start_m, first, keys,
+                qs.index(CONSUMER).reshape([BLOCK_M, D]), memory, acc, m_i, l_i, count, n_tiles, bh, start_m, first, keys,
                 F, S, LEFT, RIGHT, MOD, LINEAR, MASK_VEC, BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, PINGPONG)  # fmt: skip
         if not O_IN_Q:
             mbarrier.arrive(q_empty.index(CONSUMER), count=1)
         l_safe = gl.where(l_i == 0.0, 1.0, l_i)
         inverse = gl.convert_layout(1.0 / l_safe, gl.SliceLayout(1, O_LAYOUT), assert_trivial=True)
+        if F.dropout is not None:
+            inverse *= F.dropout.factor
         tma.store_wait(0)  # the last item's O has left the buffer
         _write(
             (acc * inverse[:, None]).to(os.dtype), o_desc, O, stride_o, os.index(CONSUMER), seq, h, start_m, F, DIM, BLOCK_M, D
@@ -278,11 +286,10 @@ def flash_fwd(
 
     Descriptors of Q and O (B, heads, n_q, DIM) in blocks of (1, 1, BLOCK_M, D), of K and V (B, heads / group, n_k, DIM) in
     blocks of (1, 1, BLOCK_N, D), DIM <= D. O again, with its strides as in tile.py, VEC 8. LSE (B, heads, n_q) fp32 contiguous;
-    F Features, of which dropout is not in this kernel; scale > 0; n_q, n_k > 0. For 4 warps: the producer.
+    F Features; scale > 0; n_q, n_k > 0. For 4 warps: the producer.
     """
     gl.static_assert(STAGES >= 2, "K of the next tile is waited for before V of this one is free")
     gl.static_assert(CONSUMERS == 2 or (CONSUMERS == 1 and not PINGPONG), "one consumer, or two, which can take turns")
-    gl.static_assert(F.dropout is None, "not in this kernel")
     gl.static_assert(CONSUMERS == 1 or (F.mask is None and F.bias is None), "a consumer zeroes what its queries don't see in V")
     qs = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, BLOCK_M, D], q_desc.layout)
     os = qs

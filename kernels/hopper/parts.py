@@ -4,6 +4,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from .. import dropout
+
 # Triton 3.8 renamed them; 3.9 has the new names only.
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
@@ -90,3 +92,12 @@ def hide_rows(x, seen):
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     there = gl.convert_layout(seen, gl.SliceLayout(1, LAYOUT)) > 0
     x.store(gl.where(there[:, None], x.load(LAYOUT), 0.0))
+
+
+@gluon.jit
+def survivors(D, bh, start_m, start_n, like):
+    """True where dropout keeps the probability of queries from start_m and keys from start_n on, shaped as `like`."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0])
+    rows = start_m + gl.arange(0, like.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+    groups = start_n // 8 + gl.arange(0, like.shape[1] // 8, layout=gl.SliceLayout(0, LAYOUT))
+    return gl.convert_layout(dropout.keep_at(D, bh, rows[:, None], groups[None, :]), like.type.layout)

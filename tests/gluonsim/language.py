@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from triton.experimental.gluon import language as gl
 
+from tfkern import dropout
+
 from .cta import Cta
 from .errors import HazardKind, UnsupportedError
 from .global_memory import TensorDescriptor
 from .shared_memory import SharedView
 from .tensor import Pointer, Tensor, as_tensor, promote, torch_dtype
 
+_WORD = 0xFFFFFFFF
 _NAMED_BARRIER = re.compile(r"\bbar(?:rier)?(?:\.cta)?\.(sync|arrive)\s+(\d+)\s*,\s*(\d+)")
 
 
@@ -122,6 +125,25 @@ class Language(_Builtins):
 
     def fma(self, x, y, z):
         return x * y + z
+
+    def broadcast(self, x, y):
+        return tuple(map(Tensor, torch.broadcast_tensors(x.data, y.data)))
+
+    def reshape(self, x, shape):
+        return Tensor(x.data.reshape(tuple(map(int, shape))))
+
+    def permute(self, x, dims):
+        return Tensor(x.data.permute(tuple(dims)))
+
+    def join(self, x, y):
+        return Tensor(torch.stack([x.data, y.data], -1))
+
+    def philox(self, seed, c0, c1, c2, c3, n_rounds):
+        """Words in int32, as the bits of Triton's uint32."""
+        counters = (c.data.long() & _WORD for c in (c0, c1, c2, c3))
+        key = seed.data.long()
+        words = dropout.philox(*counters, key & _WORD, (key >> 32) & _WORD, n_rounds)
+        return tuple(Tensor(torch.where(w >= 1 << 31, w - (1 << 32), w).int()) for w in words)
 
     # ---- global memory
 

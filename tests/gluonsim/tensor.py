@@ -56,8 +56,8 @@ class Tensor:
     def type(self) -> SimpleNamespace:
         return SimpleNamespace(layout=None, scalar=self.dtype, shape=self.shape)
 
-    def to(self, dtype: gl.dtype) -> Tensor:
-        return Tensor(self.data.to(torch_dtype(dtype)))
+    def to(self, dtype: gl.dtype, bitcast: bool = False) -> Tensor:
+        return Tensor(self.data.view(torch_dtype(dtype)) if bitcast else self.data.to(torch_dtype(dtype)))
 
     def __getitem__(self, index) -> Tensor:
         """Only ``None`` and ``:`` can index, as in Triton."""

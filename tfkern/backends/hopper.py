@@ -22,7 +22,7 @@ def unsupported(problem: Problem) -> list[str]:
 
 def limits(p: Problem) -> list[str]:
     """The reasons that no device could change."""
-    reasons = ["dropout: not in this kernel yet"] if p.dropout_p else []
+    reasons = []
     if p.dtype not in (torch.float16, torch.bfloat16):
         reasons.append(f"takes float16 and bfloat16, not {p.dtype}")
     if p.head_dim != p.v_head_dim or p.head_dim % ALIGNED or not 0 < p.head_dim <= max(HOPPER):
