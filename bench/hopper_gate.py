@@ -25,7 +25,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 BANDS = {"full": (None, None), "causal": (None, "i32"), "window": ("i32", "i32"), "padded": (None, None)}  # padded: key lengths
-ROWS = 64
+ROWS = 64  # that a consumer owns
+STREAMED = {"flash_fwd": "kv", "flash_bwd_dq": "kv", "flash_bwd_dkdv": ("q", "do")}  # what comes past, in other tiles
 
 
 def descriptor(dtype: str, rows: int, dim: int) -> str:
@@ -34,30 +35,42 @@ def descriptor(dtype: str, rows: int, dim: int) -> str:
     return f"tensordesc<{dtype}[1, 1, {rows}, {dim}],{layout!r}>"
 
 
-def source(dtype: str, dim: int, config, variant: str):
-    """flash_fwd with its arguments as types."""
-    band = BANDS[variant]
-    kernel = compile_gate.load("tfkern.kernels.hopper.flash_fwd").flash_fwd
+def configurations():
+    """(kernel, head dim, config) of everything in tfkern/tiles.py."""
+    tiles = compile_gate.load("tfkern.tiles")
+    for name, table in {"flash_fwd": tiles.HOPPER, **tiles.HOPPER_BACKWARD}.items():
+        for dim, configs in table.items():
+            for config in configs:
+                yield name, dim, config
+
+
+def source(name: str, dtype: str, dim: int, config, variant: str):
+    """A kernel with its arguments as types."""
+    kernel = getattr(compile_gate.load(f"tfkern.kernels.hopper.{name}"), name)
     features = compile_gate.load("tfkern.kernels.features")
-    constants = dict(
-        BLOCK_M=ROWS, BLOCK_N=config.block_n, D=dim, STAGES=config.stages, CONSUMERS=config.consumers,
-        PINGPONG=config.pingpong, REGISTERS=config.registers,
-    )  # fmt: skip
-    kinds = dict.fromkeys(("q_desc", "o_desc"), descriptor(dtype, ROWS, dim))
-    kinds |= dict.fromkeys(("k_desc", "v_desc"), descriptor(dtype, config.block_n, dim)) | dict(LSE="*fp32", scale="fp32")
-    kinds |= {name: kind for name, kind in zip(("LEFT", "RIGHT"), band, strict=True) if kind}
-    constants |= {name: None for name, kind in zip(("LEFT", "RIGHT"), band, strict=True) if not kind}
-    signature, values = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name == "F":
-            lengths = {"key_lengths": "*i64"} if variant == "padded" else {}
-            signature[name] = features.Features(*(lengths.get(field, "constexpr") for field in features.NONE._fields))
+    lengths = {"key_lengths": "*i64"} if variant == "padded" else {}
+    owned, streamed = ("N", "M") if name == "flash_bwd_dkdv" else ("M", "N")
+    constants = {
+        f"BLOCK_{owned}": ROWS, f"BLOCK_{streamed}": config.block_n, "D": dim, "STAGES": config.stages,
+        "CONSUMERS": config.consumers, "PINGPONG": config.pingpong, "REGISTERS": config.registers,
+    }  # fmt: skip
+    kinds = dict(LSE="*fp32", DLSE="*fp32" if lengths else None, DELTA="*fp32", scale="fp32")
+    kinds |= dict(zip(("LEFT", "RIGHT"), BANDS[variant], strict=True))
+    signature, values, aligned = {}, {}, {}
+    for i, parameter in enumerate(kernel.arg_names):
+        kind = kinds.get(parameter, "i32")
+        if parameter == "F":
+            signature[parameter] = features.Features(*(lengths.get(field, "constexpr") for field in features.NONE._fields))
             values |= {(i, j): None for j, field in enumerate(features.NONE._fields) if field not in lengths}
-        elif name in constants:
-            signature[name], values[(i,)] = "constexpr", constants[name]
+        elif parameter in constants or kind is None:
+            signature[parameter], values[(i,)] = "constexpr", constants.get(parameter)
+        elif parameter.endswith("_desc"):
+            rows = config.block_n if parameter.removesuffix("_desc") in STREAMED[name] else ROWS
+            signature[parameter] = descriptor(dtype, rows, dim)
         else:
-            signature[name] = kinds.get(name, "i32")
-    return GluonASTSource(kernel, signature, values, {(kernel.arg_names.index("LSE"),): [["tt.divisibility", 16]]})
+            signature[parameter] = kind
+            aligned |= {(i,): [["tt.divisibility", 16]]} if kind.startswith("*") else {}
+    return GluonASTSource(kernel, signature, values, aligned)
 
 
 def advisories(ptx: str) -> list[str]:
@@ -91,21 +104,22 @@ def judge(binary, spills: int) -> tuple[str, list[str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--spills", type=int, default=0, help="bytes a thread")
+    parser.add_argument("--kernel", choices=list(STREAMED), help="this one alone")
     args = parser.parse_args()
     failed = 0
     print(f"Triton {aot.triton.__version__}")
-    for dim, configs in compile_gate.load("tfkern.tiles").HOPPER.items():
-        for config in configs:
-            for dtype in ("bf16", "fp16"):
-                for name in BANDS:
-                    compiled = source(dtype, dim, config, name)
-                    binary = aot.triton.compile(
-                        compiled, target=aot.TARGETS["sm_90"], options=dict(num_warps=4, enable_fp_fusion=True)
-                    )
-                    text, wrong = judge(binary, args.spills)
-                    failed += bool(wrong)
-                    tiles = f"{config.consumers} x {ROWS} x {config.block_n} s{config.stages}"
-                    print(f"flash_fwd {dtype} D{dim:<4} {name:7} {tiles:17} {text} {'; '.join(wrong)}", flush=True)
+    for kernel, dim, config in configurations():
+        for dtype in ("bf16", "fp16"):
+            for variant in BANDS:
+                binary = aot.triton.compile(
+                    source(kernel, dtype, dim, config, variant),
+                    target=aot.TARGETS["sm_90"],
+                    options=dict(num_warps=4, enable_fp_fusion=True),
+                )
+                text, wrong = judge(binary, args.spills)
+                failed += bool(wrong)
+                tiles = f"{config.consumers} x {ROWS} x {config.block_n} s{config.stages}"
+                print(f"{kernel:14} {dtype} D{dim:<4} {variant:7} {tiles:17} {text} {'; '.join(wrong)}", flush=True)
     print(f"{failed} failed")
     return 1 if failed else 0
 

@@ -106,8 +106,9 @@ ONE_PASS_TABLE = {
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Of kernels/hopper/flash_fwd.py: block_n keys at a time in `stages` buffers, by `consumers` warpgroups of 64 queries each,
-    with `registers` a thread, which take turns if `pingpong`; and how these were chosen."""
+    """Of kernels/hopper: block_n keys at a time in `stages` buffers, by `consumers` warpgroups of 64 queries each, with
+    `registers` a thread, which take turns if `pingpong`; and how these were chosen. In flash_bwd_dkdv keys and queries change
+    places. The backward has no turns."""
 
     block_n: int
     stages: int
@@ -121,4 +122,16 @@ class HopperConfig:
 HOPPER = {
     64: (HopperConfig(128, 2, 2, True, 240), HopperConfig(64, 2, 1, False, 240)),
     128: (HopperConfig(128, 2, 2, True, 240), HopperConfig(64, 2, 1, False, 240)),
+}
+
+# The backward's, likewise: by kernel and head-dim class, (for more than 64 rows that a program owns, for up to 64).
+HOPPER_BACKWARD = {
+    "flash_bwd_dq": {
+        64: (HopperConfig(128, 3, 2, False, 240), HopperConfig(64, 3, 1, False, 240)),
+        128: (HopperConfig(64, 3, 2, False, 240), HopperConfig(64, 3, 1, False, 240)),
+    },
+    "flash_bwd_dkdv": {
+        64: (HopperConfig(64, 3, 2, False, 240), HopperConfig(64, 3, 1, False, 240)),
+        128: (HopperConfig(64, 3, 2, False, 240), HopperConfig(64, 3, 1, False, 240)),
+    },
 }

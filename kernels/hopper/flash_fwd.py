@@ -16,20 +16,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )  # fmt: skip
 
 from .. import band, score, sequence, softmax
-from .parts import accumulator, barriers, begin_turns, end_turns, give_turn, stage_of, take_turn, tma_load, tma_store
+from .parts import (
+    accumulator, barriers, begin_turns, end_turns, give_turn, stage_of, take_turn, tma_load, tma_store, zero_rows,
+)  # fmt: skip
 
 # Changing these numbers never recompiles.
 RUN_TIME = ["heads", "group", "n_q", "n_k", "tiles", "align", "LEFT", "RIGHT"]
-
-
-@gluon.jit
-def _zero_rows(v, rows, ROWS: gl.constexpr):
-    """Zero a tile's rows from `rows` on, 16 at a time: what no query sees may be NaN, and 0 * NaN would reach O."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    for first in gl.static_range(0, ROWS, 16):
-        part = v.slice(first, 16)
-        there = first + gl.arange(0, 16, layout=gl.SliceLayout(1, LAYOUT)) < rows
-        part.store(gl.where(there[:, None], part.load(LAYOUT), 0.0))
 
 
 @gluon.jit
@@ -54,7 +46,7 @@ def _produce(
             mbarrier.expect(v_cut, v_desc.block_type.nbytes)
             tma_load(v_desc, [b, h_kv, start_n, 0], v_cut, vs.index(stage))
             mbarrier.wait(v_cut, 0)
-            _zero_rows(vs.index(stage).reshape([BLOCK_N, D]), hi - start_n, BLOCK_N)
+            zero_rows(vs.index(stage).reshape([BLOCK_N, D]), hi - start_n, BLOCK_N)
             fence_async_shared()
             mbarrier.arrive(v_full.index(stage), count=1)
         else:

@@ -71,3 +71,22 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     for i in gl.static_range(COUNT):
         mbarrier.init(found.index(i), count=ARRIVALS)
     return found
+
+
+@gluon.jit
+def zero_rows(tile, rows, ROWS: gl.constexpr):
+    """Zero a tile's rows from `rows` on, 16 at a time: what nothing here sees may be NaN, and 0 * NaN would reach the result."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    for first in gl.static_range(0, ROWS, 16):
+        part = tile.slice(first, 16)
+        there = first + gl.arange(0, 16, layout=gl.SliceLayout(1, LAYOUT)) < rows
+        part.store(gl.where(there[:, None], part.load(LAYOUT), 0.0))
+
+
+@gluon.jit
+def derivative(p, dp, delta, MASKED: gl.constexpr):
+    """dS = P (dP - delta). Where MASKED, and P therefore 0, dP and delta may be NaN."""
+    ds = p * (dp - delta)
+    if MASKED:
+        ds = gl.where(p == 0.0, 0.0, ds)
+    return ds
