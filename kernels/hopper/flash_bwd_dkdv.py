@@ -84,12 +84,12 @@ def _step(
     q = qs.index(stage).reshape([BLOCK_M, D])
     do = dos.index(stage).reshape([BLOCK_M, D])
     s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)  # [BLOCK_N, D] @ [D, BLOCK_M]
-    lse = lses.index(stage).load(COLUMNS)
     if FIRST:
         s = warpgroup_mma_wait(0, deps=(s,))
     else:
         dk = warpgroup_mma(ds, qs.index(before).reshape([BLOCK_M, D]), dk, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
         s = warpgroup_mma_wait(1, deps=(s,))
+    lse = lses.index(stage).load(COLUMNS)
     if MASKED:
         offs_m = start_m + gl.arange(0, BLOCK_M, layout=COLUMNS)
         offs_n = start_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, S_LAYOUT))
@@ -102,8 +102,8 @@ def _step(
         mbarrier.arrive(empty.index(before), count=1)
     pt = gl.convert_layout(p.to(do.dtype), A_LAYOUT)
     dv = warpgroup_mma(pt, do, dv, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
-    delta = deltas.index(stage).load(COLUMNS)
     dp = warpgroup_mma_wait(1, deps=(dp,))
+    delta = deltas.index(stage).load(COLUMNS)
     following = gl.convert_layout(derivative(p, dp, delta[None, :], MASKED).to(q.dtype), A_LAYOUT)
     # A real branch: without one ptxas moves the wait below above dS, and nothing overlaps.
     ahead, phase_ahead = stage_of(t + 1, STAGES)
@@ -114,8 +114,9 @@ def _step(
 
 @gluon.jit
 def _consume(
-    dk_desc, dv_desc, memory, b, h_k, group, start_n, lo, full_lo, full_hi, hi, S, LEFT, RIGHT,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr,
+    dk_desc, dv_desc, memory, F, heads, group, n_q, n_k, tiles, start_n, lo, full_lo, full_hi, hi, S, LEFT, RIGHT,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """All of 64 keys: dK and dV."""
     ks, vs, qs, _dos, _lses, _deltas, kv_full, full, _empty, _cut = memory
@@ -152,14 +153,18 @@ def _consume(
         last, _ = stage_of(total - 1, STAGES)
         dk = warpgroup_mma(ds, qs.index(last).reshape([BLOCK_M, D]), dk, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
         dk = warpgroup_mma_wait(0, deps=(dk,))
+    # total >= 0: the same place, worked out anew. Kept over the loops it would be spilled.
+    seq, h_k, start_n = sequence.locate_keys(
+        F, gl.program_id(0) + gl.minimum(total, 0), tiles, heads // group, 0, n_q, n_k, BLOCK_N * CONSUMERS)  # fmt: skip
+    start_n += CONSUMER * BLOCK_N
     # Keys that do not exist may have been NaN.
-    there = (start_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, D_LAYOUT)) < S.n_k)[:, None]
+    there = (start_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, D_LAYOUT)) < seq.n_k)[:, None]
     v.store(gl.where(there, dv, 0.0).to(v.dtype))  # dV leaves through the memory of V, dK through that of K
     fence_async_shared()
-    tma_store(dv_desc, [b, h_k, start_n, 0], vs.index(CONSUMER))
+    tma_store(dv_desc, [seq.b, h_k, start_n, 0], vs.index(CONSUMER))
     k.store(gl.where(there, dk * S.scale, 0.0).to(k.dtype))
     fence_async_shared()
-    tma_store(dk_desc, [b, h_k, start_n, 0], ks.index(CONSUMER))
+    tma_store(dk_desc, [seq.b, h_k, start_n, 0], ks.index(CONSUMER))
     tma.store_wait(0)
 
 
@@ -197,15 +202,15 @@ def flash_bwd_dkdv(
         gl.warp_specialize([
             (_produce, (q_desc, k_desc, v_desc, do_desc, LSE, DELTA, memory, b, heads, h_k, group, start_n, lo, hi, n_q,
                         BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
-            (_consume, (dk_desc, dv_desc, memory, b, h_k, group, start_n, lo, full_lo, full_hi, hi, S, LEFT, RIGHT,
-                        BLOCK_M, BLOCK_N, D, STAGES, 0)),
+            (_consume, (dk_desc, dv_desc, memory, F, heads, group, n_q, n_k, tiles, start_n, lo, full_lo, full_hi, hi, S,
+                        LEFT, RIGHT, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, 0)),
         ], [4], [REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (_produce, (q_desc, k_desc, v_desc, do_desc, LSE, DELTA, memory, b, heads, h_k, group, start_n, lo, hi, n_q,
                         BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
-            (_consume, (dk_desc, dv_desc, memory, b, h_k, group, start_n, lo, full_lo, full_hi, hi, S, LEFT, RIGHT,
-                        BLOCK_M, BLOCK_N, D, STAGES, 0)),
-            (_consume, (dk_desc, dv_desc, memory, b, h_k, group, start_n, lo, full_lo, full_hi, hi, S, LEFT, RIGHT,
-                        BLOCK_M, BLOCK_N, D, STAGES, 1)),
+            (_consume, (dk_desc, dv_desc, memory, F, heads, group, n_q, n_k, tiles, start_n, lo, full_lo, full_hi, hi, S,
+                        LEFT, RIGHT, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, 0)),
+            (_consume, (dk_desc, dv_desc, memory, F, heads, group, n_q, n_k, tiles, start_n, lo, full_lo, full_hi, hi, S,
+                        LEFT, RIGHT, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, 1)),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
