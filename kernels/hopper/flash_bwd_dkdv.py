@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )  # fmt: skip
 
 from .. import band, score, sequence, softmax, tile
-from .parts import accumulator, barriers, derivative, stage_of, tma_load, tma_store, zero_rows
+from .parts import accumulator, barriers, stage_of, tma_load, tma_store, zero_rows
 
 # Changing these numbers never recompiles.
 RUN_TIME = ["heads", "group", "n_q", "n_k", "tiles", "align", "LEFT", "RIGHT"]
@@ -104,7 +104,7 @@ def _step(
     dv = warpgroup_mma(pt, do, dv, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
     dp = warpgroup_mma_wait(1, deps=(dp,))
     delta = deltas.index(stage).load(COLUMNS)
-    following = gl.convert_layout(derivative(p, dp, delta[None, :], MASKED).to(q.dtype), A_LAYOUT)
+    following = gl.convert_layout((p * (dp - delta[None, :])).to(q.dtype), A_LAYOUT)
     # A real branch: without one ptxas moves the wait below above dS, and nothing overlaps.
     ahead, phase_ahead = stage_of(t + 1, STAGES)
     mbarrier.wait(full.index(ahead), phase_ahead, pred=t + 1 < total)
@@ -157,12 +157,14 @@ def _consume(
     seq, h_k, start_n = sequence.locate_keys(
         F, gl.program_id(0) + gl.minimum(total, 0), tiles, heads // group, 0, n_q, n_k, BLOCK_N * CONSUMERS)  # fmt: skip
     start_n += CONSUMER * BLOCK_N
-    # Keys that do not exist may have been NaN.
-    there = (start_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, D_LAYOUT)) < seq.n_k)[:, None]
-    v.store(gl.where(there, dv, 0.0).to(v.dtype))  # dV leaves through the memory of V, dK through that of K
+    # What no query sees (padding, NaN) has been in its own rows alone.
+    seen_lo, _, _, seen_hi = band.key_range(0, n_q, seq.n_k, S.shift, LEFT, RIGHT, F, BLOCK_N)
+    offs_n = start_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, D_LAYOUT))
+    seen = ((offs_n >= seen_lo) & (offs_n < seen_hi))[:, None]
+    v.store(gl.where(seen, dv, 0.0).to(v.dtype))  # dV leaves through the memory of V, dK through that of K
     fence_async_shared()
     tma_store(dv_desc, [seq.b, h_k, start_n, 0], vs.index(CONSUMER))
-    k.store(gl.where(there, dk * S.scale, 0.0).to(k.dtype))
+    k.store(gl.where(seen, dk * S.scale, 0.0).to(k.dtype))
     fence_async_shared()
     tma_store(dk_desc, [seq.b, h_k, start_n, 0], ks.index(CONSUMER))
     tma.store_wait(0)

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )  # fmt: skip
 
 from .. import band, score, sequence, softmax
-from .parts import accumulator, barriers, derivative, stage_of, tma_load, tma_store, zero_rows
+from .parts import accumulator, barriers, stage_of, tma_load, tma_store, zero_rows
 
 # Changing these numbers never recompiles.
 RUN_TIME = ["heads", "group", "n_q", "n_k", "tiles", "align", "LEFT", "RIGHT"]
@@ -28,7 +28,7 @@ def _produce(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """Fetch Q, O and dO once, then K and V of every tile of [lo, hi) as their buffers fall free. Rows beyond a tensor arrive as
-    zeros; keys of the last tile that are there, but that no query here sees, are zeroed in K."""
+    zeros; keys of the last tile that are there, but that no query here sees, are zeroed."""
     qs, os, dos, ks, vs, rows_full, full, empty, cut = memory
     for c in gl.static_range(CONSUMERS):
         mbarrier.expect(rows_full.index(c), 3 * q_desc.block_type.nbytes)
@@ -45,6 +45,7 @@ def _produce(
             tma_load(v_desc, [b, h_kv, start_n, 0], cut.index(0), vs.index(stage))
             mbarrier.wait(cut.index(0), 0)
             zero_rows(ks.index(stage).reshape([BLOCK_N, D]), hi - start_n, BLOCK_N)
+            zero_rows(vs.index(stage).reshape([BLOCK_N, D]), hi - start_n, BLOCK_N)
             fence_async_shared()
             mbarrier.arrive(full.index(stage), count=1)
         else:
@@ -82,7 +83,7 @@ def _step(
     mbarrier.wait(full.index(ahead), phase_ahead, pred=i + 1 < n_tiles)
     dp, p = warpgroup_mma_wait(IN_FLIGHT - 1, deps=(dp, p))
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=accumulator(D), k_width=2)
-    following = gl.convert_layout(derivative(p, dp, delta[:, None], MASKED).to(ks.dtype), A_LAYOUT)
+    following = gl.convert_layout((p * (dp - delta[:, None])).to(ks.dtype), A_LAYOUT)
     if not FIRST:
         mbarrier.wait(full.index(stage), phase)  # it has passed long ago, but it is a branch, as above
         dq, following = warpgroup_mma_wait(0, deps=(dq, following))
@@ -132,7 +133,9 @@ def _consume(
         last, _ = stage_of(n_tiles - 1, STAGES)
         dq = warpgroup_mma(ds, ks.index(last).reshape([BLOCK_N, D]), dq, is_async=True)  # [BLOCK_M, BLOCK_N] @ [BLOCK_N, D]
         dq = warpgroup_mma_wait(0, deps=(dq,))
-    q.store((dq * S.scale).to(q.dtype))  # dQ leaves through the memory of Q
+    # What sees no key may have been NaN, in its own row alone. dQ leaves through the memory of Q.
+    live = gl.convert_layout(lse, gl.SliceLayout(1, D_LAYOUT), assert_trivial=True)[:, None] < float("inf")
+    q.store(gl.where(live, dq * S.scale, 0.0).to(q.dtype))
     fence_async_shared()
     tma_store(dq_desc, [b, h, start_m, 0], qs.index(CONSUMER))
     tma.store_wait(0)

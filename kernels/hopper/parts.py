@@ -81,12 +81,3 @@ def zero_rows(tile, rows, ROWS: gl.constexpr):
         part = tile.slice(first, 16)
         there = first + gl.arange(0, 16, layout=gl.SliceLayout(1, LAYOUT)) < rows
         part.store(gl.where(there[:, None], part.load(LAYOUT), 0.0))
-
-
-@gluon.jit
-def derivative(p, dp, delta, MASKED: gl.constexpr):
-    """dS = P (dP - delta). Where MASKED, and P therefore 0, dP and delta may be NaN."""
-    ds = p * (dp - delta)
-    if MASKED:
-        ds = gl.where(p == 0.0, 0.0, ds)
-    return ds

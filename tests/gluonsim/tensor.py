@@ -131,6 +131,8 @@ def promote(left, right, *, dividing: bool = False) -> tuple[torch.Tensor, torch
         if left.shape and right.shape and len(left.shape) != len(right.shape):
             raise ValueError(f"cannot broadcast {left.shape} with {right.shape}: the ranks differ")
         dtype = torch.promote_types(left.data.dtype, right.data.dtype)
+    elif not isinstance(left, Tensor) and not isinstance(right, Tensor):
+        return promote(as_tensor(left), as_tensor(right), dividing=dividing)
     else:
         tensor, number = (left, right) if isinstance(left, Tensor) else (right, left)
         dtype = tensor.data.dtype

@@ -24,7 +24,7 @@ class Backend(NamedTuple):
 
 BACKENDS = {
     # By name only (backend="hopper", TFKERN_BACKENDS) until a GPU has shown that it is right, and faster.
-    "hopper": Backend(hopper.unsupported, hopper.forward, portable.backward),
+    "hopper": Backend(hopper.unsupported, hopper.forward, hopper.backward),
     "portable": Backend(portable.unsupported, portable.forward, portable.backward),
     "eager": Backend(eager.unsupported, eager.forward, eager.backward),
 }

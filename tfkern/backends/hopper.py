@@ -1,13 +1,13 @@
-"""Forward by the Gluon kernel for Hopper (kernels/hopper). The backward is the portable kernels': see backends/__init__.py."""
+"""The Gluon kernels for Hopper (kernels/hopper)."""
 
 import torch
 from torch import Tensor
 
 from tfkern import launch, layout
-from tfkern.problem import Problem, Tensors
-from tfkern.tiles import HOPPER, HopperConfig
+from tfkern.problem import Gradients, Problem, Tensors
+from tfkern.tiles import HOPPER, HOPPER_BACKWARD, HopperConfig
 
-QUERIES = 64  # that one consumer warpgroup owns
+QUERIES = 64  # that one consumer warpgroup owns; keys in flash_bwd_dkdv
 ALIGNED = 8  # 16-bit numbers in the 16 bytes that TMA steps by
 
 
@@ -39,8 +39,6 @@ def limits(p: Problem) -> list[str]:
 
 def forward(problem: Problem, t: Tensors) -> tuple[Tensor, Tensor]:
     """out in q's memory order, lse (B, H, Nq) float32."""
-    from tfkern.kernels import features
-
     p = problem
     q, k, v = (_for_tma(x) for x in t[:3])
     out = layout.empty_in_order_of(q, p.v_head_dim)
@@ -50,9 +48,66 @@ def forward(problem: Problem, t: Tensors) -> tuple[Tensor, Tensor]:
         p.plans["hopper"] = _plan(p, dim, config)
     rows = (QUERIES, config.block_n, config.block_n, QUERIES)
     descriptors = [_descriptor(x, n, dim) for x, n in zip((q, k, v, out), rows, strict=True)]
-    there = features.NONE._replace(key_lengths=t.key_lengths)
-    p.plans["hopper"]((*descriptors, lse), there, () if t.key_lengths is None else (t.key_lengths,))
+    p.plans["hopper"]((*descriptors, lse), *_features(t))
     return out, lse
+
+
+def backward(problem: Problem, t: Tensors, out, lse, do, dlse, needed, into=None) -> Gradients:
+    """As portable.backward: delta comes of the kernel for dQ, so that it runs for any gradient."""
+    p, need = problem, Gradients(*needed)
+    q, k, v, out, do = (_for_tma(x) for x in (*t[:3], out, do))
+    dlse = None if dlse is None else dlse.resolve_neg().contiguous()
+    wanted = into or tuple(layout.empty_in_order_of(x, x.shape[-1]) for x in t[:3])
+    dq, dk, dv = (x if _ready_for_tma(x) else torch.empty_like(x, memory_format=torch.contiguous_format) for x in wanted)
+    delta = torch.empty_like(lse)
+    _run_backward(p, "flash_bwd_dq", t, (q, k, v, out, do, dq), (lse, dlse, delta))
+    if need.k or need.v:
+        _run_backward(p, "flash_bwd_dkdv", t, (q, k, v, do, dk, dv), (lse, delta))
+    else:
+        dk = dv = None
+    made = zip((dq, dk, dv), wanted, strict=True)
+    return Gradients(*(x if x is None or x is there else there.copy_(x) for x, there in made), None, None, None)
+
+
+# What of each kernel's descriptors comes past its programs, in tiles of block_n rows; of the others they own QUERIES at a time.
+STREAMED = {"flash_bwd_dq": (1, 2), "flash_bwd_dkdv": (0, 3)}
+
+
+def _run_backward(p: Problem, name: str, t: Tensors, tensors: tuple, plain: tuple) -> None:
+    """One kernel of the backward, from tensors that it takes by TMA and plain ones."""
+    dim = min(d for d in HOPPER if p.head_dim <= d)
+    config = HOPPER_BACKWARD[name][dim][(p.n_k if name == "flash_bwd_dkdv" else p.n_q) <= QUERIES]
+    if name not in p.plans:
+        p.plans[name] = _plan_backward(p, name, dim, config)
+    rows = (config.block_n if i in STREAMED[name] else QUERIES for i in range(len(tensors)))
+    descriptors = (_descriptor(x, n, dim) for x, n in zip(tensors, rows, strict=True))
+    p.plans[name]((*descriptors, *plain), *_features(t))
+
+
+def _plan_backward(p: Problem, name: str, dim: int, config: HopperConfig) -> launch.Launch:
+    """All of a backward launch but its tensors."""
+    from tfkern.kernels.hopper import flash_bwd_dkdv, flash_bwd_dq
+
+    kernel = {"flash_bwd_dq": flash_bwd_dq, "flash_bwd_dkdv": flash_bwd_dkdv}[name]
+    of_keys = name == "flash_bwd_dkdv"
+    heads, rows = (p.kv_heads, p.n_k) if of_keys else (p.heads, p.n_q)
+    tiles = -(-rows // (QUERIES * config.consumers))
+    numbers = (p.heads, p.group, p.n_q, p.n_k, tiles, p.scale, int(p.lower_right), p.left, p.right)
+    owned, streamed = ("BLOCK_N", "BLOCK_M") if of_keys else ("BLOCK_M", "BLOCK_N")
+    constants = {
+        owned: QUERIES, streamed: config.block_n, "D": dim, "STAGES": config.stages, "CONSUMERS": config.consumers,
+        "REGISTERS": config.registers,
+    }  # fmt: skip
+    constants = {key: constants[key] for key in getattr(kernel, name).arg_names if key in constants}  # in the kernel's order
+    options = dict(num_warps=4, enable_fp_fusion=True)  # as in portable.py
+    return launch.Launch(getattr(kernel, name), p.batch * heads * tiles, p.device, numbers, constants, options)
+
+
+def _features(t: Tensors) -> tuple[tuple, tuple]:
+    """The optional arguments as kernels/features.py has them, and the tensors among them."""
+    from tfkern.kernels import features
+
+    return features.NONE._replace(key_lengths=t.key_lengths), () if t.key_lengths is None else (t.key_lengths,)
 
 
 def _plan(p: Problem, dim: int, config: HopperConfig) -> launch.Launch:
@@ -76,11 +131,15 @@ def _config(p: Problem) -> tuple[int, HopperConfig]:
 
 
 def _for_tma(x: Tensor) -> Tensor:
-    """The tensor, or a copy of it where TMA can't read it in place: rows must be dense, and all else multiples of 16 bytes."""
+    """The tensor, or a copy of it where TMA can't read it in place."""
+    return x if _ready_for_tma(x) else x.resolve_neg().clone(memory_format=torch.contiguous_format)
+
+
+def _ready_for_tma(x: Tensor) -> bool:
+    """Whether rows are dense, and all else multiples of 16 bytes."""
     steps = [s for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1]
     dense = x.stride(3) == 1 or x.shape[3] == 1
-    ready = dense and all(s > 0 and s % ALIGNED == 0 for s in steps) and x.data_ptr() % 16 == 0 and not x.is_neg()
-    return x if ready else x.resolve_neg().clone(memory_format=torch.contiguous_format)
+    return dense and all(s > 0 and s % ALIGNED == 0 for s in steps) and x.data_ptr() % 16 == 0 and not x.is_neg()
 
 
 def _descriptor(x: Tensor, rows: int, dim: int):
