@@ -127,7 +127,7 @@ HOPPER = {
 # The backward's, likewise: by kernel and head-dim class, (for more than 64 rows that a program owns, for up to 64).
 HOPPER_BACKWARD = {
     "flash_bwd_dq": {
-        64: (HopperConfig(128, 3, 2, False, 240), HopperConfig(64, 3, 1, False, 240)),
+        64: (HopperConfig(64, 3, 2, False, 240), HopperConfig(64, 3, 1, False, 240)),
         128: (HopperConfig(64, 3, 2, False, 240), HopperConfig(64, 3, 1, False, 240)),
     },
     "flash_bwd_dkdv": {

@@ -67,7 +67,7 @@ def _produce(
 
 @gluon.jit
 def _step(
-    t, total, memory, dk, dv, ds, start_m, start_n, S, LEFT, RIGHT, BLOCK_M: gl.constexpr,
+    t, total, k, v, memory, dk, dv, ds, start_m, start_n, S, LEFT, RIGHT, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """dS and dV of tile number t, queries from start_m on, and dK of the tile before it, whose dS^T is ds."""
@@ -78,9 +78,9 @@ def _step(
     COLUMNS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=accumulator(D), k_width=2)
     zero = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, S_LAYOUT)
-    # t >= 0: always CONSUMER. A constant's addresses, of every step of the products, would be kept in registers by the loops.
-    k = ks.index(CONSUMER + gl.minimum(t, 0)).reshape([BLOCK_N, D])
-    v = vs.index(CONSUMER + gl.minimum(t, 0)).reshape([BLOCK_N, D])
+    if D > 64:  # t >= 0: always CONSUMER. The loops would keep a constant's addresses, of each step of a product, in registers.
+        k = ks.index(CONSUMER + gl.minimum(t, 0)).reshape([BLOCK_N, D])
+        v = vs.index(CONSUMER + gl.minimum(t, 0)).reshape([BLOCK_N, D])
     q = qs.index(stage).reshape([BLOCK_M, D])
     do = dos.index(stage).reshape([BLOCK_M, D])
     s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)  # [BLOCK_N, D] @ [D, BLOCK_M]
@@ -129,10 +129,17 @@ def _consume(
     dk = gl.zeros([BLOCK_N, D], gl.float32, D_LAYOUT)
     dv = gl.zeros([BLOCK_N, D], gl.float32, D_LAYOUT)
     mbarrier.wait(kv_full.index(CONSUMER), 0)
+    if D <= 64:
+        A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=accumulator(BLOCK_M), k_width=2)
+        k_a = k.load(A)
+        v_a = v.load(A)
+    else:
+        k_a = k
+        v_a = v
     if n_tiles > 0:
         ds = gl.zeros([BLOCK_N, BLOCK_M], qs.dtype, gl.DotOperandLayout(operand_index=0, parent=D_LAYOUT, k_width=2))
         mbarrier.wait(full.index(0), 0)
-        dk, dv, ds = _step(0, total, memory, dk, dv, ds, lo, start_n, S, LEFT, RIGHT,
+        dk, dv, ds = _step(0, total, k_a, v_a, memory, dk, dv, ds, lo, start_n, S, LEFT, RIGHT,
                            BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, True, True)  # fmt: skip
         left = gl.minimum((full_lo - lo) // BLOCK_M, n_tiles)
         right = gl.minimum(gl.maximum((full_hi - lo) // BLOCK_M, left), n_tiles)
@@ -141,13 +148,13 @@ def _consume(
             t = member * n_tiles
             if RIGHT is not None:
                 for i in range(first, left):
-                    dk, dv, ds = _step(t + i, total, memory, dk, dv, ds, lo + i * BLOCK_M, start_n, S, LEFT, RIGHT,
+                    dk, dv, ds = _step(t + i, total, k_a, v_a, memory, dk, dv, ds, lo + i * BLOCK_M, start_n, S, LEFT, RIGHT,
                                        BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, False, True)  # fmt: skip
             for i in range(gl.maximum(left, first), right):
-                dk, dv, ds = _step(t + i, total, memory, dk, dv, ds, lo + i * BLOCK_M, start_n, S, LEFT, RIGHT,
+                dk, dv, ds = _step(t + i, total, k_a, v_a, memory, dk, dv, ds, lo + i * BLOCK_M, start_n, S, LEFT, RIGHT,
                                    BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, False, False)  # fmt: skip
             for i in range(gl.maximum(right, first), n_tiles):
-                dk, dv, ds = _step(t + i, total, memory, dk, dv, ds, lo + i * BLOCK_M, start_n, S, LEFT, RIGHT,
+                dk, dv, ds = _step(t + i, total, k_a, v_a, memory, dk, dv, ds, lo + i * BLOCK_M, start_n, S, LEFT, RIGHT,
                                    BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, False, True)  # fmt: skip
             first = 0
         last, _ = stage_of(total - 1, STAGES)

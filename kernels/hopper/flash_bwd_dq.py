@@ -107,6 +107,13 @@ def _consume(
     offs_m = start_m + gl.arange(0, BLOCK_M, layout=ROWS)
     lse = softmax.load_lse(LSE + row, offs_m, 0, n_q, True, True)
     mbarrier.wait(rows_full.index(CONSUMER), 0)
+    if D <= 64:
+        A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=accumulator(BLOCK_N), k_width=2)
+        q_a = q.load(A)
+        do_a = do.load(A)
+    else:
+        q_a = q
+        do_a = do
     delta = softmax.delta(os.index(CONSUMER).reshape([BLOCK_M, D]).load(D_LAYOUT), do.load(D_LAYOUT), F)
     delta = gl.convert_layout(delta, ROWS, assert_trivial=True)
     if DLSE is not None:
@@ -116,19 +123,19 @@ def _consume(
     if n_tiles > 0:
         ds = gl.zeros([BLOCK_M, BLOCK_N], ks.dtype, gl.DotOperandLayout(operand_index=0, parent=D_LAYOUT, k_width=2))
         mbarrier.wait(full.index(0), 0)
-        dq, ds = _step(0, q, do, memory, dq, ds, lse, delta, start_m, lo, n_tiles, S, LEFT, RIGHT,
+        dq, ds = _step(0, q_a, do_a, memory, dq, ds, lse, delta, start_m, lo, n_tiles, S, LEFT, RIGHT,
                        BLOCK_M, BLOCK_N, D, STAGES, True, True)  # fmt: skip
         left = gl.minimum((full_lo - lo) // BLOCK_N, n_tiles)
         right = gl.minimum(gl.maximum((full_hi - lo) // BLOCK_N, left), n_tiles)
         if LEFT is not None:
             for i in range(1, left):
-                dq, ds = _step(i, q, do, memory, dq, ds, lse, delta, start_m, lo, n_tiles, S, LEFT, RIGHT,
+                dq, ds = _step(i, q_a, do_a, memory, dq, ds, lse, delta, start_m, lo, n_tiles, S, LEFT, RIGHT,
                                BLOCK_M, BLOCK_N, D, STAGES, False, True)  # fmt: skip
         for i in range(gl.maximum(left, 1), right):
-            dq, ds = _step(i, q, do, memory, dq, ds, lse, delta, start_m, lo, n_tiles, S, LEFT, RIGHT,
+            dq, ds = _step(i, q_a, do_a, memory, dq, ds, lse, delta, start_m, lo, n_tiles, S, LEFT, RIGHT,
                            BLOCK_M, BLOCK_N, D, STAGES, False, False)  # fmt: skip
         for i in range(gl.maximum(right, 1), n_tiles):
-            dq, ds = _step(i, q, do, memory, dq, ds, lse, delta, start_m, lo, n_tiles, S, LEFT, RIGHT,
+            dq, ds = _step(i, q_a, do_a, memory, dq, ds, lse, delta, start_m, lo, n_tiles, S, LEFT, RIGHT,
                            BLOCK_M, BLOCK_N, D, STAGES, False, True)  # fmt: skip
         last, _ = stage_of(n_tiles - 1, STAGES)
         dq = warpgroup_mma(ds, ks.index(last).reshape([BLOCK_N, D]), dq, is_async=True)  # [BLOCK_M, BLOCK_N] @ [BLOCK_N, D]
