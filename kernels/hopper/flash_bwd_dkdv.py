@@ -95,16 +95,16 @@ def _step(
         offs_n = start_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, S_LAYOUT))
         s = gl.where(band.visible(offs_m[None, :], offs_n[:, None], S.n_k, S.shift, LEFT, RIGHT), s, float("-inf"))
     p = softmax.weights(s, lse[None, :], S, True)
-    dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)  # [BLOCK_N, D] @ [D, BLOCK_M]
+    dp = zero - deltas.index(stage).load(COLUMNS)[None, :]  # so that dP - delta comes out of the product
+    dp = warpgroup_mma(v, do.permute((1, 0)), dp, is_async=True)  # [BLOCK_N, D] @ [D, BLOCK_M]
     if not FIRST:
-        mbarrier.wait(full.index(stage), phase)
+        mbarrier.wait(full.index(stage), phase)  # passed long ago, but a branch
         dk, p = warpgroup_mma_wait(1, deps=(dk, p))
         mbarrier.arrive(empty.index(before), count=1)
     pt = gl.convert_layout(p.to(do.dtype), A_LAYOUT)
     dv = warpgroup_mma(pt, do, dv, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
     dp = warpgroup_mma_wait(1, deps=(dp,))
-    delta = deltas.index(stage).load(COLUMNS)
-    following = gl.convert_layout((p * (dp - delta[None, :])).to(q.dtype), A_LAYOUT)
+    following = gl.convert_layout((p * dp).to(q.dtype), A_LAYOUT)
     # A real branch: without one ptxas moves the wait below above dS, and nothing overlaps.
     ahead, phase_ahead = stage_of(t + 1, STAGES)
     mbarrier.wait(full.index(ahead), phase_ahead, pred=t + 1 < total)
@@ -136,8 +136,8 @@ def _consume(
     else:
         k_a = k
         v_a = v
+    ds = gl.zeros([BLOCK_N, BLOCK_M], qs.dtype, gl.DotOperandLayout(operand_index=0, parent=D_LAYOUT, k_width=2))
     if n_tiles > 0:
-        ds = gl.zeros([BLOCK_N, BLOCK_M], qs.dtype, gl.DotOperandLayout(operand_index=0, parent=D_LAYOUT, k_width=2))
         mbarrier.wait(full.index(0), 0)
         dk, dv, ds = _step(0, total, k_a, v_a, memory, dk, dv, ds, lo, start_n, S, LEFT, RIGHT,
                            BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, True, True)  # fmt: skip
@@ -157,9 +157,6 @@ def _consume(
                 dk, dv, ds = _step(t + i, total, k_a, v_a, memory, dk, dv, ds, lo + i * BLOCK_M, start_n, S, LEFT, RIGHT,
                                    BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, False, True)  # fmt: skip
             first = 0
-        last, _ = stage_of(total - 1, STAGES)
-        dk = warpgroup_mma(ds, qs.index(last).reshape([BLOCK_M, D]), dk, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
-        dk = warpgroup_mma_wait(0, deps=(dk,))
     # total >= 0: the same place, worked out anew. Kept over the loops it would be spilled.
     seq, h_k, start_n = sequence.locate_keys(
         F, gl.program_id(0) + gl.minimum(total, 0), tiles, heads // group, 0, n_q, n_k, BLOCK_N * CONSUMERS)  # fmt: skip
@@ -171,6 +168,10 @@ def _consume(
     v.store(gl.where(seen, dv, 0.0).to(v.dtype))  # dV leaves through the memory of V, dK through that of K
     fence_async_shared()
     tma_store(dv_desc, [seq.b, h_k, start_n, 0], vs.index(CONSUMER))
+    if n_tiles > 0:
+        last, _ = stage_of(total - 1, STAGES)
+        dk = warpgroup_mma(ds, qs.index(last).reshape([BLOCK_M, D]), dk, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
+        dk = warpgroup_mma_wait(0, deps=(dk,))
     k.store(gl.where(seen, dk * S.scale, 0.0).to(k.dtype))
     fence_async_shared()
     tma_store(dk_desc, [seq.b, h_k, start_n, 0], ks.index(CONSUMER))

@@ -85,7 +85,7 @@ def _step(
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=accumulator(D), k_width=2)
     following = gl.convert_layout((p * (dp - delta[:, None])).to(ks.dtype), A_LAYOUT)
     if not FIRST:
-        mbarrier.wait(full.index(stage), phase)  # it has passed long ago, but it is a branch, as above
+        mbarrier.wait(full.index(stage), phase)  # passed long ago, but a branch
         dq, following = warpgroup_mma_wait(0, deps=(dq, following))
         mbarrier.arrive(empty.index(before), count=1)
     return dq, following
