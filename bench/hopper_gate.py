@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The compile gate of the Gluon kernels: for sm_90, without a GPU, they spill nothing and overlap what they are meant to.
 
-usage: hopper_gate.py [--head-dim 64 …] [--dtype bf16 …] [--variant full …]
+usage: hopper_gate.py [--kernel flash_fwd …] [--head-dim 64 …] [--dtype bf16 …] [--variant full …]
 
 Compiles every configuration of tfkern/tiles.py and checks: nothing is spilled in the loops over tiles, and outside of them no
 more than SPILLED bytes a thread; ptxas serialises no wgmma (its advisories C7510 to C7515); every exponential in a loop has a
@@ -32,6 +32,8 @@ VARIANTS = {
     "several": {"LEFT", "RIGHT", "cu_q", "cu_k", "dropout", "softcap", "slopes", "sinks", "MOD"},
     "everything": {"LEFT", "RIGHT", "cu_q", "cu_k", "bias", "dropout", "softcap", "slopes", "sinks", "MOD"},
 }  # fmt: skip
+KERNELS = ["flash_fwd", "flash_bwd_dq", "flash_bwd_dkdv"]
+BACKWARD = ["full", "causal", "window", "padded"]  # variants that its kernels have
 LIGHT = ["full", "causal", "window", "padded", "packed", "sinks"]  # what does not take the tiles for `heavy` problems
 SPILLED = 64  # such as the number of the program, which ptxas keeps in memory over the start of a partition
 
@@ -42,19 +44,25 @@ def descriptor(dtype: str, rows: int, dim: int) -> str:
     return f"tensordesc<{dtype}[1, 1, {rows}, {dim}],{layout!r}>"
 
 
-def source(dtype: str, dim: int, config, variant: str):
-    """flash_fwd with its arguments as types."""
+def source(name: str, dtype: str, dim: int, config, variant: str):
+    """A kernel with its arguments as types."""
     there = VARIANTS[variant]
-    kernel = compile_gate.load("tfkern.kernels.hopper.flash_fwd").flash_fwd
+    kernel = getattr(compile_gate.load(f"tfkern.kernels.hopper.{name}"), name)
     mask_vec = 0 if variant == "bias-any" else 8
-    features = compile_gate.features(there, f"*{dtype}", mask_vec)
     mod = compile_gate.load("tfkern.kernels.score_mods").signed_log if "MOD" in there else None
     linear = not there & {"bias", "softcap", "slopes", "sinks", "MOD"}
     constants = dict(MOD=mod, LINEAR=linear, MASK_VEC=mask_vec, DIM=dim, **config.constants(dim))
-    constants |= {name: None for name in ("LEFT", "RIGHT") if name not in there}
-    kinds = dict(F=features, O=f"*{dtype}", LSE="*fp32", stride_o=("i32",) * 3, scale="fp32")
-    kinds |= dict.fromkeys(("q_desc", "o_desc"), descriptor(dtype, constants["BLOCK_M"], dim))
-    kinds |= dict.fromkeys(("k_desc", "v_desc"), descriptor(dtype, config.block_n, dim))
+    if name == "flash_bwd_dkdv":  # owns keys, and queries come past
+        constants |= dict(BLOCK_M=constants["BLOCK_N"], BLOCK_N=constants["BLOCK_M"])
+    constants |= {side: None for side in ("LEFT", "RIGHT") if side not in there}
+    if "key_lengths" not in there:
+        constants["DLSE"] = None
+    rows = {"k": constants["BLOCK_N"], "v": constants["BLOCK_N"], "dk": constants["BLOCK_N"], "dv": constants["BLOCK_N"]}
+    pointers = dict(O=f"*{dtype}", LSE="*fp32", DLSE="*fp32", DELTA="*fp32")
+    kinds = dict(F=compile_gate.features(there, f"*{dtype}", mask_vec), stride_o=("i32",) * 3, scale="fp32", **pointers)
+    for parameter in kernel.arg_names:
+        if parameter.endswith("_desc"):
+            kinds[parameter] = descriptor(dtype, rows.get(parameter.removesuffix("_desc"), constants["BLOCK_M"]), dim)
     given = {name: aot.Constant(constants[name]) if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
     return aot.source(kernel, given, GluonASTSource)
 
@@ -88,31 +96,41 @@ def judge(binary) -> tuple[str, list[str]]:
     return f"{found.registers} regs {found.spilled:4} B spilled {found.shared:7} B shared {hidden}", wrong
 
 
+def configurations(kernel: str, dim: int, variant: str) -> list:
+    """What the tables hold for a kernel in a variant, if it is in the kernel."""
+    tiles = compile_gate.load("tfkern.tiles")
+    if kernel != "flash_fwd":
+        return list(tiles.HOPPER_BACKWARD[kernel].get(dim, ())) if variant in BACKWARD else []
+    found = tiles.HOPPER[dim]
+    if {"mask", "bias"} & VARIANTS[variant]:
+        return [found.masked] if found.masked else []
+    return [found.main if variant in LIGHT else found.heavy, found.single]
+
+
 def jobs(args):
-    for dim in args.head_dim:
-        tiles = compile_gate.load("tfkern.tiles").HOPPER[dim]
-        for variant in args.variant:
-            usual = tiles.main if variant in LIGHT else tiles.heavy
-            several = (tiles.masked,) if {"mask", "bias"} & VARIANTS[variant] else (usual, tiles.single)
-            for config in filter(None, several):
-                for dtype in args.dtype:
-                    yield dtype, dim, config, variant
+    for kernel in args.kernel:
+        for dim in args.head_dim:
+            for variant in args.variant:
+                for config in configurations(kernel, dim, variant):
+                    for dtype in args.dtype:
+                        yield kernel, dtype, dim, config, variant
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kernel", nargs="+", default=KERNELS, choices=KERNELS)
     parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128, 256])
     parser.add_argument("--dtype", nargs="+", default=["bf16"])
     parser.add_argument("--variant", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     failed = 0
     print(f"Triton {aot.triton.__version__}")
-    for dtype, dim, config, variant in jobs(parser.parse_args()):
-        compiled = source(dtype, dim, config, variant)
+    for kernel, dtype, dim, config, variant in jobs(parser.parse_args()):
+        compiled = source(kernel, dtype, dim, config, variant)
         binary = aot.triton.compile(compiled, target=aot.TARGETS["sm_90"], options=config.options())
         text, wrong = judge(binary)
         failed += bool(wrong)
         tiles = f"{config.consumers} consumers x {config.block_n} s{config.stages}"
-        print(f"flash_fwd {dtype} D{dim:<4} {variant:10} {tiles:20} {text} {'; '.join(wrong)}", flush=True)
+        print(f"{kernel:14} {dtype} D{dim:<4} {variant:10} {tiles:20} {text} {'; '.join(wrong)}", flush=True)
     print(f"{failed} failed")
     return 1 if failed else 0
 

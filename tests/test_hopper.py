@@ -1,95 +1,27 @@
 """The Gluon kernels for Hopper: right, and free of hazards, in the simulator; what the compiler makes of them; when they decline."""
 
-import importlib.util
 import os
-import re
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 import tfkern
-from tfkern import call, dropout, launch, testing
+from tfkern import call, testing
 from tfkern.backends import hopper
 from tfkern.testing import budget
 
 sys.path += [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent / "bench")]
 import sass
-from gluonsim import SimulationError, simulate
-
-SCHEDULES = [("eager", 0), ("lazy", 0), ("random", 0), ("random", 1), ("random", 2)]
-EXTRA = [
-    testing.Case("several-tiles", 2, 300, 64),
-    testing.Case("several-tiles-causal", 2, 460, 64, kv_heads=1, options=testing.CAUSAL),
-    testing.Case("wide-causal", 1, 150, 128, n_k=290, options=dict(testing.CAUSAL, causal_alignment="lower_right")),
-    testing.Case("cut-inside", 1, 100, 64, n_k=200, options=testing.CAUSAL),
-    testing.Case(
-        "padded-causal",
-        2,
-        140,
-        64,
-        n_k=200,
-        batch=3,
-        options=dict(testing.CAUSAL, key_lengths=(200, 0, 71), causal_alignment="lower_right"),
-    ),
-    testing.Case("window-of-many-tiles", 1, 420, 64, options=dict(window=(150, 40))),
-    testing.Case("d256-causal", 2, 260, 256, options=testing.CAUSAL),
-    testing.Case("d192", 1, 70, 192, n_k=200),
-    testing.Case("packed-long", 2, 0, 64, kv_heads=1, lengths=((140, 0, 77, 200), (140, 30, 150, 0)), options=testing.CAUSAL),
-    testing.Case("packed-window", 2, 0, 40, lengths=((90, 5), (130, 170)), options=dict(window=(60, 20))),
-    testing.Case("hidden-keys", 2, 150, 64, mask="bool 1h1k", options=dict(window=(90, 40))),
-    testing.Case("bias-wide", 2, 70, 128, n_k=130, kv_heads=1, batch=2, mask="query b1qk", options=testing.CAUSAL),
-    testing.Case("softcap-causal", 2, 200, 64, options=dict(softcap=3.0, **testing.CAUSAL)),
-    testing.Case("slopes-sinks", 2, 150, 64, slopes="h", sinks=True, options=testing.CAUSAL),
-    testing.Case(
-        "everything",
-        4,
-        0,
-        64,
-        kv_heads=2,
-        lengths=((140, 3), (140, 80)),
-        slopes="bh",
-        sinks=True,
-        score_mod="signed_log",
-        options=dict(softcap=5.0, dropout_p=0.2, window=(70, 30)),
-    ),
-]
-CASES = {case.name: case for case in (*testing.CASES, *testing.FEATURE_CASES, *EXTRA)}
-
-
-@contextmanager
-def simulated(schedule="lazy", seed=0):
-    """The simulator in the place of Triton's JIT, to which launches go without a detour."""
-    with simulate(schedule, seed) as simulation, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch.Launch, "__call__", lambda self, tensors, features, _: self.by_jit(tensors, features))
-        yield simulation
-
-
-def built(case, dtype):
-    inputs = testing.make_inputs(case, dtype)
-    problem, tensors = call.build(**inputs.tensors, enable_gqa=True, **inputs.options)
-    if problem.dropout_p:
-        with torch.random.fork_rng():
-            torch.manual_seed(1234)  # as budget.results
-            tensors = tensors._replace(seed=dropout.draw_seed(problem.device))
-    return inputs, (problem, tensors)
-
-
-def forward(case, problem, tensors):
-    """By the kernel, in the shapes of the public functions."""
-    out, lse = hopper.forward(problem, tensors)
-    return (out.squeeze(0).transpose(0, 1), lse.squeeze(0)) if case.lengths else (out, lse)
-
-
-SUPPORTED = [name for name, case in CASES.items() if not hopper.limits(built(case, torch.bfloat16)[1][0])]
+from gluonsim import SimulationError
+from hopper_cases import CASES, KERNELS, SCHEDULES, SUPPORTED, built, faults, forward, lines, simulated, without
 
 
 def test_what_is_supported():
     """So that no case falls away in silence."""
-    assert len(SUPPORTED) >= 60, SUPPORTED
+    assert len(SUPPORTED) >= 90, SUPPORTED
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
@@ -115,26 +47,11 @@ def test_on_the_chip(name, dtype):
         assert error.ok, str(error)
 
 
-SOURCE = Path(tfkern.__file__).parent.parent / "kernels" / "hopper" / "flash_fwd.py"
-SYNCHRONISES = re.compile(r"\b(mbarrier\.\w+|fence_async_shared|tma\.store_wait|warpgroup_mma_wait|\w+_turns?)\(")
-FAULTS = [n for n, line in enumerate(SOURCE.read_text().splitlines()) if line.startswith("    ") and SYNCHRONISES.search(line)]
+FAULTS = faults("flash_fwd")
 # Why nothing is wrong without it.
 HARMLESS = {
     "fence_async_shared()  # for the barriers": "the fence after mbarrier.init, which the simulator does not model",
 }
-
-
-def without(line: int, folder: Path):
-    """The kernel, one line of its source taken out."""
-    lines = SOURCE.read_text().splitlines()
-    indent = len(lines[line]) - len(lines[line].lstrip())
-    lines[line] = " " * indent + "pass"
-    path = folder / f"without_{line}.py"
-    path.write_text("\n".join(lines) + "\n")
-    spec = importlib.util.spec_from_file_location(f"tfkern.kernels.hopper.{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.flash_fwd
 
 
 def faults_found(kernel, monkeypatch) -> str | None:
@@ -159,10 +76,10 @@ def faults_found(kernel, monkeypatch) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("line", FAULTS, ids=lambda n: f"{n + 1}:{SOURCE.read_text().splitlines()[n].strip()[:40]}")
+@pytest.mark.parametrize("line", FAULTS, ids=lambda n: f"{n + 1}:{lines('flash_fwd')[n].strip()[:40]}")
 def test_every_missing_synchronisation_is_found(line, tmp_path, monkeypatch):
-    text = SOURCE.read_text().splitlines()[line].strip()
-    found = faults_found(without(line, tmp_path), monkeypatch)
+    text = lines("flash_fwd")[line].strip()
+    found = faults_found(without("flash_fwd", line, tmp_path), monkeypatch)
     assert found or text in HARMLESS, text
     assert not (found and text in HARMLESS), f"{text} does harm after all: {found}"
 
@@ -175,9 +92,20 @@ def test_the_kernel_itself_is_whole(monkeypatch):
 
 def test_the_compiler_overlaps_what_it_should(tmp_path):
     """0 spills, no serialised wgmma, every exponential of a loop under a product, no operand overwritten; see the gate."""
-    gate = SOURCE.parent.parent.parent / "bench" / "hopper_gate.py"
+    gate = KERNELS.parent.parent / "bench" / "hopper_gate.py"
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    some = ["--head-dim", "64", "--variant", "full", "causal", "packed", "several", "everything"]  # make gate has all
+    some = [
+        "--kernel",
+        "flash_fwd",
+        "--head-dim",
+        "64",
+        "--variant",
+        "full",
+        "causal",
+        "packed",
+        "several",
+        "everything",
+    ]  # make gate has all
     done = subprocess.run([sys.executable, gate, *some], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert done.stdout.count("exp2 under a wgmma") == 9

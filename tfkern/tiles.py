@@ -112,8 +112,9 @@ HOPPER_QUERIES = 64  # that one consumer warpgroup owns
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Of kernels/hopper/flash_fwd.py: block_n keys at a time in `stages` buffers, by `consumers` warpgroups with `registers` a
-    thread, which take turns if `pingpong`; `programs` share a multiprocessor; and how these were chosen."""
+    """Of kernels/hopper: block_n keys at a time in `stages` buffers, by `consumers` warpgroups with `registers` a thread, which
+    take turns if `pingpong`; `programs` share a multiprocessor; and how these were chosen. In flash_bwd_dkdv keys and queries
+    change places. The backward has no turns."""
 
     block_n: int
     stages: int
@@ -158,3 +159,15 @@ HOPPER = {
     ),
     256: HopperTiles(*[HopperConfig(64, 2, 2, True, 240)] * 2, HopperConfig(64, 2, 1, False, 240), None),
 }  # fmt: skip
+
+# The backward's: by kernel and head-dim class, (for more rows than one consumer owns, for no more).
+HOPPER_BACKWARD = {
+    "flash_bwd_dq": {
+        64: (HopperConfig(64, 3, 2, False, 240), HopperConfig(64, 3, 1, False, 240)),
+        128: (HopperConfig(64, 3, 2, False, 240), HopperConfig(64, 3, 1, False, 240)),
+    },
+    "flash_bwd_dkdv": {
+        64: (HopperConfig(64, 3, 2, False, 240), HopperConfig(64, 3, 1, False, 240)),
+        128: (HopperConfig(64, 3, 2, False, 240), HopperConfig(64, 3, 1, False, 240)),
+    },
+}

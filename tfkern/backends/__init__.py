@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from tfkern.backends import eager, hopper, portable
-from tfkern.problem import Problem
+from tfkern.problem import Gradients, Problem
 
 
 class Backend(NamedTuple):
@@ -22,9 +22,15 @@ class Backend(NamedTuple):
     backward: Callable
 
 
+def _hopper_backward(problem: Problem, *arguments) -> Gradients:
+    """By the kernels for Hopper what they can do."""
+    backend = portable if hopper.backward_limits(problem) else hopper
+    return backend.backward(problem, *arguments)
+
+
 BACKENDS = {
     # By name only (backend="hopper", TFKERN_BACKENDS) until a GPU has shown that it is right, and faster.
-    "hopper": Backend(hopper.unsupported, hopper.forward, portable.backward),
+    "hopper": Backend(hopper.unsupported, hopper.forward, _hopper_backward),
     "portable": Backend(portable.unsupported, portable.forward, portable.backward),
     "eager": Backend(eager.unsupported, eager.forward, eager.backward),
 }

@@ -1,4 +1,4 @@
-"""Forward by the Gluon kernel for Hopper (kernels/hopper). The backward is the portable kernels': see backends/__init__.py."""
+"""The Gluon kernels for Hopper (kernels/hopper)."""
 
 import functools
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from tfkern import features, launch, layout
-from tfkern.problem import Problem, Tensors
-from tfkern.tiles import HOPPER, HOPPER_QUERIES, HopperConfig, HopperTiles
+from tfkern.problem import Gradients, Problem, Tensors
+from tfkern.tiles import HOPPER, HOPPER_BACKWARD, HOPPER_QUERIES, HopperConfig, HopperTiles
 
 ALIGNED = 8  # 16-bit numbers in the 16 bytes that TMA steps by
 
@@ -36,6 +36,16 @@ def limits(p: Problem) -> list[str]:
     return reasons
 
 
+def backward_limits(p: Problem) -> list[str]:
+    """The reasons why another backend must do the backward of what `limits` allows."""
+    there = {
+        "a mask": p.mask, "an additive mask": p.bias, "dropout": p.dropout_p, "softcap": p.softcap, "ALiBi": p.has_slopes,
+        "sinks": p.has_sinks, "score_mod": p.score_mod, "packed sequences": p.packed,
+        "head dims beyond 128": p.head_dim > max(HOPPER_BACKWARD["flash_bwd_dq"]),
+    }  # fmt: skip
+    return [f"{name}: not in the backward's kernels yet" for name, given in there.items() if given]
+
+
 def forward(problem: Problem, t: Tensors) -> tuple[Tensor, Tensor]:
     """out in q's memory order, lse (B, H, Nq) float32; B is 1 for packed sequences."""
     p, t = problem, features.plain_memory(problem, t)
@@ -50,6 +60,57 @@ def forward(problem: Problem, t: Tensors) -> tuple[Tensor, Tensor]:
     descriptors = [_descriptor(x, n, dim) for x, n in zip((q, k, v, out), rows, strict=True)]
     p.plans[key]((*descriptors, out, lse), *features.of(p, t))
     return out, lse
+
+
+def backward(problem: Problem, t: Tensors, out, lse, do, dlse, needed, into=None) -> Gradients:
+    """As portable.backward, within backward_limits. delta comes of the kernel for dQ, so that it runs for any gradient."""
+    p, t, need = problem, features.plain_memory(problem, t), Gradients(*needed)
+    q, k, v, out, do = (_for_tma(x) for x in (*t[:3], out, do))
+    dlse = None if dlse is None else dlse.resolve_neg().contiguous()
+    wanted = into or tuple(layout.empty_in_order_of(x, x.shape[-1]) for x in t[:3])
+    dq, dk, dv = (x if _ready_for_tma(x) else torch.empty_like(x, memory_format=torch.contiguous_format) for x in wanted)
+    delta = torch.empty_like(lse)
+    _run_backward(p, "flash_bwd_dq", t, (q, k, v, out, do, dq), (lse, dlse, delta))
+    if need.k or need.v:
+        _run_backward(p, "flash_bwd_dkdv", t, (q, k, v, do, dk, dv), (lse, delta))
+    else:
+        dk = dv = None
+    made = zip((dq, dk, dv), wanted, strict=True)
+    return Gradients(*(x if x is None or x is there else there.copy_(x) for x, there in made), None, None, None)
+
+
+# Which of each kernel's descriptors come past its programs, in tiles of block_n rows; of the others a consumer owns its part.
+STREAMED = {"flash_bwd_dq": (1, 2), "flash_bwd_dkdv": (0, 3)}
+
+
+def _run_backward(p: Problem, name: str, t: Tensors, tensors: tuple, plain: tuple) -> None:
+    """One kernel of the backward, from tensors that it takes by TMA and plain ones."""
+    dim = min(d for d in HOPPER_BACKWARD[name] if p.head_dim <= d)
+    config = HOPPER_BACKWARD[name][dim][(p.n_k if name == "flash_bwd_dkdv" else p.n_q) <= HOPPER_QUERIES]
+    key = name, *(x is None for x in plain)
+    if key not in p.plans:
+        p.plans[key] = _plan_backward(p, name, dim, config)
+    rows = (config.block_n if i in STREAMED[name] else HOPPER_QUERIES for i in range(len(tensors)))
+    descriptors = (_descriptor(x, n, dim) for x, n in zip(tensors, rows, strict=True))
+    p.plans[key]((*descriptors, *plain), *features.of(p, t))
+
+
+def _plan_backward(p: Problem, name: str, dim: int, config: HopperConfig) -> launch.Launch:
+    """All of a backward launch but its tensors."""
+    from tfkern.kernels.hopper import flash_bwd_dkdv, flash_bwd_dq
+
+    kernel = {"flash_bwd_dq": flash_bwd_dq, "flash_bwd_dkdv": flash_bwd_dkdv}[name]
+    of_keys = name == "flash_bwd_dkdv"
+    heads, rows = (p.kv_heads, p.n_k) if of_keys else (p.heads, p.n_q)
+    tiles = -(-rows // (HOPPER_QUERIES * config.consumers))
+    numbers = (p.heads, p.group, p.n_q, p.n_k, tiles, p.scale, int(p.lower_right), p.left, p.right)
+    owned, streamed = ("BLOCK_N", "BLOCK_M") if of_keys else ("BLOCK_M", "BLOCK_N")
+    constants = {
+        owned: HOPPER_QUERIES, streamed: config.block_n, "D": dim, "STAGES": config.stages, "CONSUMERS": config.consumers,
+        "REGISTERS": config.registers,
+    }  # fmt: skip
+    constants = {key: constants[key] for key in getattr(kernel, name).arg_names if key in constants}  # in the kernel's order
+    return launch.Launch(getattr(kernel, name), p.batch * heads * tiles, p.device, numbers, constants, config.options())
 
 
 def _plan(p: Problem, dim: int, config: HopperConfig, out: Tensor, mask_vec: int) -> launch.Launch:
@@ -86,11 +147,15 @@ def _config(p: Problem) -> tuple[int, HopperConfig]:
 
 
 def _for_tma(x: Tensor) -> Tensor:
-    """The tensor, or a copy of it where TMA can't read it in place: rows must be dense, and all else multiples of 16 bytes."""
+    """The tensor, or a copy of it where TMA can't read it in place."""
+    return x if _ready_for_tma(x) else x.resolve_neg().clone(memory_format=torch.contiguous_format)
+
+
+def _ready_for_tma(x: Tensor) -> bool:
+    """Whether rows are dense, and all else multiples of 16 bytes."""
     steps = [s for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1]
     dense = x.stride(3) == 1 or x.shape[3] == 1
-    ready = dense and all(s > 0 and s % ALIGNED == 0 for s in steps) and x.data_ptr() % 16 == 0 and not x.is_neg()
-    return x if ready else x.resolve_neg().clone(memory_format=torch.contiguous_format)
+    return dense and all(s > 0 and s % ALIGNED == 0 for s in steps) and x.data_ptr() % 16 == 0 and not x.is_neg()
 
 
 def _descriptor(x: Tensor, rows: int, dim: int):
