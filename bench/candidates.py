@@ -7,6 +7,17 @@ TILES = {  # (block_m, block_n) by kernel
     "flash_bwd_one_pass": [(m, n) for m in (16, 32, 64) for n in (64, 128, 256)],
 }
 
+# Of kernels/hopper, as tfkern/tiles.py's HopperConfig: streamed rows, stages, consumers, whether they take turns, registers a
+# thread, programs on a multiprocessor.
+HOPPER = {
+    "flash_fwd": [
+        (128, 2, 2, True, 240, 1), (128, 2, 2, False, 240, 1), (128, 3, 2, True, 240, 1), (64, 2, 2, True, 240, 1),
+        (64, 3, 3, False, 160, 1), (64, 2, 1, False, 216, 2),
+    ],
+    "flash_bwd_dq": [(64, 3, 2, False, 240, 1), (64, 4, 2, False, 240, 1), (64, 3, 1, False, 240, 1)],
+    "flash_bwd_dkdv": [(64, 3, 2, False, 240, 1), (64, 4, 2, False, 240, 1), (64, 3, 1, False, 240, 1)],
+}  # fmt: skip
+
 
 def of(kernel: str) -> list[tuple[int, int, int, int]]:
     """(block_m, block_n, num_warps, num_stages) of every candidate for a kernel."""

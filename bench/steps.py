@@ -24,7 +24,7 @@ from tfkern.bench import blocks, runner, shapes
 from tfkern.bench.providers import PROVIDERS, UnavailableError
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL_TESTS = ["tests/test_small.py", "tests/test_attention.py", "tests/test_hopper.py"]
+SMALL_TESTS = ["tests/test_small.py", "tests/test_attention.py", "tests/test_hopper.py"]  # its cases run on the chip
 REPEATS = 250
 
 
@@ -112,6 +112,14 @@ def tune(context: Context) -> Cases:
         yield f"{case} {config}", functools.partial(tuning.time_one, case, config, context.device, context.dry)
 
 
+def tune_hopper(context: Context) -> Cases:
+    """The same of the kernels for Hopper."""
+    from tfkern.bench import tuning
+
+    for case, config in tuning.hopper_cases(first_only=context.dry):
+        yield f"{case} {config}", functools.partial(tuning.time_hopper, case, config, context.device, context.dry)
+
+
 def repeat(context: Context) -> Cases:
     """The same inputs and seed give the same bits, many times over."""
     cases = {case.name: case for case in (*testing.CASES, *testing.FEATURE_CASES)}
@@ -189,6 +197,7 @@ STEPS: dict[str, Callable[[Context], Cases]] = {
     "attention": attention,
     "overhead": overhead,
     "graphs": functools.partial(attention, graphs=True),
+    "tune-hopper": tune_hopper,
     "tune": tune,
     "repeat": repeat,
     "blocks": block_steps,

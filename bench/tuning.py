@@ -1,11 +1,12 @@
-"""Tile sizes by time: every candidate of sweep.py, on the GPU that is there."""
+"""Tile sizes by time: every candidate of candidates.py, on the GPU that is there."""
 
 import functools
 from collections.abc import Iterator
+from unittest import mock
 
 import torch
 
-from tfkern import backends, call, configs
+from tfkern import backends, call, configs, tiles
 from tfkern.bench import candidates, fake_gpu, runner
 from tfkern.bench.shapes import Shape
 
@@ -31,21 +32,44 @@ def cases(first_only: bool = False) -> Iterator[tuple[tuple[str, Shape], configs
 def time_one(case: tuple[str, Shape], config: configs.TileConfig, device: torch.device, dry: bool) -> Iterator[dict]:
     """Milliseconds of the pass that the kernel belongs to, with the other kernels as in the table."""
     kernel, shape = case
+    with configs.override(**{kernel: config}):
+        yield from _time(kernel, shape, "portable", vars(config), device, dry)
+
+
+def hopper_cases(first_only: bool = False) -> Iterator[tuple[tuple[str, Shape], tiles.HopperConfig]]:
+    """The same of the kernels for Hopper."""
+    for kernel, found in candidates.HOPPER.items():
+        for shape in SHAPES[:1] if first_only else SHAPES:
+            for config in found[:1] if first_only else found:
+                yield (kernel, shape), tiles.HopperConfig(*config)
+
+
+def time_hopper(case: tuple[str, Shape], config: tiles.HopperConfig, device: torch.device, dry: bool) -> Iterator[dict]:
+    """As time_one, of a kernel for Hopper."""
+    kernel, shape = case
+    if kernel == "flash_fwd":
+        table, found = tiles.HOPPER, tiles.HOPPER[shape.head_dim]._replace(main=config)
+    else:
+        table, found = tiles.HOPPER_BACKWARD[kernel], (config, config)
+    with mock.patch.dict(table, {shape.head_dim: found}), mock.patch.dict(call._problems, clear=True):  # which keep their plans
+        yield from _time(kernel, shape, "hopper", vars(config), device, dry)
+
+
+def _time(kernel: str, shape: Shape, name: str, config: dict, device: torch.device, dry: bool) -> Iterator[dict]:
     if dry:
         fake_gpu.pretend()
     q, k, v, do = shape.inputs(torch.bfloat16, device)
-    with configs.override(**{kernel: config}):
-        problem, tensors = call.build(q, k, v, is_causal=shape.is_causal)
-        backend = backends.choose(problem, "portable")
-        row = dict(kernel=kernel, shape=shape.name, **vars(config))
-        try:
-            with torch.no_grad():
-                out, lse = backend.forward(problem, tensors)
-                run = functools.partial(backend.forward, problem, tensors)
-                if kernel != "flash_fwd":
-                    needed = (True,) * 3 + (False,) * 3  # the gradients of q, k and v
-                    run = functools.partial(backend.backward, problem, tensors, out, lse, do, None, needed)
-                run()
-                yield {**row, "ms": None if dry else runner.time_it(run, device, 0.03)[1]}
-        except Exception as error:  # too much shared memory, registers …: not a candidate
-            yield {**row, "skipped": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+    problem, tensors = call.build(q, k, v, is_causal=shape.is_causal)
+    backend = backends.BACKENDS[name] if dry else backends.choose(problem, name)
+    row = dict(kernel=kernel, backend=name, shape=shape.name, **config)
+    try:
+        with torch.no_grad():
+            out, lse = backend.forward(problem, tensors)
+            run = functools.partial(backend.forward, problem, tensors)
+            if kernel != "flash_fwd":
+                needed = (True,) * 3 + (False,) * 3  # the gradients of q, k and v
+                run = functools.partial(backend.backward, problem, tensors, out, lse, do, None, needed)
+            run()
+            yield {**row, "ms": None if dry else runner.time_it(run, device, 0.03)[1]}
+    except Exception as error:  # too much shared memory, registers …: not a candidate
+        yield {**row, "skipped": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import tfkern
-from tfkern import call, testing
+from tfkern import call, testing, tiles
 from tfkern.backends import hopper
 from tfkern.testing import budget
 
 sys.path += [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent / "bench")]
+import candidates
 import sass
 from gluonsim import SimulationError
 from hopper_cases import CASES, KERNELS, SCHEDULES, SUPPORTED, built, faults, forward, lines, simulated, without
@@ -44,6 +45,19 @@ HOPPER = torch.cuda.is_available() and torch.version.hip is None and torch.cuda.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_on_the_chip(name, dtype):
     for error in testing.check(CASES[name], dtype, "hopper", "cuda"):
+        assert error.ok, str(error)
+
+
+@pytest.mark.parametrize("name", ["several-tiles-causal", "packed-long", "window-of-many-tiles"])
+@pytest.mark.parametrize("config", candidates.HOPPER["flash_fwd"], ids=str)
+def test_every_candidate_of_tuning(config, name, monkeypatch):
+    """One to three consumers, taking turns or not, more stages: what `make gpu` times must be right."""
+    monkeypatch.setitem(tiles.HOPPER, 64, tiles.HOPPER[64]._replace(main=tiles.HopperConfig(*config)))
+    monkeypatch.setattr(call, "_problems", {})  # they keep launches
+    inputs, (problem, tensors) = built(CASES[name], torch.bfloat16)
+    with simulated("random", 3):
+        found = dict(zip(("out", "lse"), forward(CASES[name], problem, tensors), strict=True))
+    for error in budget.judge(found, budget.truth(CASES[name], inputs), budget.plain(CASES[name], inputs)):
         assert error.ok, str(error)
 
 

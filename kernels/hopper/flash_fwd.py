@@ -1,4 +1,4 @@
-"""Forward for Hopper: a producer fetches tiles by TMA, each of one or two consumer warpgroups owns BLOCK_M = 64 queries.
+"""Forward for Hopper: a producer fetches tiles by TMA, each of one to three consumer warpgroups owns BLOCK_M = 64 queries.
 
 A consumer issues S_j = Q K_j^T and O += P_{j-1} V_{j-1} together and computes the softmax of S_j under the second product; two
 consumers can take turns (PINGPONG), so that one multiplies while the other exponentiates (Shah et al., FlashAttention-3, 2024).
@@ -289,7 +289,7 @@ def flash_fwd(
     F Features; scale > 0; n_q, n_k > 0. For 4 warps: the producer.
     """
     gl.static_assert(STAGES >= 2, "K of the next tile is waited for before V of this one is free")
-    gl.static_assert(CONSUMERS == 2 or (CONSUMERS == 1 and not PINGPONG), "one consumer, or two, which can take turns")
+    gl.static_assert(CONSUMERS == 2 or not PINGPONG, "two consumers take turns")
     gl.static_assert(CONSUMERS == 1 or (F.mask is None and F.bias is None), "a consumer zeroes what its queries don't see in V")
     qs = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, BLOCK_M, D], q_desc.layout)
     os = qs
@@ -310,7 +310,7 @@ def flash_fwd(
             (_consume, (o_desc, O, LSE, stride_o, memory, work, F, LEFT, RIGHT, MOD, LINEAR, MASK_VEC,
                         DIM, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, 0, PINGPONG)),
         ], [4], [REGISTERS])  # fmt: skip
-    else:
+    elif CONSUMERS == 2:
         gl.warp_specialize([
             (_produce, (q_desc, k_desc, v_desc, memory, v_cut, work, F, LEFT, RIGHT, LINEAR, MASK_VEC,
                         BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
@@ -319,3 +319,14 @@ def flash_fwd(
             (_consume, (o_desc, O, LSE, stride_o, memory, work, F, LEFT, RIGHT, MOD, LINEAR, MASK_VEC,
                         DIM, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, 1, PINGPONG)),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_produce, (q_desc, k_desc, v_desc, memory, v_cut, work, F, LEFT, RIGHT, LINEAR, MASK_VEC,
+                        BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
+            (_consume, (o_desc, O, LSE, stride_o, memory, work, F, LEFT, RIGHT, MOD, LINEAR, MASK_VEC,
+                        DIM, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, 0, PINGPONG)),
+            (_consume, (o_desc, O, LSE, stride_o, memory, work, F, LEFT, RIGHT, MOD, LINEAR, MASK_VEC,
+                        DIM, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, 1, PINGPONG)),
+            (_consume, (o_desc, O, LSE, stride_o, memory, work, F, LEFT, RIGHT, MOD, LINEAR, MASK_VEC,
+                        DIM, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, 2, PINGPONG)),
+        ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
