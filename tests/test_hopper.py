@@ -93,7 +93,9 @@ def test_the_compiler_overlaps_what_it_should(tmp_path):
     """0 spills, no serialised wgmma, every exponential of a loop under a product, no operand overwritten; see the gate."""
     gate = KERNELS.parent.parent / "bench" / "hopper_gate.py"
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, gate, "--kernel", "flash_fwd"], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, gate, "--kernel", "flash_fwd"], capture_output=True, text=True, env=environment, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert done.stdout.count("exp2 under a wgmma") == 32
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tfkern
-from tfkern import call, testing, tiles
+from tfkern import call, tiles
 from tfkern.backends import hopper
 from tfkern.testing import budget
 
@@ -57,7 +57,9 @@ def test_backward(name, dtype):
 def test_without_a_gradient_of_lse():
     inputs = forward("several-tiles-causal")[0]
     zero = torch.zeros_like(inputs.dlse)
-    assert_right("several-tiles-causal", backward("several-tiles-causal", dlse=False), replace(inputs, dlse=zero, clean_dlse=zero))
+    assert_right(
+        "several-tiles-causal", backward("several-tiles-causal", dlse=False), replace(inputs, dlse=zero, clean_dlse=zero)
+    )
 
 
 @pytest.mark.parametrize("name", ["several-tiles-causal", "window-of-many-tiles", "wide-causal", "padded-causal"])
@@ -145,7 +147,7 @@ def test_the_kernels_themselves_are_whole(name, monkeypatch):
 def test_the_compiler_overlaps_what_it_should():
     """As of the forward, in test_hopper.py; of the bands and dtypes, those that differ most from what it compiles."""
     gate = KERNELS.parent.parent / "bench" / "hopper_gate.py"
-    command = [sys.executable, gate, "--kernel", "flash_bwd_dq", "flash_bwd_dkdv", "--dtype", "bf16", "--band", "full", "window"]
+    command = [sys.executable, gate, "--kernel", "flash_bwd_dq", "flash_bwd_dkdv", "--dtype", "bf16", "--band", "full", "window"]  # fmt: skip
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

@@ -17,7 +17,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .. import band, score, sequence, softmax
 from .parts import (
-    accumulator, barriers, begin_turns, end_turns, give_turn, stage_of, take_turn, tma_load, tma_store, zero_rows,
+    accumulator,
+    barriers,
+    begin_turns,
+    end_turns,
+    give_turn,
+    stage_of,
+    take_turn,
+    tma_load,
+    tma_store,
+    zero_rows,
 )  # fmt: skip
 
 # Changing these numbers never recompiles.

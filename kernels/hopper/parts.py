@@ -74,10 +74,11 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def zero_rows(tile, rows, ROWS: gl.constexpr):
-    """Zero a tile's rows from `rows` on, 16 at a time: what nothing here sees may be NaN, and 0 * NaN would reach the result."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    for first in gl.static_range(0, ROWS, 16):
-        part = tile.slice(first, 16)
-        there = first + gl.arange(0, 16, layout=gl.SliceLayout(1, LAYOUT)) < rows
-        part.store(gl.where(there[:, None], part.load(LAYOUT), 0.0))
+def zero_rows(tile, stop, ROWS: gl.constexpr, start=0):
+    """Zero a tile's rows outside of [start, stop), 8 at a time: what nothing here sees may be NaN, and so may be what comes of
+    it, as 0 * NaN is."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+    for first in gl.static_range(0, ROWS, 8):
+        part = tile.slice(first, 8)
+        rows = first + gl.arange(0, 8, layout=gl.SliceLayout(1, LAYOUT))
+        part.store(gl.where(((rows >= start) & (rows < stop))[:, None], part.load(LAYOUT), 0.0))
