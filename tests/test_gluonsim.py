@@ -12,6 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 sys.path.append(str(Path(__file__).resolve().parent))
 import gluonsim_litmus as kernels
 from gluonsim import SCHEDULES, DeadlockError, HazardError, HazardKind, UnsupportedError, simulate
+from gluonsim import language as simulation_language
 
 
 def descriptor(tensor, block_shape, **options):
@@ -236,3 +237,9 @@ def test_kernels_run_normally_outside_of_a_simulation():
 def test_unknown_assembly_is_refused():
     with pytest.raises(UnsupportedError, match="assembly"), simulate():
         kernels.hand_over[(1,)](torch.zeros(128, dtype=torch.int32), 8, "ex2.approx", 1)
+
+
+def test_minimum_of_two_numbers():
+    language = simulation_language.Language(lambda: None)
+    assert int(language.minimum(3, 0)) == 0
+    assert float(language.maximum(0.5, 2)) == 2.0

@@ -163,11 +163,11 @@ HOPPER = {
 # The backward's: by kernel and head-dim class, (for more rows than one consumer owns, for no more).
 HOPPER_BACKWARD = {
     "flash_bwd_dq": {
-        64: (HopperConfig(64, 3, 2, False, 240), HopperConfig(64, 3, 1, False, 240)),
-        128: (HopperConfig(64, 3, 2, False, 240), HopperConfig(64, 3, 1, False, 240)),
+        64: (HopperConfig(64, 3, 2, False, 216), HopperConfig(64, 3, 1, False, 240)),
+        128: (HopperConfig(64, 3, 2, False, 216), HopperConfig(64, 3, 1, False, 240)),
     },
     "flash_bwd_dkdv": {
-        64: (HopperConfig(64, 3, 2, False, 240), HopperConfig(64, 3, 1, False, 240)),
+        64: (HopperConfig(64, 3, 2, False, 232), HopperConfig(64, 3, 1, False, 240)),
         128: (HopperConfig(64, 3, 2, False, 240), HopperConfig(64, 3, 1, False, 240)),
     },
 }

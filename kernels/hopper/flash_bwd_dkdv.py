@@ -1,9 +1,10 @@
 """dK and dV for Hopper. No atomics: the same inputs give the same bits.
 
-A producer fetches tiles of queries by TMA, each of one or two consumer warpgroups owns BLOCK_N = 64 keys and sums over the
-queries of its head, or of the whole group of heads that share the key. Scores are held transposed, so that P^T and dS^T are
-operands in registers. A consumer issues S_i^T = K Q_i^T, dP_i^T = V dO_i^T and dK += dS_{i-1}^T Q_{i-1} together, takes
-P_i = exp2(c S_i - lse) under the last two, and forms dS_i under dV += P_i^T dO_i. Which queries see a key is as in kernels/band.py.
+A producer fetches tiles of queries by TMA and sends dK and dV out, each of one or two consumer warpgroups owns BLOCK_N = 64
+keys and sums over the queries of its head, or of the whole group of heads that share the key. Scores are held transposed, so
+that P^T and dS^T are operands in registers. A consumer issues S_i^T = K Q_i^T and dK += dS_{i-1}^T Q_{i-1} together, takes
+P_i = exp2(c S_i - lse) under the second and under dP_i^T = V dO_i^T, and forms dS_i under dV += P_i^T dO_i. Which queries see a
+key is as in kernels/band.py.
 """
 
 from triton.experimental import gluon
@@ -25,12 +26,14 @@ RUN_TIME = ["heads", "group", "n_q", "n_k", "tiles", "align", "LEFT", "RIGHT"]
 
 @gluon.jit
 def _produce(
-    q_desc, k_desc, v_desc, do_desc, LSE, DELTA, memory, b, heads, h_k, group, start_n, lo, hi, n_q,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, LSE, DELTA, memory, b, heads, h_k, group, start_n, lo, hi, n_q,
+    seen_lo, seen_hi, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """Fetch K and V once, then Q, dO, lse and delta of every tile of [lo, hi) of every head of the group as their buffers fall
-    free. Rows beyond a tensor arrive as zeros; queries of the last tile that are there, but see no key here, are zeroed."""
-    ks, vs, qs, dos, lses, deltas, kv_full, full, empty, cut = memory
+    free. Rows beyond a tensor arrive as zeros; queries of the last tile that are there, but see no key here, are zeroed. In the
+    end send dK and dV out, zeros for keys outside of [seen_lo, seen_hi)."""
+    ks, vs, qs, dos, lses, deltas, kv_full, full, empty, cut, done = memory
     ROWS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     for c in gl.static_range(CONSUMERS):
         mbarrier.expect(kv_full.index(c), 2 * k_desc.block_type.nbytes)
@@ -63,15 +66,25 @@ def _produce(
             lses.index(stage).store(lse)
             deltas.index(stage).store(delta)
             mbarrier.arrive(full.index(stage), count=1)
+    for c in gl.static_range(CONSUMERS):
+        mbarrier.wait(done.index(c), 0)
+        first = start_n + c * BLOCK_N
+        if (first < seen_lo) | (first + BLOCK_N > seen_hi):
+            zero_rows(ks.index(c).reshape([BLOCK_N, D]), seen_lo - first, seen_hi - first, BLOCK_N)
+            zero_rows(vs.index(c).reshape([BLOCK_N, D]), seen_lo - first, seen_hi - first, BLOCK_N)
+            fence_async_shared()
+        tma_store(dk_desc, [b, h_k, first, 0], ks.index(c))
+        tma_store(dv_desc, [b, h_k, first, 0], vs.index(c))
+    tma.store_wait(0)
 
 
 @gluon.jit
 def _step(
-    t, total, k, v, memory, dk, dv, ds, start_m, start_n, S, LEFT, RIGHT, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
+    t, total, k, v, memory, dk, dv, ds, start_m, start_n, S, LEFT, RIGHT, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """dS and dV of tile number t, queries from start_m on, and dK of the tile before it, whose dS^T is ds."""
-    ks, vs, qs, dos, lses, deltas, _kv_full, full, empty, _cut = memory
+    ks, vs, qs, dos, lses, deltas, _kv_full, full, empty, _cut, _done = memory
     stage, phase = stage_of(t, STAGES)
     before, _ = stage_of(t - 1, STAGES)
     S_LAYOUT: gl.constexpr = accumulator(BLOCK_M)
@@ -84,21 +97,21 @@ def _step(
     q = qs.index(stage).reshape([BLOCK_M, D])
     do = dos.index(stage).reshape([BLOCK_M, D])
     s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)  # [BLOCK_N, D] @ [D, BLOCK_M]
+    lse = lses.index(stage).load(COLUMNS)
     if FIRST:
         s = warpgroup_mma_wait(0, deps=(s,))
     else:
         dk = warpgroup_mma(ds, qs.index(before).reshape([BLOCK_M, D]), dk, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
         s = warpgroup_mma_wait(1, deps=(s,))
-    lse = lses.index(stage).load(COLUMNS)
     if MASKED:
         offs_m = start_m + gl.arange(0, BLOCK_M, layout=COLUMNS)
         offs_n = start_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, S_LAYOUT))
         s = gl.where(band.visible(offs_m[None, :], offs_n[:, None], S.n_k, S.shift, LEFT, RIGHT), s, float("-inf"))
     p = softmax.weights(s, lse[None, :], S, True)
+    mbarrier.wait(full.index(stage), phase)  # passed long ago, but a branch
     dp = zero - deltas.index(stage).load(COLUMNS)[None, :]  # so that dP - delta comes out of the product
     dp = warpgroup_mma(v, do.permute((1, 0)), dp, is_async=True)  # [BLOCK_N, D] @ [D, BLOCK_M]
     if not FIRST:
-        mbarrier.wait(full.index(stage), phase)  # passed long ago, but a branch
         dk, p = warpgroup_mma_wait(1, deps=(dk, p))
         mbarrier.arrive(empty.index(before), count=1)
     pt = gl.convert_layout(p.to(do.dtype), A_LAYOUT)
@@ -114,12 +127,11 @@ def _step(
 
 @gluon.jit
 def _consume(
-    dk_desc, dv_desc, memory, F, heads, group, n_q, n_k, tiles, start_n, lo, full_lo, full_hi, hi, S, LEFT, RIGHT,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
-    CONSUMER: gl.constexpr,
+    memory, group, start_n, lo, full_lo, full_hi, hi, S, LEFT, RIGHT,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """All of 64 keys: dK and dV."""
-    ks, vs, qs, _dos, _lses, _deltas, kv_full, full, _empty, _cut = memory
+    ks, vs, qs, _dos, _lses, _deltas, kv_full, full, _empty, _cut, done = memory
     D_LAYOUT: gl.constexpr = accumulator(D)
     start_n += CONSUMER * BLOCK_N
     n_tiles = gl.cdiv(gl.maximum(hi - lo, 0), BLOCK_M)
@@ -143,9 +155,9 @@ def _consume(
                            BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, True, True)  # fmt: skip
         left = gl.minimum((full_lo - lo) // BLOCK_M, n_tiles)
         right = gl.minimum(gl.maximum((full_hi - lo) // BLOCK_M, left), n_tiles)
-        first = 1
         for member in range(group):
             t = member * n_tiles
+            first = gl.maximum(1 - member, 0)
             if RIGHT is not None:
                 for i in range(first, left):
                     dk, dv, ds = _step(t + i, total, k_a, v_a, memory, dk, dv, ds, lo + i * BLOCK_M, start_n, S, LEFT, RIGHT,
@@ -156,26 +168,14 @@ def _consume(
             for i in range(gl.maximum(right, first), n_tiles):
                 dk, dv, ds = _step(t + i, total, k_a, v_a, memory, dk, dv, ds, lo + i * BLOCK_M, start_n, S, LEFT, RIGHT,
                                    BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, False, True)  # fmt: skip
-            first = 0
-    # total >= 0: the same place, worked out anew. Kept over the loops it would be spilled.
-    seq, h_k, start_n = sequence.locate_keys(
-        F, gl.program_id(0) + gl.minimum(total, 0), tiles, heads // group, 0, n_q, n_k, BLOCK_N * CONSUMERS)  # fmt: skip
-    start_n += CONSUMER * BLOCK_N
-    # What no query sees (padding, NaN) has been in its own rows alone.
-    seen_lo, _, _, seen_hi = band.key_range(0, n_q, seq.n_k, S.shift, LEFT, RIGHT, F, BLOCK_N)
-    offs_n = start_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, D_LAYOUT))
-    seen = ((offs_n >= seen_lo) & (offs_n < seen_hi))[:, None]
-    v.store(gl.where(seen, dv, 0.0).to(v.dtype))  # dV leaves through the memory of V, dK through that of K
-    fence_async_shared()
-    tma_store(dv_desc, [seq.b, h_k, start_n, 0], vs.index(CONSUMER))
+    v.store(dv.to(v.dtype))  # dV leaves through the memory of V, dK through that of K
     if n_tiles > 0:
         last, _ = stage_of(total - 1, STAGES)
         dk = warpgroup_mma(ds, qs.index(last).reshape([BLOCK_M, D]), dk, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
         dk = warpgroup_mma_wait(0, deps=(dk,))
-    k.store(gl.where(seen, dk * S.scale, 0.0).to(k.dtype))
+    k.store((dk * S.scale).to(k.dtype))
     fence_async_shared()
-    tma_store(dk_desc, [seq.b, h_k, start_n, 0], ks.index(CONSUMER))
-    tma.store_wait(0)
+    mbarrier.arrive(done.index(CONSUMER), count=1)
 
 
 @gluon.jit(do_not_specialize=RUN_TIME)
@@ -186,18 +186,19 @@ def flash_bwd_dkdv(
 ):  # fmt: skip
     """Grid (batch * heads / group * tiles,), tiles = ceil(n_k / (CONSUMERS * BLOCK_N)).
 
-    Descriptors of Q and dO (B, heads, n_q, D) in blocks of (1, 1, BLOCK_M, D), of K, V, dK and dV (B, heads / group, n_k, D) in
-    blocks of (1, 1, BLOCK_N, D); D here may exceed theirs. LSE, and DELTA of flash_bwd_dq, (B, heads, n_q) fp32 contiguous; F as
-    in flash_fwd. Every key row is written: keys that no query sees, and keys that do not exist, get 0.
+    Descriptors of Q and dO (B, heads, n_q, D) in blocks of (1, 1, BLOCK_M, D), of K, V, dK and dV (B, heads / group, n_k, D)
+    in blocks of (1, 1, BLOCK_N, D); D here may exceed theirs. LSE, and DELTA of flash_bwd_dq, (B, heads, n_q) fp32 contiguous;
+    F as in flash_fwd. Every key row is written: keys that no query sees, and keys that do not exist, get 0.
     """
     gl.static_assert(STAGES >= 3, "the next tile is waited for before the one before is free")
-    gl.static_assert(CONSUMERS == 1 or CONSUMERS == 2, "one consumer or two")
     seq, h_k, start_n = sequence.locate_keys(F, gl.program_id(0), tiles, heads // group, 0, n_q, n_k, BLOCK_N * CONSUMERS)
     b, shift = seq.b, align * (seq.n_k - n_q)
     S = score.prepare(F, seq, h_k * group, scale, shift, True, 0)
     end_n = gl.minimum(start_n + BLOCK_N * CONSUMERS, S.n_k)
     n_seen = gl.where(start_n < S.n_k, n_q, 0)
     lo, full_lo, full_hi, hi = band.query_range(start_n, end_n, n_seen, shift, LEFT, RIGHT, F, BLOCK_M)
+    # What no query sees (padding, NaN) spoils its own rows of dK and dV alone; they are zeroed in the end.
+    seen_lo, _, _, seen_hi = band.key_range(0, n_q, S.n_k, shift, LEFT, RIGHT, F, BLOCK_N)
     ks = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, BLOCK_N, D], k_desc.layout)
     vs = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, BLOCK_N, D], v_desc.layout)
     qs = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_M, D], q_desc.layout)
@@ -206,21 +207,22 @@ def flash_bwd_dkdv(
     deltas = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # Of the two that make a tile full, one is for what comes by TMA, one for lse and delta.
     kv_full, full, empty, cut = barriers(CONSUMERS, 1), barriers(STAGES, 2), barriers(STAGES, CONSUMERS), barriers(1, 1)
+    done = barriers(CONSUMERS, 1)
     fence_async_shared()  # for the barriers
-    memory = (ks, vs, qs, dos, lses, deltas, kv_full, full, empty, cut)
+    memory = (ks, vs, qs, dos, lses, deltas, kv_full, full, empty, cut, done)
     if CONSUMERS == 1:
         gl.warp_specialize([
-            (_produce, (q_desc, k_desc, v_desc, do_desc, LSE, DELTA, memory, b, heads, h_k, group, start_n, lo, hi, n_q,
-                        BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
-            (_consume, (dk_desc, dv_desc, memory, F, heads, group, n_q, n_k, tiles, start_n, lo, full_lo, full_hi, hi, S,
-                        LEFT, RIGHT, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, 0)),
+            (_produce, (q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, LSE, DELTA, memory, b, heads, h_k, group, start_n,
+                        lo, hi, n_q, seen_lo, seen_hi, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
+            (_consume, (memory, group, start_n, lo, full_lo, full_hi, hi, S, LEFT, RIGHT,
+                        BLOCK_M, BLOCK_N, D, STAGES, 0)),
         ], [4], [REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_produce, (q_desc, k_desc, v_desc, do_desc, LSE, DELTA, memory, b, heads, h_k, group, start_n, lo, hi, n_q,
-                        BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
-            (_consume, (dk_desc, dv_desc, memory, F, heads, group, n_q, n_k, tiles, start_n, lo, full_lo, full_hi, hi, S,
-                        LEFT, RIGHT, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, 0)),
-            (_consume, (dk_desc, dv_desc, memory, F, heads, group, n_q, n_k, tiles, start_n, lo, full_lo, full_hi, hi, S,
-                        LEFT, RIGHT, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, 1)),
+            (_produce, (q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, LSE, DELTA, memory, b, heads, h_k, group, start_n,
+                        lo, hi, n_q, seen_lo, seen_hi, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
+            (_consume, (memory, group, start_n, lo, full_lo, full_hi, hi, S, LEFT, RIGHT,
+                        BLOCK_M, BLOCK_N, D, STAGES, 0)),
+            (_consume, (memory, group, start_n, lo, full_lo, full_hi, hi, S, LEFT, RIGHT,
+                        BLOCK_M, BLOCK_N, D, STAGES, 1)),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip

@@ -159,7 +159,6 @@ def flash_bwd_dq(
     LSE, DLSE, DELTA (B, heads, n_q) fp32 contiguous. DLSE may be None.
     """
     gl.static_assert(STAGES >= 3, "the next tile is waited for before the one before is free")
-    gl.static_assert(CONSUMERS == 1 or CONSUMERS == 2, "one consumer or two")
     seq, h, start_m = sequence.locate_queries(F, gl.program_id(0), tiles, heads, 0, n_q, n_k, BLOCK_M * CONSUMERS)
     b, shift = seq.b, align * (seq.n_k - n_q)
     S = score.prepare(F, seq, h, scale, shift, True, 0)

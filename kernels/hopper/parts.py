@@ -77,12 +77,12 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 @gluon.jit
 def zero_rows(x, lo, hi, ROWS: gl.constexpr):
-    """Zero the rows outside [lo, hi) of a tile [ROWS, D] in shared memory, 16 at a time: what nothing sees may be NaN, and
-    0 * NaN would reach what is summed over it."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    for first in gl.static_range(0, ROWS, 16):
-        part = x.slice(first, 16)
-        row = first + gl.arange(0, 16, layout=gl.SliceLayout(1, LAYOUT))
+    """Zero the rows outside [lo, hi) of a tile [ROWS, D] in shared memory, 8 at a time, as a producer has few registers: what
+    nothing sees may be NaN, and 0 * NaN would reach what is summed over it."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+    for first in gl.static_range(0, ROWS, 8):
+        part = x.slice(first, 8)
+        row = first + gl.arange(0, 8, layout=gl.SliceLayout(1, LAYOUT))
         part.store(gl.where(((row >= lo) & (row < hi))[:, None], part.load(LAYOUT), 0.0))
 
 
