@@ -104,7 +104,8 @@ def configurations(kernel: str, dim: int, variant: str) -> list:
     found = tiles.HOPPER[dim]
     if {"mask", "bias"} & VARIANTS[variant]:
         return [found.masked] if found.masked else []
-    return [found.main if variant in LIGHT else found.heavy, found.single]
+    usual = [found.main, found.wide] if variant in LIGHT else [found.heavy]
+    return [config for config in (*usual, found.single) if config]
 
 
 def jobs(args):

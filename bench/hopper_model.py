@@ -9,8 +9,8 @@ To the assumptions of cost_model.py come, for two consumers whose products run w
   two, not their sum.
 - Two consumers disturb each other only where a pipe is full: a pass takes the program the longest of what each consumer takes
   by itself and of what both need of the tensor pipes, MUFU, or issue slots.
-- The producer is free, and always ahead but for what a program waits for as it begins and ends (MEMORY_WAITS).
-- The first tile of a program, which the kernel has outside of its loops, counts as one more pass of the last loop.
+- The producer is free and always ahead, of the next tile of queries too: nothing waits for memory.
+- The first tile of an item, which the kernel has outside of its loops, counts as one more pass of the last loop.
 """
 
 import argparse
@@ -30,7 +30,6 @@ import sass
 import sweep
 
 WARPS = 4  # of a consumer
-MEMORY_WAITS = 2  # of a program: for Q and the first K; for V and for O to leave
 ARRIVED = cost_model.LATENCY["barriers"]  # of a wait for an mbarrier that has completed
 
 
@@ -74,16 +73,16 @@ def loops_of(code: list[machine_code.Instruction], consumers: int) -> tuple[list
 
 
 def predict(problem: geometry.Problem, dtype: str) -> cost_model.Prediction:
-    """Of one launch of flash_fwd for Hopper, with the tiles for more queries than one consumer owns."""
+    """Of one launch of flash_fwd for Hopper, with the tiles for more queries than one consumer owns and no heavy features."""
     tiles = compile_gate.load("tfkern.tiles")
-    config = tiles.HOPPER[problem.head_dim][0]
-    source = hopper_gate.source(dtype, problem.head_dim, config, "causal" if problem.causal else "full")
-    binary = aot.triton.compile(source, target=aot.TARGETS["sm_90"], options=dict(num_warps=4, enable_fp_fusion=True))
+    config = tiles.HOPPER[problem.head_dim].usual(problem.length)
+    source = hopper_gate.source("flash_fwd", dtype, problem.head_dim, config, "causal" if problem.causal else "full")
+    binary = aot.triton.compile(source, target=aot.TARGETS["sm_90"], options=config.options())
     found = aot.resources(binary, "sm_90")
     loops, outside = loops_of(sweep.code_of(binary, "sm_90"), config.consumers)
     occupancy = cost_model.H100.occupancy(found.registers, found.shared, WARPS * (1 + config.consumers))
     owned = tiles.TileConfig(tiles.HOPPER_QUERIES * config.consumers, config.block_n)
-    return cost_model.predict(geometry.work("flash_fwd", owned, problem), loops, outside, occupancy, memory_waits=MEMORY_WAITS)
+    return cost_model.predict(geometry.work("flash_fwd", owned, problem), loops, outside, occupancy, memory_waits=0)
 
 
 def main() -> int:

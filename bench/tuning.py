@@ -48,7 +48,7 @@ def time_hopper(case: tuple[str, Shape], config: tiles.HopperConfig, device: tor
     """As time_one, of a kernel for Hopper."""
     kernel, shape = case
     if kernel == "flash_fwd":
-        table, found = tiles.HOPPER, tiles.HOPPER[shape.head_dim]._replace(main=config)
+        table, found = tiles.HOPPER, tiles.HOPPER[shape.head_dim]._replace(main=config, wide=None)
     else:
         table, found = tiles.HOPPER_BACKWARD[kernel], (config, config)
     with mock.patch.dict(table, {shape.head_dim: found}), mock.patch.dict(call._problems, clear=True):  # which keep their plans

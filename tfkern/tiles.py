@@ -142,22 +142,38 @@ class HopperTiles(NamedTuple):
     """Of one head-dim class."""
 
     main: HopperConfig
+    wide: HopperConfig | None  # three consumers, where their larger tiles of queries leave little of the last one empty
     heavy: HopperConfig  # more than scale and band between a product and its logit: that takes registers
     single: HopperConfig  # one consumer: for no more queries than it owns
     masked: HopperConfig | None  # one consumer, which changes V where a mask hides keys; its addresses take registers
 
+    def usual(self, n_q: int) -> HopperConfig:
+        """Main or wide, whose rows, those beyond the last query too, cost less."""
+
+        def rows(config: HopperConfig) -> int:
+            tile = HOPPER_QUERIES * config.consumers
+            return -(-n_q // tile) * tile
+
+        return self.wide if self.wide is not None and rows(self.wide) * WIDE_COST < rows(self.main) else self.main
+
+
+WIDE_COST = 0.87  # of a row of queries in `wide`, where one in `main` costs 1, by bench/hopper_model.py at 2,048 tokens
 
 _SINGLE = HopperConfig(64, 2, 1, False, 216, 2)
 
 # By head-dim class.
 HOPPER = {
     64: HopperTiles(
-        HopperConfig(128, 2, 2, True, 240), HopperConfig(64, 2, 2, True, 240), _SINGLE, HopperConfig(32, 2, 1, False, 216, 2),
+        HopperConfig(128, 2, 2, True, 240), HopperConfig(64, 3, 3, False, 160, source=MODEL),
+        HopperConfig(64, 2, 2, True, 240), _SINGLE, HopperConfig(32, 2, 1, False, 216, 2),
     ),
     128: HopperTiles(
-        HopperConfig(128, 2, 2, True, 240), HopperConfig(64, 2, 2, True, 240), _SINGLE, HopperConfig(32, 2, 1, False, 240),
+        HopperConfig(128, 2, 2, True, 240), None, HopperConfig(64, 2, 2, True, 240), _SINGLE,
+        HopperConfig(32, 2, 1, False, 240),
     ),
-    256: HopperTiles(*[HopperConfig(64, 2, 2, True, 240)] * 2, HopperConfig(64, 2, 1, False, 240), None),
+    256: HopperTiles(
+        HopperConfig(64, 2, 2, True, 240), None, HopperConfig(64, 2, 2, True, 240), HopperConfig(64, 2, 1, False, 240), None,
+    ),
 }  # fmt: skip
 
 # The backward's: by kernel and head-dim class, (for more rows than one consumer owns, for no more).

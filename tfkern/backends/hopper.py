@@ -143,7 +143,7 @@ def _config(p: Problem) -> tuple[int, HopperConfig]:
         return dim, tiles.masked
     if p.n_q <= HOPPER_QUERIES:
         return dim, tiles.single
-    return dim, tiles.heavy if p.heavy else tiles.main
+    return dim, tiles.heavy if p.heavy else tiles.usual(p.n_q)
 
 
 def _for_tma(x: Tensor) -> Tensor:
