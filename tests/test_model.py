@@ -286,5 +286,5 @@ def test_the_hopper_forward_is_predicted_from_its_machine_code():
     for row in rows:
         floor, portable, ours = (float(row[i]) for i in (2, 3, 5))
         assert floor < ours < portable, row
-    assert 333 < float(rows[0][8])
+    assert float(rows[0][8]) > 333
     assert 460 < float(rows[2][8]) < 1.5 * 460
