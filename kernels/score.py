@@ -116,7 +116,7 @@ def logits(
     that fold away. MASKED: the tile may cross the band's edges; RAGGED: it may reach beyond the last key.
     """
     keep = (s > 0.0) | True  # in the layout that s has: Gluon's `full` would want it named
-    slope = tl.where(keep, 1.0, 0.0)
+    slope = 1.0
     if MASKED:
         keep = band.visible(offs_m, offs_n, S.n_k, S.shift, LEFT, RIGHT)
     if not LINEAR:
