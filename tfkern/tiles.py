@@ -172,7 +172,7 @@ HOPPER = {
         HopperConfig(32, 2, 1, False, 240),
     ),
     256: HopperTiles(
-        HopperConfig(64, 2, 2, True, 240), None, HopperConfig(64, 2, 2, True, 240), HopperConfig(64, 2, 1, False, 240), None,
+        HopperConfig(64, 2, 2, True, 240), None, *[HopperConfig(64, 2, 1, False, 240)] * 2, None,
     ),
 }  # fmt: skip
 
