@@ -34,7 +34,6 @@ VARIANTS = {
 }  # fmt: skip
 KERNELS = ["flash_fwd", "flash_bwd_dq", "flash_bwd_dkdv"]
 BACKWARD = ["full", "causal", "window", "padded"]  # variants that its kernels have
-LIGHT = ["full", "causal", "window", "padded", "packed", "sinks"]  # what does not take the tiles for `heavy` problems
 SPILLED = 64  # such as the number of the program, which ptxas keeps in memory over the start of a partition
 
 
@@ -51,9 +50,7 @@ def source(name: str, dtype: str, dim: int, config, variant: str):
     mask_vec = 0 if variant == "bias-any" else 8
     mod = compile_gate.load("tfkern.kernels.score_mods").signed_log if "MOD" in there else None
     linear = not there & {"bias", "softcap", "slopes", "sinks", "MOD"}
-    constants = dict(MOD=mod, LINEAR=linear, MASK_VEC=mask_vec, DIM=dim, **config.constants(dim))
-    if name == "flash_bwd_dkdv":  # owns keys, and queries come past
-        constants |= dict(BLOCK_M=constants["BLOCK_N"], BLOCK_N=constants["BLOCK_M"])
+    constants = dict(MOD=mod, LINEAR=linear, MASK_VEC=mask_vec, DIM=dim, **config.constants(dim, name == "flash_bwd_dkdv"))
     constants |= {side: None for side in ("LEFT", "RIGHT") if side not in there}
     if "key_lengths" not in there:
         constants["DLSE"] = None
@@ -105,8 +102,8 @@ def configurations(kernel: str, dim: int, variant: str) -> list:
     found = tiles.HOPPER[dim]
     if {"mask", "bias"} & VARIANTS[variant]:
         return [found.masked] if found.masked else []
-    usual = [found.main, found.wide] if variant in LIGHT else [found.heavy]
-    return [config for config in (*usual, found.single) if config]
+    usual = [found.heavy] if compile_gate.HEAVY & VARIANTS[variant] else [found.main, found.wide]
+    return [config for config in dict.fromkeys((*usual, found.single)) if config]
 
 
 def jobs(args):

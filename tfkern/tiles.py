@@ -124,12 +124,13 @@ class HopperConfig:
     programs: int = 1
     source: str = field(default=COMPILES, compare=False)
 
-    def constants(self, block_d: int) -> dict:
-        """The kernel's compile-time constants that tell tiles."""
-        return dict(
-            BLOCK_M=HOPPER_QUERIES, BLOCK_N=self.block_n, D=block_d, STAGES=self.stages, CONSUMERS=self.consumers,
-            PINGPONG=self.pingpong, REGISTERS=self.registers,
-        )  # fmt: skip
+    def constants(self, block_d: int, owns_keys: bool = False) -> dict:
+        """The kernel's compile-time constants that tell tiles; owns_keys: of flash_bwd_dkdv."""
+        owned, streamed = ("BLOCK_N", "BLOCK_M") if owns_keys else ("BLOCK_M", "BLOCK_N")
+        return {
+            owned: HOPPER_QUERIES, streamed: self.block_n, "D": block_d, "STAGES": self.stages, "CONSUMERS": self.consumers,
+            "PINGPONG": self.pingpong, "REGISTERS": self.registers,
+        }  # fmt: skip
 
     def options(self) -> dict:
         """For the compiler. The producer's 4 warps are those of the launch."""

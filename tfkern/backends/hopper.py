@@ -104,11 +104,7 @@ def _plan_backward(p: Problem, name: str, dim: int, config: HopperConfig) -> lau
     heads, rows = (p.kv_heads, p.n_k) if of_keys else (p.heads, p.n_q)
     tiles = -(-rows // (HOPPER_QUERIES * config.consumers))
     numbers = (p.heads, p.group, p.n_q, p.n_k, tiles, p.scale, int(p.lower_right), p.left, p.right)
-    owned, streamed = ("BLOCK_N", "BLOCK_M") if of_keys else ("BLOCK_M", "BLOCK_N")
-    constants = {
-        owned: HOPPER_QUERIES, streamed: config.block_n, "D": dim, "STAGES": config.stages, "CONSUMERS": config.consumers,
-        "REGISTERS": config.registers,
-    }  # fmt: skip
+    constants = config.constants(dim, of_keys)
     constants = {key: constants[key] for key in getattr(kernel, name).arg_names if key in constants}  # in the kernel's order
     return launch.Launch(getattr(kernel, name), p.batch * heads * tiles, p.device, numbers, constants, config.options())
 
