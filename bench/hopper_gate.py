@@ -32,8 +32,9 @@ VARIANTS = {
     "several": {"LEFT", "RIGHT", "cu_q", "cu_k", "dropout", "softcap", "slopes", "sinks", "MOD"},
     "everything": {"LEFT", "RIGHT", "cu_q", "cu_k", "bias", "dropout", "softcap", "slopes", "sinks", "MOD"},
 }  # fmt: skip
-KERNELS = ["flash_fwd", "flash_bwd_dq", "flash_bwd_dkdv"]
+KERNELS = ["flash_fwd", "flash_fwd_short", "flash_bwd_dq", "flash_bwd_dkdv"]
 BACKWARD = ["full", "causal", "window", "padded"]  # variants that its kernels have
+SHORT = ["full", "causal", "padded", "softcap", "slopes", "sinks", "score-mod"]  # that flash_fwd_short is chosen for
 SPILLED = 64  # such as the number of the program, which ptxas keeps in memory over the start of a partition
 
 
@@ -97,13 +98,14 @@ def judge(binary, in_loops: int = 0) -> tuple[str, list[str]]:
 def configurations(kernel: str, dim: int, variant: str) -> list:
     """What the tables hold for a kernel in a variant, if it is in the kernel."""
     tiles = compile_gate.load("tfkern.tiles")
-    if kernel != "flash_fwd":
+    if kernel.startswith("flash_bwd"):
         return list(tiles.HOPPER_BACKWARD[kernel].get(dim, ())) if variant in BACKWARD else []
     found = tiles.HOPPER[dim]
+    if kernel == "flash_fwd_short":
+        return [found.short] if found.short and variant in SHORT else []
     if {"mask", "bias"} & VARIANTS[variant]:
         return [found.masked] if found.masked else []
-    usual = [found.heavy] if compile_gate.HEAVY & VARIANTS[variant] else [found.main, found.wide]
-    return [config for config in dict.fromkeys((*usual, found.single)) if config]
+    return list(dict.fromkeys([*(found.heavy if compile_gate.HEAVY & VARIANTS[variant] else found.usual), found.single]))
 
 
 def jobs(args):

@@ -10,12 +10,15 @@ To the assumptions of cost_model.py come, for two consumers whose products run w
 - Two consumers disturb each other only where a pipe is full: a pass takes the program the longest of what each consumer takes
   by itself and of what both need of the tensor pipes, MUFU, or issue slots.
 - The producer is free and always ahead, of the next tile of queries too: nothing waits for memory.
+- Consumers of flash_fwd_short don't wait for each other: a program takes what each does by itself, shared out among them. What
+  it has beside its loops counts as once for each tile of queries, though some of it runs once a head.
 - The first tile of an item, which the kernel has outside of its loops, counts as one more pass of the last loop.
 """
 
 import argparse
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -73,16 +76,35 @@ def loops_of(code: list[machine_code.Instruction], consumers: int) -> tuple[list
 
 
 def predict(problem: geometry.Problem, dtype: str) -> cost_model.Prediction:
-    """Of one launch of flash_fwd for Hopper, with the tiles for more queries than one consumer owns and no heavy features."""
-    tiles = compile_gate.load("tfkern.tiles")
-    config = tiles.HOPPER[problem.head_dim].usual(problem.length)
-    source = hopper_gate.source("flash_fwd", dtype, problem.head_dim, config, "causal" if problem.causal else "full")
+    """Of the forward's launch, of a problem for more queries than one consumer owns and without heavy features."""
+    tiles, p = compile_gate.load("tfkern.tiles"), problem
+    load = tiles.HopperLoad(p.batch * p.heads, 1, p.length, p.length, p.causal, cost_model.H100.sms)
+    config, short = tiles.HOPPER[p.head_dim].fastest(load, heavy=False, resident=True)
+    return predict_with(config, short, problem, dtype)
+
+
+def predict_with(config, short: bool, problem: geometry.Problem, dtype: str) -> cost_model.Prediction:
+    """With given tiles; short: by flash_fwd_short."""
+    kernel = "flash_fwd_short" if short else "flash_fwd"
+    source = hopper_gate.source(kernel, dtype, problem.head_dim, config, "causal" if problem.causal else "full")
     binary = aot.triton.compile(source, target=aot.TARGETS["sm_90"], options=config.options())
     found = aot.resources(binary, "sm_90")
     loops, outside = loops_of(sweep.code_of(binary, "sm_90"), config.consumers)
     occupancy = cost_model.H100.occupancy(found.registers, found.shared, WARPS * (1 + config.consumers))
-    owned = tiles.TileConfig(tiles.HOPPER_QUERIES * config.consumers, config.block_n)
-    return cost_model.predict(geometry.work("flash_fwd", owned, problem), loops, outside, occupancy, memory_waits=0)
+    tiles = compile_gate.load("tfkern.tiles")
+    owned = tiles.HOPPER_QUERIES * (1 if short else config.consumers)
+    work = geometry.work("flash_fwd", tiles.TileConfig(owned, config.block_n), problem)
+    if short:
+        work, loops, outside = _shared_out(work, loops, outside, config.consumers, problem)
+    return cost_model.predict(work, loops, outside, occupancy, memory_waits=0)
+
+
+def _shared_out(work: cost_model.Work, loops: list[cost_model.Loop], outside: float, consumers: int, p: geometry.Problem):
+    """(work, loops, outside) of flash_fwd_short, in which a program has all queries of a head, and each consumer its share."""
+    heads = p.batch * p.heads
+    loops = [cost_model.Loop({pipe: n / consumers for pipe, n in loop.busy.items()}, loop.alone / consumers) for loop in loops]
+    alone = replace(work, programs=heads, longest=sum(work.passes) / heads, loaded=work.memory)
+    return alone, loops, outside * work.programs / heads / consumers
 
 
 def main() -> int:

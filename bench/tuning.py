@@ -47,8 +47,8 @@ def hopper_cases(first_only: bool = False) -> Iterator[tuple[tuple[str, Shape], 
 def time_hopper(case: tuple[str, Shape], config: tiles.HopperConfig, device: torch.device, dry: bool) -> Iterator[dict]:
     """As time_one, of a kernel for Hopper."""
     kernel, shape = case
-    if kernel == "flash_fwd":
-        table, found = tiles.HOPPER, tiles.HOPPER[shape.head_dim]._replace(main=config, wide=None)
+    if kernel.startswith("flash_fwd"):
+        table, found = tiles.HOPPER, tiles.HOPPER[shape.head_dim].alone(config, kernel == "flash_fwd_short")
     else:
         table, found = tiles.HOPPER_BACKWARD[kernel], (config, config)
     with mock.patch.dict(table, {shape.head_dim: found}), mock.patch.dict(call._problems, clear=True):  # which keep their plans
@@ -66,7 +66,7 @@ def _time(kernel: str, shape: Shape, name: str, config: dict, device: torch.devi
         with torch.no_grad():
             out, lse = backend.forward(problem, tensors)
             run = functools.partial(backend.forward, problem, tensors)
-            if kernel != "flash_fwd":
+            if kernel.startswith("flash_bwd"):
                 needed = (True,) * 3 + (False,) * 3  # the gradients of q, k and v
                 run = functools.partial(backend.backward, problem, tensors, out, lse, do, None, needed)
             run()

@@ -4,13 +4,14 @@ import importlib.util
 import re
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import tfkern
-from tfkern import call, dropout, launch, testing
+from tfkern import call, dropout, launch, testing, tiles
 from tfkern.backends import hopper
 
 sys.path.append(str(Path(__file__).resolve().parent))
@@ -20,6 +21,7 @@ SCHEDULES = [("eager", 0), ("lazy", 0), ("random", 0), ("random", 1), ("random",
 EXTRA = [
     testing.Case("several-tiles", 2, 300, 64),
     testing.Case("several-tiles-causal", 2, 460, 64, kv_heads=1, options=testing.CAUSAL),
+    testing.Case("many-heads", 12, 300, 64, kv_heads=6, options=testing.CAUSAL),
     testing.Case("wide-causal", 1, 150, 128, n_k=290, options=dict(testing.CAUSAL, causal_alignment="lower_right")),
     testing.Case("cut-inside", 1, 100, 64, n_k=200, options=testing.CAUSAL),
     testing.Case(
@@ -80,10 +82,32 @@ def forward(case, problem, tensors):
     return (out.squeeze(0).transpose(0, 1), lse.squeeze(0)) if case.lengths else (out, lse)
 
 
+@contextmanager
+def only(form: str, **changes):
+    """The forward's problems of head dim 64 by one of its two kernels, wherever they are no others'; flash_fwd_short's tiles
+    may be changed."""
+    short = replace(tiles.HOPPER[64].short, **changes)
+    some = dict(short=None) if form == "flash_fwd" else dict(usual=(), heavy=(), short=short)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiles.HOPPER, 64, tiles.HOPPER[64]._replace(**some))
+        patch.setattr(call, "_problems", {})  # they keep launches
+        yield
+
+
+def _may_be_short(case) -> bool:
+    with only("flash_fwd_short"):
+        try:
+            return hopper._config(built(case, torch.bfloat16)[1][0])[2]
+        except ValueError:  # of no tiles the fastest
+            return False
+
+
 SUPPORTED = [name for name, case in CASES.items() if not hopper.limits(built(case, torch.bfloat16)[1][0])]
 
+SHORT = [name for name in SUPPORTED if _may_be_short(CASES[name])]
+
 KERNELS = Path(tfkern.__file__).parent.parent / "kernels" / "hopper"
-SYNCHRONISES = re.compile(r"\b(mbarrier\.\w+|fence_async_shared|tma\.store_wait|warpgroup_mma_wait|\w+_turns?)\(")
+SYNCHRONISES = re.compile(r"\b(mbarrier\.\w+|fence_async_shared|tma\.store_wait|warpgroup_mma_wait|meet|\w+_turns?)\(")
 
 
 def lines(name: str) -> list[str]:
@@ -96,14 +120,23 @@ def faults(name: str) -> list[int]:
     return [n for n, line in enumerate(lines(name)) if line.startswith("    ") and SYNCHRONISES.search(line)]
 
 
-def without(name: str, line: int, folder: Path):
-    """The kernel, one line of its source taken out."""
-    source = lines(name)
+def without(name: str, part: str, line: int, folder: Path):
+    """A kernel without one line of a source: its own, or that of a part that it imports."""
+    source = lines(part)
     indent = len(source[line]) - len(source[line].lstrip())
     source[line] = " " * indent + "pass"
-    path = folder / f"without_{line}.py"
+    changed = _module(f"{part}_without_{line}", source, folder)
+    if part == name:
+        return getattr(changed, name)
+    source = [x.replace(f"from .{part} import", f"from .{part}_without_{line} import") for x in lines(name)]
+    return getattr(_module(f"{name}_with_{part}_without_{line}", source, folder), name)
+
+
+def _module(name: str, source: list[str], folder: Path):
+    """A module beside the kernels, from text."""
+    path = folder / f"{name}.py"
     path.write_text("\n".join(source) + "\n")
-    spec = importlib.util.spec_from_file_location(f"tfkern.kernels.hopper.{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(f"tfkern.kernels.hopper.{name}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return getattr(module, name)
+    return module

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tfkern
-from tfkern import call, testing, tiles
+from tfkern import call, launch, testing, tiles
 from tfkern.backends import hopper
 from tfkern.testing import budget
 
@@ -17,42 +17,72 @@ sys.path += [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().
 import candidates
 import sass
 from gluonsim import SimulationError
-from hopper_cases import CASES, KERNELS, SCHEDULES, SUPPORTED, built, faults, forward, lines, simulated, without
+from hopper_cases import (
+    CASES,
+    KERNELS,
+    SCHEDULES,
+    SHORT,
+    SUPPORTED,
+    built,
+    faults,
+    forward,
+    lines,
+    only,
+    simulated,
+    without,
+)
 
 
 def test_what_is_supported():
     """So that no case falls away in silence."""
     assert len(SUPPORTED) >= 90, SUPPORTED
+    assert len(SHORT) >= 26, SHORT
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+FORMS = [("flash_fwd", name) for name in SUPPORTED] + [("flash_fwd_short", name) for name in SHORT]
+
+
+@pytest.mark.parametrize(("form", "name"), FORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_forward(name, dtype):
-    inputs, (problem, tensors) = built(CASES[name], dtype)
+def test_forward(form, name, dtype):
+    inputs = built(CASES[name], dtype)[0]
     truth, plain = budget.truth(CASES[name], inputs), budget.plain(CASES[name], inputs)
-    for schedule, seed in SCHEDULES if dtype == torch.bfloat16 else SCHEDULES[-1:]:
-        with simulated(schedule, seed):
-            found = dict(zip(("out", "lse"), forward(CASES[name], problem, tensors), strict=True))
-        for error in budget.judge(found, truth, plain):
-            assert error.ok, f"{schedule} {seed}: {error}"
+    with only(form):
+        _, (problem, tensors) = built(CASES[name], dtype)
+        for schedule, seed in SCHEDULES if dtype == torch.bfloat16 else SCHEDULES[-1:]:
+            with simulated(schedule, seed):
+                found = dict(zip(("out", "lse"), forward(CASES[name], problem, tensors), strict=True))
+            for error in budget.judge(found, truth, plain):
+                assert error.ok, f"{schedule} {seed}: {error}"
 
 
 HOPPER = torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() == (9, 0)
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs an H100 or H200; the simulator stands in for it")
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize(("form", "name"), FORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_on_the_chip(name, dtype):
-    for error in testing.check(CASES[name], dtype, "hopper", "cuda"):
-        assert error.ok, str(error)
+def test_on_the_chip(form, name, dtype):
+    with only(form):
+        for error in testing.check(CASES[name], dtype, "hopper", "cuda"):
+            assert error.ok, str(error)
 
 
-@pytest.mark.parametrize("name", ["several-tiles-causal", "packed-long", "window-of-many-tiles"])
-@pytest.mark.parametrize("config", candidates.HOPPER["flash_fwd"], ids=str)
-def test_every_candidate_of_tuning(config, name, monkeypatch):
+TUNED = [
+    (form, config, name)
+    for form, names in {
+        "flash_fwd": ("several-tiles-causal", "packed-long", "window-of-many-tiles"),
+        "flash_fwd_short": ("several-tiles-causal", "softcap-causal"),
+    }.items()
+    for config in candidates.HOPPER[form]
+    for name in names
+]
+
+
+@pytest.mark.parametrize(("form", "config", "name"), TUNED, ids=str)
+def test_every_candidate_of_tuning(form, config, name, monkeypatch):
     """One to three consumers, taking turns or not, more stages: what `make gpu` times must be right."""
-    monkeypatch.setitem(tiles.HOPPER, 64, tiles.HOPPER[64]._replace(main=tiles.HopperConfig(*config), wide=None))
+    monkeypatch.setitem(tiles.HOPPER, 64, tiles.HOPPER[64].alone(tiles.HopperConfig(*config), form == "flash_fwd_short"))
     monkeypatch.setattr(call, "_problems", {})  # they keep launches
     inputs, (problem, tensors) = built(CASES[name], torch.bfloat16)
     with simulated("random", 3):
@@ -62,55 +92,73 @@ def test_every_candidate_of_tuning(config, name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("n", "consumers"), [(64, 1), (65, 2), (128, 2), (197, 2), (256, 2), (512, 3), (577, 2), (1024, 3), (2048, 3)]
-)
-def test_consumers_by_length(n, consumers):
-    """Three own 192 queries: at 197 and 577 most of the last tile would be empty."""
-    q = torch.empty(1, 1, n, 64, dtype=torch.bfloat16)
-    assert hopper._config(call.build(q, q, q)[0])[1].consumers == consumers
+    ("n", "batch", "consumers", "short"),
+    [(64, 1, 1, False), (128, 20, 3, True), (197, 166, 3, True), (197, 1, 2, False), (256, 128, 3, True),
+     (512, 64, 3, True), (512, 8, 2, False), (577, 56, 2, False), (1024, 32, 3, False), (2048, 16, 3, False)],
+)  # fmt: skip
+def test_tiles_by_length(n, batch, consumers, short, monkeypatch):
+    """Three consumers own 192 queries: at 577 most of the last tile would be empty. Where K and V of a head stay, a
+    multiprocessor needs many heads."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    q = torch.empty(1, 1, n, 64, dtype=torch.bfloat16).expand(batch, 12, n, 64)
+    _, config, chosen = hopper._config(call.build(q, q, q)[0])
+    assert (config.consumers, chosen) == (consumers, short)
 
 
-FAULTS = faults("flash_fwd")
+def test_what_is_never_short():
+    """Windows, packed sequences, masks, dropout, other head dims, and few queries."""
+    assert not {"packed", "window", "window-left", "bias", "bool-mask", "dropout", "d128", "decode"} & set(SHORT)
+
+
+PARTS = {"flash_fwd": ("flash_fwd", "attend"), "flash_fwd_short": ("flash_fwd_short",)}
+FAULTS = [(form, part, line) for form, parts in PARTS.items() for part in parts for line in faults(part)]
 # Why nothing is wrong without it.
 HARMLESS = {
     "fence_async_shared()  # for the barriers": "the fence after mbarrier.init, which the simulator does not model",
+    "meet()  # all warps of this consumer have read Q": "warps of a partition, which run in step in the simulator",
+}
+TELLING = {
+    "flash_fwd": ("several-tiles-causal", "window-of-many-tiles", "cut-inside", "packed-long", "d256-causal", "hidden-keys"),
+    "flash_fwd_short": ("many-heads", "several-tiles", "padded-causal"),
 }
 
 
-def faults_found(kernel, monkeypatch) -> str | None:
+def faults_found(form, kernel, monkeypatch) -> str | None:
     """What shows that a kernel is broken, on problems that go through all of it."""
-    from tfkern.kernels.hopper import flash_fwd
+    from tfkern.kernels.hopper import flash_fwd, flash_fwd_short
 
-    monkeypatch.setattr(flash_fwd, "flash_fwd", kernel)
-    monkeypatch.setattr(call, "_problems", {})  # they keep launches of the kernel as it was
-    for name in ("several-tiles-causal", "window-of-many-tiles", "cut-inside", "packed-long", "d256-causal", "hidden-keys"):
+    monkeypatch.setattr({"flash_fwd": flash_fwd, "flash_fwd_short": flash_fwd_short}[form], form, kernel)
+    for name in TELLING[form]:
         case = CASES[name]
-        inputs, (problem, tensors) = built(case, torch.bfloat16)
-        function = tfkern.attention_varlen if case.lengths else tfkern.attention
-        want = function(**inputs.clean, enable_gqa=True, **inputs.options, backend="eager")
-        for schedule, seed in SCHEDULES:
-            try:
-                with simulated(schedule, seed):
-                    out, _ = forward(case, problem, tensors)
-            except (SimulationError, UnboundLocalError) as error:
-                return repr(error)
-            if not torch.allclose(out.float(), want.float(), atol=0.05):
-                return "wrong results"
+        with only(form, stages=5):  # no more than the longest has tiles, so that buffers are soon used again
+            inputs, (problem, tensors) = built(case, torch.bfloat16)
+            function = tfkern.attention_varlen if case.lengths else tfkern.attention
+            want = function(**inputs.clean, enable_gqa=True, **inputs.options, backend="eager")
+            for schedule, seed in SCHEDULES:
+                try:
+                    with simulated(schedule, seed):
+                        out, _ = forward(case, problem, tensors)
+                except (SimulationError, UnboundLocalError) as error:
+                    return repr(error)
+                if not torch.allclose(out.float(), want.float(), atol=0.05):
+                    return "wrong results"
     return None
 
 
-@pytest.mark.parametrize("line", FAULTS, ids=lambda n: f"{n + 1}:{lines('flash_fwd')[n].strip()[:40]}")
-def test_every_missing_synchronisation_is_found(line, tmp_path, monkeypatch):
-    text = lines("flash_fwd")[line].strip()
-    found = faults_found(without("flash_fwd", line, tmp_path), monkeypatch)
+@pytest.mark.parametrize(("form", "part", "line"), FAULTS, ids=str)
+def test_every_missing_synchronisation_is_found(form, part, line, tmp_path, monkeypatch):
+    text = lines(part)[line].strip()
+    found = faults_found(form, without(form, part, line, tmp_path), monkeypatch)
     assert found or text in HARMLESS, text
     assert not (found and text in HARMLESS), f"{text} does harm after all: {found}"
 
 
-def test_the_kernel_itself_is_whole(monkeypatch):
-    from tfkern.kernels.hopper import flash_fwd
+@pytest.mark.parametrize("form", TELLING)
+def test_the_kernels_themselves_are_whole(form, monkeypatch):
+    from tfkern.kernels.hopper import flash_fwd, flash_fwd_short
 
-    assert faults_found(flash_fwd.flash_fwd, monkeypatch) is None
+    kernel = {"flash_fwd": flash_fwd.flash_fwd, "flash_fwd_short": flash_fwd_short.flash_fwd_short}[form]
+    assert faults_found(form, kernel, monkeypatch) is None
 
 
 def test_the_compiler_overlaps_what_it_should(tmp_path):

@@ -114,7 +114,11 @@ HOPPER_QUERIES = 64  # that one consumer warpgroup owns
 class HopperConfig:
     """Of kernels/hopper: block_n keys at a time in `stages` buffers, by `consumers` warpgroups with `registers` a thread, which
     take turns if `pingpong`; `programs` share a multiprocessor; and how these were chosen. In flash_bwd_dkdv keys and queries
-    change places. The backward has no turns."""
+    change places. The backward has no turns.
+
+    cycles: what a consumer takes for a tile of queries beside its loop, and for each tile of keys in it; by
+    bench/hopper_model.py, an estimate.
+    """
 
     block_n: int
     stages: int
@@ -122,6 +126,7 @@ class HopperConfig:
     pingpong: bool
     registers: int
     programs: int = 1
+    cycles: tuple[int, int] = field(default=(0, 0), compare=False)
     source: str = field(default=COMPILES, compare=False)
 
     def constants(self, block_d: int, owns_keys: bool = False) -> dict:
@@ -139,43 +144,80 @@ class HopperConfig:
         return options if self.programs == 1 else options | dict(maxnreg=share)
 
 
-class HopperTiles(NamedTuple):
-    """Of one head-dim class."""
+class HopperLoad(NamedTuple):
+    """What there is to do in one launch of the forward, and on how many multiprocessors."""
 
-    main: HopperConfig
-    wide: HopperConfig | None  # three consumers, where their larger tiles of queries leave little of the last one empty
-    heavy: HopperConfig  # more than scale and band between a product and its logit: that takes registers
+    heads: int  # of queries, of all batches
+    group: int
+    n_q: int
+    n_k: int
+    causal: bool
+    multiprocessors: int
+
+    def cycles(self, config: HopperConfig, short: bool) -> float:
+        """An estimate of how long it takes; short: by flash_fwd_short, whose consumers don't wait for each other."""
+        owned = HOPPER_QUERIES * (1 if short else config.consumers)
+        ends = [min(start + owned, self.n_k) if self.causal else self.n_k for start in range(0, self.n_q, owned)]
+        outside, tile = config.cycles
+        head = sum(outside + -(-end // config.block_n) * tile for end in ends)
+        if short:  # of the multiprocessor that has most
+            return -(-self.heads // self.group // self.multiprocessors) * self.group * head / config.consumers
+        return -(-self.heads * len(ends) // self.multiprocessors) * head / len(ends)
+
+
+class HopperTiles(NamedTuple):
+    """Of one head-dim class. Of several that a problem could have it takes those that are predicted fastest."""
+
+    usual: tuple[HopperConfig, ...]
+    heavy: tuple[HopperConfig, ...]  # more than scale and band between a product and its logit: that takes registers
+    short: HopperConfig | None  # of flash_fwd_short, K and V resident
     single: HopperConfig  # one consumer: for no more queries than it owns
     masked: HopperConfig | None  # one consumer, which changes V where a mask hides keys; its addresses take registers
 
-    def usual(self, n_q: int) -> HopperConfig:
-        """Main or wide, whose rows, those beyond the last query too, cost less."""
+    def alone(self, config: HopperConfig, short: bool) -> "HopperTiles":
+        """These, but for `config` as the only choice, or the only one but short."""
+        if short:
+            return self._replace(usual=(), heavy=(), short=config)
+        return self._replace(usual=(config,), heavy=(config,), short=None)
 
-        def rows(config: HopperConfig) -> int:
-            tile = HOPPER_QUERIES * config.consumers
-            return -(-n_q // tile) * tile
+    def fastest(self, load: HopperLoad, heavy: bool, resident: bool) -> tuple[HopperConfig, bool]:
+        """(the tiles for a problem, whether they are `short`); resident: whether K and V may stay if they fit."""
+        found = [(config, False) for config in (self.heavy if heavy else self.usual)]
+        if resident and self.short and load.n_k <= self.short.stages * self.short.block_n:
+            found.append((self.short, True))
+        return min(found, key=lambda candidate: load.cycles(*candidate))
 
-        return self.wide if self.wide is not None and rows(self.wide) * WIDE_COST < rows(self.main) else self.main
-
-
-WIDE_COST = 0.87  # of a row of queries in `wide`, where one in `main` costs 1, by bench/hopper_model.py at 2,048 tokens
 
 _SINGLE = HopperConfig(64, 2, 1, False, 216, 2)
+_WIDE_64 = HopperConfig(64, 3, 3, False, 160, cycles=(1094, 1065), source=MODEL)
 
 # By head-dim class.
 HOPPER = {
     64: HopperTiles(
-        HopperConfig(128, 2, 2, True, 240), HopperConfig(64, 3, 3, False, 160, source=MODEL),
-        HopperConfig(64, 2, 2, True, 240), _SINGLE, HopperConfig(32, 2, 1, False, 216, 2),
+        (HopperConfig(128, 2, 2, True, 240, cycles=(1266, 1594)), _WIDE_64),
+        (HopperConfig(64, 2, 2, True, 240, cycles=(1300, 1096)), _WIDE_64),
+        HopperConfig(64, 11, 3, False, 160, cycles=(1956, 1088), source=MODEL),
+        _SINGLE,
+        HopperConfig(32, 2, 1, False, 216, 2),
     ),
     128: HopperTiles(
-        HopperConfig(128, 2, 2, True, 240), None, HopperConfig(64, 2, 2, True, 240), _SINGLE,
+        (
+            HopperConfig(128, 2, 2, True, 240, cycles=(1568, 1951)),
+            HopperConfig(64, 3, 3, False, 160, cycles=(1312, 1282), source=MODEL),
+        ),
+        (HopperConfig(64, 2, 2, True, 240),),
+        None,
+        _SINGLE,
         HopperConfig(32, 2, 1, False, 240),
     ),
     256: HopperTiles(
-        HopperConfig(64, 2, 2, True, 240), None, *[HopperConfig(64, 2, 1, False, 240)] * 2, None,
+        (HopperConfig(64, 2, 2, True, 240),),
+        (HopperConfig(64, 2, 1, False, 240),),
+        None,
+        HopperConfig(64, 2, 1, False, 240),
+        None,
     ),
-}  # fmt: skip
+}
 
 # The backward's: by kernel and head-dim class, (for more rows than one consumer owns, for no more).
 HOPPER_BACKWARD = {

@@ -8,6 +8,7 @@ from .. import dropout
 
 # Triton 3.8 renamed them; 3.9 has the new names only.
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # of a partition's warps; renamed in Triton 3.7
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 TURN = gl.constexpr(8)  # the first named barrier that Triton leaves to kernels, and the next, are for taking turns

@@ -193,6 +193,8 @@ class Language(_Builtins):
     def thread_barrier(self):
         """Within a partition, threads are always in step."""
 
+    barrier = thread_barrier  # its name from Triton 3.7 on
+
     def warpgroup_mma_init(self, value):
         return value
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tfkern import features, launch, layout
 from tfkern.problem import Gradients, Problem, Tensors
-from tfkern.tiles import HOPPER, HOPPER_BACKWARD, HOPPER_QUERIES, HopperConfig, HopperTiles
+from tfkern.tiles import HOPPER, HOPPER_BACKWARD, HOPPER_QUERIES, HopperConfig, HopperLoad, HopperTiles
 
 ALIGNED = 8  # 16-bit numbers in the 16 bytes that TMA steps by
 
@@ -52,10 +52,10 @@ def forward(problem: Problem, t: Tensors) -> tuple[Tensor, Tensor]:
     q, k, v = (_for_tma(x) for x in t[:3])
     out = layout.empty_in_order_of(q, p.v_head_dim)
     lse = torch.empty(out.shape[:3], dtype=torch.float32, device=p.device)
-    dim, config = _config(p)
+    dim, config, short = _config(p)
     key = "hopper", out.stride(), features.mask_vec(t)
     if key not in p.plans:
-        p.plans[key] = _plan(p, dim, config, out, features.mask_vec(t))
+        p.plans[key] = _plan(p, dim, config, short, out, features.mask_vec(t))
     rows = (HOPPER_QUERIES, config.block_n, config.block_n, HOPPER_QUERIES)
     descriptors = [_descriptor(x, n, dim) for x, n in zip((q, k, v, out), rows, strict=True)]
     p.plans[key]((*descriptors, out, lse), *features.of(p, t))
@@ -109,21 +109,26 @@ def _plan_backward(p: Problem, name: str, dim: int, config: HopperConfig) -> lau
     return launch.Launch(getattr(kernel, name), p.batch * heads * tiles, p.device, numbers, constants, config.options())
 
 
-def _plan(p: Problem, dim: int, config: HopperConfig, out: Tensor, mask_vec: int) -> launch.Launch:
+def _plan(p: Problem, dim: int, config: HopperConfig, short: bool, out: Tensor, mask_vec: int) -> launch.Launch:
     """All of the launch but its tensors."""
-    from tfkern.kernels.hopper import flash_fwd
+    from tfkern.kernels.hopper import flash_fwd, flash_fwd_short
 
-    rows = HOPPER_QUERIES * config.consumers
-    # of all queries of a head, or for packed sequences as many as they may need at most (kernels/sequence.py)
-    tiles = p.n_q // rows + p.batch + 1 if p.packed else -(-p.n_q // rows)
-    items = (1 if p.packed else p.batch) * p.heads * tiles
     stride_o = tuple(layout.encode(s // ALIGNED if n > 1 else 0) for s, n in zip(out.stride()[:3], out.shape[:3], strict=True))
-    sizes = (p.batch, p.heads, p.group, p.n_q, p.n_k, tiles, items)
-    numbers = (stride_o, *sizes, p.scale, int(p.lower_right), p.left, p.right)
     mod = p.score_mod[0] if p.score_mod else None
-    constants = dict(MOD=mod, LINEAR=p.linear, MASK_VEC=mask_vec, DIM=p.head_dim, **config.constants(dim))
+    given = dict(MOD=mod, LINEAR=p.linear, MASK_VEC=mask_vec, DIM=p.head_dim, **config.constants(dim))
+    shape = (p.batch, p.heads, p.group, p.n_q, p.n_k)
+    if short:
+        kernel, items = flash_fwd_short.flash_fwd_short, p.batch * p.kv_heads
+        numbers = (stride_o, *shape, -(-p.n_q // HOPPER_QUERIES), items, p.scale, int(p.lower_right), p.right)
+    else:
+        rows = HOPPER_QUERIES * config.consumers
+        # of all queries of a head, or for packed sequences as many as they may need at most (kernels/sequence.py)
+        tiles = p.n_q // rows + p.batch + 1 if p.packed else -(-p.n_q // rows)
+        kernel, items = flash_fwd.flash_fwd, (1 if p.packed else p.batch) * p.heads * tiles
+        numbers = (stride_o, *shape, tiles, items, p.scale, int(p.lower_right), p.left, p.right)
+    constants = {key: given[key] for key in kernel.arg_names if key in given}  # in the kernel's order
     programs = min(items, launch.multiprocessors(p.device) * config.programs)
-    return launch.Launch(flash_fwd.flash_fwd, programs, p.device, numbers, constants, config.options())
+    return launch.Launch(kernel, programs, p.device, numbers, constants, config.options())
 
 
 def _tiles(p: Problem) -> tuple[int, HopperTiles]:
@@ -132,14 +137,16 @@ def _tiles(p: Problem) -> tuple[int, HopperTiles]:
     return dim, HOPPER[dim]
 
 
-def _config(p: Problem) -> tuple[int, HopperConfig]:
-    """(head-dim class, those of its tiles that fit the problem)."""
+def _config(p: Problem) -> tuple[int, HopperConfig, bool]:
+    """(head-dim class, those of its tiles that fit the problem, whether they are flash_fwd_short's)."""
     dim, tiles = _tiles(p)
     if p.mask or p.bias:
-        return dim, tiles.masked
+        return dim, tiles.masked, False
     if p.n_q <= HOPPER_QUERIES:
-        return dim, tiles.single
-    return dim, tiles.heavy if p.heavy else tiles.usual(p.n_q)
+        return dim, tiles.single, False
+    load = HopperLoad(p.batch * p.heads, p.group, p.n_q, p.n_k, p.right is not None, launch.multiprocessors(p.device))
+    # Dropout spills in three consumers that keep K and V.
+    return dim, *tiles.fastest(load, p.heavy, resident=not (p.packed or p.left is not None or p.dropout_p))
 
 
 def _for_tma(x: Tensor) -> Tensor:
