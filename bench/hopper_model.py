@@ -10,8 +10,8 @@ To the assumptions of cost_model.py come, for two consumers whose products run w
 - Two consumers disturb each other only where a pipe is full: a pass takes the program the longest of what each consumer takes
   by itself and of what both need of the tensor pipes, MUFU, or issue slots.
 - The producer is free and always ahead, of the next tile of queries too: nothing waits for memory.
-- Consumers of flash_fwd_short don't wait for each other: a program takes what each does by itself, shared out among them. What
-  it has beside its loops counts as once for each tile of queries, though some of it runs once a head.
+- Consumers of flash_fwd_short don't wait for each other: a program takes what each does by itself, shared out among them.
+- Beside its loops an item takes what the loop over items has; what stands before that runs once a program and is not counted.
 - The first tile of an item, which the kernel has outside of its loops, counts as one more pass of the last loop.
 """
 
@@ -63,7 +63,7 @@ def steady(body: list[machine_code.Instruction], machine: cost_model.Machine = c
 
 
 def loops_of(code: list[machine_code.Instruction], consumers: int) -> tuple[list[cost_model.Loop], float]:
-    """(the loops of a program, each of all its consumers together; cycles that one of them issues beside the loops)."""
+    """(the loops over tiles, each of all consumers of a program together; what one of them issues for an item beside them)."""
     inner = machine_code.loops(code, sass.MULTIPLY)
     kinds = len(inner) // consumers  # the code has one consumer's loops behind the other's
     loops = []
@@ -71,8 +71,11 @@ def loops_of(code: list[machine_code.Instruction], consumers: int) -> tuple[list
         bodies = inner[kind::kinds]
         busy = sum((Counter(sass.busy(body, WARPS, 0)) for body in bodies), Counter())
         loops.append(cost_model.Loop(dict(busy), max(map(steady, bodies))))
-    first_tile = sum(map(len, inner[kinds - 1 :: kinds]))
-    return loops, (len(code) - sum(map(len, inner)) - first_tile) / consumers
+    outside = 0
+    for first in range(0, len(inner), kinds):
+        own = inner[first : first + kinds]
+        outside += len(machine_code.around(code, own[0])) - sum(map(len, own)) - len(own[-1])  # which the first tile takes
+    return loops, outside / consumers
 
 
 def predict(problem: geometry.Problem, dtype: str) -> cost_model.Prediction:

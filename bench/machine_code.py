@@ -17,11 +17,23 @@ class Instruction:
         return self.opcode.split(".")[0]
 
 
+def _spans(code: list[Instruction]) -> list[tuple[int, int]]:
+    """(first, last) address of every loop."""
+    return [(x.target, x.address) for x in code if x.target is not None and x.target < x.address]
+
+
 def loops(code: list[Instruction], multiply: tuple[str, ...]) -> list[list[Instruction]]:
     """The bodies of the innermost loops with a matrix instruction (whose opcode begins with one of `multiply`), in the order
     of the program."""
-    spans = [(x.target, x.address) for x in code if x.target is not None and x.target < x.address]
     multiplies = [x.address for x in code if x.opcode.startswith(multiply)]
-    spans = [s for s in spans if any(s[0] <= a <= s[1] for a in multiplies)]
+    spans = [s for s in _spans(code) if any(s[0] <= a <= s[1] for a in multiplies)]
     innermost = [s for s in spans if not any(t != s and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
     return [[x for x in code if lo <= x.address <= hi] for lo, hi in sorted(innermost)]
+
+
+def around(code: list[Instruction], body: list[Instruction]) -> list[Instruction]:
+    """The body of the loop that a loop is in, without inner ones being taken out; all of the code if it is in none."""
+    lo, hi = body[0].address, body[-1].address
+    spans = [s for s in _spans(code) if s[0] <= lo and hi <= s[1] and s != (lo, hi)]
+    first, last = min(spans, key=lambda s: s[1] - s[0], default=(code[0].address, code[-1].address))
+    return [x for x in code if first <= x.address <= last]

@@ -94,7 +94,7 @@ def test_every_candidate_of_tuning(form, config, name, monkeypatch):
 @pytest.mark.parametrize(
     ("n", "batch", "consumers", "short"),
     [(64, 1, 1, False), (128, 20, 3, True), (197, 166, 3, True), (197, 1, 2, False), (256, 128, 3, True),
-     (512, 64, 3, True), (512, 8, 2, False), (577, 56, 2, False), (1024, 32, 3, False), (2048, 16, 3, False)],
+     (512, 64, 3, True), (512, 8, 2, False), (577, 56, 2, False), (1024, 32, 2, False), (2048, 16, 3, False)],
 )  # fmt: skip
 def test_tiles_by_length(n, batch, consumers, short, monkeypatch):
     """Three consumers own 192 queries: at 577 most of the last tile would be empty. Where K and V of a head stay, a

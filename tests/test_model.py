@@ -257,17 +257,20 @@ def test_a_product_of_the_pass_before_may_still_run():
 
 
 def test_two_consumers_share_the_pipes():
-    """Four loops: whole tiles and cut ones, of one consumer and then of the other."""
+    """Of each consumer two loops, of whole tiles and of cut ones, in a loop over items; and code before that."""
     whole, cut = [PRODUCT, EXPONENTIAL, WAIT], [PRODUCT, EXPONENTIAL, "FADD R1, R1, R1", WAIT]
-    text = []
-    for body in (whole, cut, whole, cut):
-        text += [*body, f"BRA 0x{16 * len(text):x}"]
-    code = loop_of(*text, *["NOP"] * 50, "EXIT")
-    loops, outside = hopper_model.loops_of(code, 2)
+    text = ["NOP"] * 7
+    for _ in range(2):
+        item = len(text)
+        for body in (whole, cut):
+            text += ["NOP"] * 6
+            text += [*body, f"BRA 0x{16 * len(text):x}"]
+        text += ["NOP"] * 10 + [f"BRA 0x{16 * item:x}"]
+    loops, outside = hopper_model.loops_of(loop_of(*text, "EXIT"), 2)
     assert [loop.busy["issue"] for loop in loops] == [8, 10]
     assert [loop.busy["tensor"] for loop in loops] == [128, 128]
     assert loops[1].alone == hopper_model.steady(loop_of(*cut, "BRA 0x0"))
-    assert outside == (51 - 10) / 2  # the first tile of each consumer is a pass more of the last loop
+    assert outside == 6 + 6 + 10 + 1 - 5  # the first tile is a pass more of the last loop
 
 
 def test_the_hopper_forward_is_predicted_from_its_machine_code():
@@ -285,6 +288,6 @@ def test_the_hopper_forward_is_predicted_from_its_machine_code():
     assert [row[:2] for row in rows] == [[n, band] for n in ("512", "2048") for band in ("full", "causal")]
     for row in rows:
         floor, portable, ours = (float(row[i]) for i in (2, 3, 5))
-        assert floor < ours < portable, row
+        assert floor <= ours < portable, row  # at 512 tokens under a causal mask memory binds ours
     assert float(rows[0][8]) > 333
     assert 460 < float(rows[2][8]) < 1.5 * 460

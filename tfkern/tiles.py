@@ -189,21 +189,21 @@ class HopperTiles(NamedTuple):
 
 
 _SINGLE = HopperConfig(64, 2, 1, False, 216, 2)
-_WIDE_64 = HopperConfig(64, 3, 3, False, 160, cycles=(1094, 1065), source=MODEL)
+_WIDE_64 = HopperConfig(64, 3, 3, False, 160, cycles=(514, 1065), source=MODEL)
 
 # By head-dim class.
 HOPPER = {
     64: HopperTiles(
-        (HopperConfig(128, 2, 2, True, 240, cycles=(1266, 1594)), _WIDE_64),
-        (HopperConfig(64, 2, 2, True, 240, cycles=(1300, 1096)), _WIDE_64),
-        HopperConfig(64, 11, 3, False, 160, cycles=(1956, 1088), source=MODEL),
+        (HopperConfig(128, 2, 2, True, 240, cycles=(364, 1594)), _WIDE_64),
+        (HopperConfig(64, 2, 2, True, 240, cycles=(540, 1125)), _WIDE_64),
+        HopperConfig(64, 11, 3, False, 160, cycles=(710, 1088), source=MODEL),
         _SINGLE,
         HopperConfig(32, 2, 1, False, 216, 2),
     ),
     128: HopperTiles(
         (
-            HopperConfig(128, 2, 2, True, 240, cycles=(1568, 1951)),
-            HopperConfig(64, 3, 3, False, 160, cycles=(1312, 1282), source=MODEL),
+            HopperConfig(128, 2, 2, True, 240, cycles=(508, 1951)),
+            HopperConfig(64, 3, 3, False, 160, cycles=(662, 1282), source=MODEL),
         ),
         (HopperConfig(64, 2, 2, True, 240),),
         None,
