@@ -94,6 +94,11 @@ def only(form: str, **changes):
         yield
 
 
+def tight(case) -> int:
+    """No more stages than flash_fwd_short needs, so that buffers are soon used again."""
+    return max(2, -(-(case.n_k or case.n_q) // 64))
+
+
 def _may_be_short(case) -> bool:
     with only("flash_fwd_short"):
         try:

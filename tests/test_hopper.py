@@ -29,6 +29,7 @@ from hopper_cases import (
     lines,
     only,
     simulated,
+    tight,
     without,
 )
 
@@ -47,7 +48,7 @@ FORMS = [("flash_fwd", name) for name in SUPPORTED] + [("flash_fwd_short", name)
 def test_forward(form, name, dtype):
     inputs = built(CASES[name], dtype)[0]
     truth, plain = budget.truth(CASES[name], inputs), budget.plain(CASES[name], inputs)
-    with only(form):
+    with only(form, stages=tight(CASES[name])):
         _, (problem, tensors) = built(CASES[name], dtype)
         for schedule, seed in SCHEDULES if dtype == torch.bfloat16 else SCHEDULES[-1:]:
             with simulated(schedule, seed):
@@ -130,7 +131,7 @@ def faults_found(form, kernel, monkeypatch) -> str | None:
     monkeypatch.setattr({"flash_fwd": flash_fwd, "flash_fwd_short": flash_fwd_short}[form], form, kernel)
     for name in TELLING[form]:
         case = CASES[name]
-        with only(form, stages=5):  # no more than the longest has tiles, so that buffers are soon used again
+        with only(form, stages=tight(case)):
             inputs, (problem, tensors) = built(case, torch.bfloat16)
             function = tfkern.attention_varlen if case.lengths else tfkern.attention
             want = function(**inputs.clean, enable_gqa=True, **inputs.options, backend="eager")
