@@ -131,7 +131,7 @@ def faults_found(form, kernel, monkeypatch) -> str | None:
     monkeypatch.setattr({"flash_fwd": flash_fwd, "flash_fwd_short": flash_fwd_short}[form], form, kernel)
     for name in TELLING[form]:
         case = CASES[name]
-        with only(form, stages=tight(case)):
+        with only(form, stages=5):  # so few that they are soon used again
             inputs, (problem, tensors) = built(case, torch.bfloat16)
             function = tfkern.attention_varlen if case.lengths else tfkern.attention
             want = function(**inputs.clean, enable_gqa=True, **inputs.options, backend="eager")
