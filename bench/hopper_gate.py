@@ -33,7 +33,7 @@ VARIANTS = {
     "everything": {"LEFT", "RIGHT", "cu_q", "cu_k", "bias", "dropout", "softcap", "slopes", "sinks", "MOD"},
 }  # fmt: skip
 KERNELS = ["flash_fwd", "flash_fwd_short", "flash_bwd_dq", "flash_bwd_dkdv"]
-BACKWARD = ["full", "causal", "window", "padded"]  # variants that its kernels have
+BACKWARD = [name for name, there in VARIANTS.items() if not there & {"mask", "bias"}]  # variants that its kernels have
 SHORT = ["full", "causal", "padded", "softcap", "slopes", "sinks", "score-mod"]  # that flash_fwd_short is chosen for
 SPILLED = 64  # such as the number of the program, which ptxas keeps in memory over the start of a partition
 
@@ -49,15 +49,20 @@ def source(name: str, dtype: str, dim: int, config, variant: str):
     there = VARIANTS[variant]
     kernel = getattr(compile_gate.load(f"tfkern.kernels.hopper.{name}"), name)
     mask_vec = 0 if variant == "bias-any" else 8
-    mod = compile_gate.load("tfkern.kernels.score_mods").signed_log if "MOD" in there else None
+    mods = compile_gate.load("tfkern.kernels.score_mods")
     linear = not there & {"bias", "softcap", "slopes", "sinks", "MOD"}
-    constants = dict(MOD=mod, LINEAR=linear, MASK_VEC=mask_vec, DIM=dim, **config.constants(dim, name == "flash_bwd_dkdv"))
+    constants = dict(MOD=None, MOD_GRAD=None, DLSE=None, DSLOPES=None, LINEAR=linear, MASK_VEC=mask_vec, DIM=dim)
+    constants |= config.constants(dim, name == "flash_bwd_dkdv")
     constants |= {side: None for side in ("LEFT", "RIGHT") if side not in there}
-    if "key_lengths" not in there:
-        constants["DLSE"] = None
+    if "MOD" in there:
+        constants |= dict(MOD=mods.signed_log, MOD_GRAD=mods.signed_log_derivative)
+    for argument, feature in (("DLSE", "key_lengths"), ("DSLOPES", "slopes")):
+        if feature in there:
+            del constants[argument]
     rows = {"k": constants["BLOCK_N"], "v": constants["BLOCK_N"], "dk": constants["BLOCK_N"], "dv": constants["BLOCK_N"]}
-    pointers = dict(O=f"*{dtype}", LSE="*fp32", DLSE="*fp32", DELTA="*fp32")
-    kinds = dict(F=compile_gate.features(there, f"*{dtype}", mask_vec), stride_o=("i32",) * 3, scale="fp32", **pointers)
+    kinds = dict.fromkeys(("O", "DQ", "DK", "DV"), f"*{dtype}") | dict.fromkeys(("LSE", "DLSE", "DELTA", "DSLOPES"), "*fp32")
+    kinds |= dict.fromkeys(("stride_o", "stride_dq", "stride_dk", "stride_dv"), ("i32",) * 3)
+    kinds |= dict(F=compile_gate.features(there, f"*{dtype}", mask_vec), scale="fp32")
     for parameter in kernel.arg_names:
         if parameter.endswith("_desc"):
             kinds[parameter] = descriptor(dtype, rows.get(parameter.removesuffix("_desc"), constants["BLOCK_M"]), dim)
@@ -98,14 +103,16 @@ def judge(binary, in_loops: int = 0) -> tuple[str, list[str]]:
 def configurations(kernel: str, dim: int, variant: str) -> list:
     """What the tables hold for a kernel in a variant, if it is in the kernel."""
     tiles = compile_gate.load("tfkern.tiles")
+    heavy = compile_gate.HEAVY & VARIANTS[variant]
     if kernel.startswith("flash_bwd"):
-        return list(tiles.HOPPER_BACKWARD[kernel].get(dim, ())) if variant in BACKWARD else []
+        found = tiles.HOPPER_BACKWARD[kernel].get(dim) if dim <= 64 or variant != "several" else None
+        return ([found.heavy] if heavy else [found.usual, found.single]) if found and variant in BACKWARD else []
     found = tiles.HOPPER[dim]
     if kernel == "flash_fwd_short":
         return [found.short] if found.short and variant in SHORT else []
     if {"mask", "bias"} & VARIANTS[variant]:
         return [found.masked] if found.masked else []
-    return list(dict.fromkeys([*(found.heavy if compile_gate.HEAVY & VARIANTS[variant] else found.usual), found.single]))
+    return list(dict.fromkeys([*(found.heavy if heavy else found.usual), found.single]))
 
 
 def jobs(args):

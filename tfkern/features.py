@@ -1,4 +1,4 @@
-"""The optional arguments of a call, as the kernels take them (kernels/features.py)."""
+"""The optional arguments of a call, as the kernels take them (kernels/features.py), and gradients from what kernels leave."""
 
 import torch
 from torch import Tensor
@@ -43,3 +43,21 @@ def plain_memory(p: Problem, t: Tensors) -> Tensors:
     if any([x is not None and x.is_neg() for x in (t[:3] if p.plain else t)]):
         t = Tensors(*(None if x is None else x.resolve_neg() for x in t))
     return t if t.mask is None else t._replace(mask=t.mask.view(torch.uint8))
+
+
+def slope_sums(p: Problem, t: Tensors, parts: Tensor) -> Tensor:
+    """The gradient of the slopes from each query's part (B, H, Nq); each sum has one order."""
+    if p.packed and p.batch == 0:
+        return torch.zeros_like(t.slopes)
+    if p.packed and len(t.slopes) > 1:
+        offsets = t.cu_q.long().clamp(0, p.n_q).cummax(0).values  # whatever they hold, a check of them would stop the stream
+        sums = torch.segment_reduce(parts[0].T.contiguous(), "sum", offsets=offsets, unsafe=True)
+    else:
+        sums = parts.sum(-1)
+    return sums.sum_to_size(t.slopes.shape).to(t.slopes.dtype)
+
+
+def sink_sums(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """The gradient of the sinks: a sink is one more logit, whose value is 0, so its dS is P * (0 - delta)."""
+    p = (sinks.float()[:, None] - lse).exp_()  # [H, 1] - [B, H, Nq]
+    return -(p * delta).masked_fill_(lse == -torch.inf, 0.0).sum((0, 2)).to(sinks.dtype)

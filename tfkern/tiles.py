@@ -219,14 +219,30 @@ HOPPER = {
     ),
 }
 
-# The backward's: by kernel and head-dim class, (for more rows than one consumer owns, for no more).
+
+class HopperBackwardTiles(NamedTuple):
+    """Of one kernel of the backward and one head-dim class."""
+
+    usual: HopperConfig
+    heavy: HopperConfig  # as HopperTiles.heavy
+    single: HopperConfig  # one consumer: for no more rows than it owns
+
+
 HOPPER_BACKWARD = {
     "flash_bwd_dq": {
-        64: (HopperConfig(64, 3, 2, False, 216), HopperConfig(64, 3, 1, False, 240)),
-        128: (HopperConfig(64, 3, 2, False, 216), HopperConfig(64, 3, 1, False, 240)),
+        64: HopperBackwardTiles(
+            HopperConfig(64, 3, 2, False, 216), HopperConfig(32, 3, 2, False, 232), HopperConfig(64, 3, 1, False, 240)
+        ),
+        128: HopperBackwardTiles(
+            HopperConfig(64, 3, 2, False, 216), HopperConfig(32, 3, 1, False, 240), HopperConfig(64, 3, 1, False, 240)
+        ),
     },
     "flash_bwd_dkdv": {
-        64: (HopperConfig(64, 3, 2, False, 232), HopperConfig(64, 3, 1, False, 240)),
-        128: (HopperConfig(64, 3, 2, False, 240), HopperConfig(64, 3, 1, False, 240)),
+        64: HopperBackwardTiles(
+            HopperConfig(64, 3, 2, False, 232), HopperConfig(32, 3, 2, False, 232), HopperConfig(64, 3, 1, False, 240)
+        ),
+        128: HopperBackwardTiles(
+            HopperConfig(64, 3, 2, False, 240), HopperConfig(32, 3, 1, False, 240), HopperConfig(64, 3, 1, False, 240)
+        ),
     },
 }

@@ -10,12 +10,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )  # fmt: skip
 
-from .. import score, softmax, tile
+from .. import score, softmax
 from .parts import (
     accumulator,
     give_turn,
     hide_rows,
     stage_of,
+    store_rows,
     survivors,
     take_turn,
     tma_load,
@@ -166,23 +167,6 @@ def attend(
 
 
 @gluon.jit
-def _write(o, o_desc, O, stride_o, buffer, seq, h, start_m, F, DIM: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr):
-    """o [BLOCK_M, D] to its rows of O: by TMA, or where they end inside of a tensor, row by row."""
-    if F.cu_q is None:
-        buffer.reshape([BLOCK_M, D]).store(o)
-        fence_async_shared()
-        tma_store(o_desc, [seq.at, h, start_m, 0], buffer)
-    else:
-        LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4, 1], [1, 0])
-        o = gl.convert_layout(o, LAYOUT)
-        rows = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, LAYOUT))
-        columns = gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT))
-        there = (start_m + rows < seq.n_q)[:, None] & (columns < DIM)[None, :]
-        O = tile.head(O, stride_o, seq.at, h, seq.q_row + start_m, 8)
-        gl.store(O + (rows[:, None] * tile.stride_of(stride_o, 2, 8).to(gl.int32) + columns[None, :]), o, mask=there)
-
-
-@gluon.jit
 def finish(
     acc, m_i, l_i, o_desc, O, LSE, stride_o, buffer, seq, h, heads, start_m, n_q, F, S,
     DIM: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr,
@@ -194,7 +178,13 @@ def finish(
     if F.dropout is not None:
         inverse *= F.dropout.factor
     tma.store_wait(0)
-    _write((acc * inverse[:, None]).to(buffer.dtype), o_desc, O, stride_o, buffer, seq, h, start_m, F, DIM, BLOCK_M, D)
+    o = (acc * inverse[:, None]).to(buffer.dtype)
+    if F.cu_q is None:
+        buffer.reshape([BLOCK_M, D]).store(o)
+        fence_async_shared()
+        tma_store(o_desc, [seq.at, h, start_m, 0], buffer)
+    else:
+        store_rows(o, O, stride_o, seq.at, h, seq.q_row + start_m, seq.n_q - start_m, DIM)
     row = (seq.at * heads + h).to(gl.int64) * n_q + seq.q_row
     offs_m = start_m + gl.arange(0, BLOCK_M, layout=ROWS)
     lse = m_i * (S.c * softmax.LN2) + gl.log2(l_safe) * softmax.LN2

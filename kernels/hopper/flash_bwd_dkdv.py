@@ -18,70 +18,74 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )  # fmt: skip
 
 from .. import band, score, sequence, softmax, tile
-from .parts import accumulator, barriers, stage_of, tma_load, tma_store, zero_rows
+from .parts import (
+    accumulator,
+    barriers,
+    load_rows,
+    stage_of,
+    store_rows,
+    survivors_transposed,
+    tma_load,
+    tma_store,
+    zero_rows,
+)
 
 # Changing these numbers never recompiles.
-RUN_TIME = ["heads", "group", "n_q", "n_k", "tiles", "align", "LEFT", "RIGHT"]
+RUN_TIME = ["stride_dk", "stride_dv", "batch", "heads", "group", "n_q", "n_k", "tiles", "align", "LEFT", "RIGHT"]
 
 
 @gluon.jit
 def _produce(
-    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, LSE, DELTA, memory, b, heads, h_k, group, start_n, lo, hi, n_q,
-    seen_lo, seen_hi, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMERS: gl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, LSE, DELTA, F, memory, seq, heads, h_k, group, start_n, first, lo, hi,
+    n_q, seen_lo, seen_hi, LINEAR: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
-    """Fetch K and V once, then Q, dO, lse and delta of every tile of [lo, hi) of every head of the group as their buffers fall
-    free. Rows beyond a tensor arrive as zeros; queries of the last tile that are there, but see no key here, are zeroed. In the
-    end send dK and dV out, zeros for keys outside of [seen_lo, seen_hi)."""
+    """Fetch K and V once, then Q, dO, lse and delta of every tile from `first` to hi of every head of the group as their
+    buffers fall free. In the end send dK and dV out, which consumers leave in the memory of K and V; zeros for keys outside of
+    [seen_lo, seen_hi)."""
     ks, vs, qs, dos, lses, deltas, kv_full, full, empty, cut, done = memory
     ROWS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     for c in gl.static_range(CONSUMERS):
+        at = [seq.at, h_k, seq.k_row + start_n + c * BLOCK_N, 0]
         mbarrier.expect(kv_full.index(c), 2 * k_desc.block_type.nbytes)
-        tma_load(k_desc, [b, h_k, start_n + c * BLOCK_N, 0], kv_full.index(c), ks.index(c))
-        tma_load(v_desc, [b, h_k, start_n + c * BLOCK_N, 0], kv_full.index(c), vs.index(c))
-    n_tiles = gl.cdiv(gl.maximum(hi - lo, 0), BLOCK_M)
+        tma_load(k_desc, at, kv_full.index(c), ks.index(c))
+        tma_load(v_desc, at, kv_full.index(c), vs.index(c))
+    n_tiles = gl.cdiv(gl.maximum(hi - first, 0), BLOCK_M)
+    cuts = 0
     for member in range(group):
         h = h_k * group + member
-        row = (b * heads + h).to(gl.int64) * n_q
+        row = (seq.at * heads + h).to(gl.int64) * n_q + seq.q_row
         for i in range(n_tiles):
             stage, phase = stage_of(member * n_tiles + i, STAGES)
-            start_m = lo + i * BLOCK_M
+            start_m = first + i * BLOCK_M
             offs_m = start_m + gl.arange(0, BLOCK_M, layout=ROWS)
-            lse = softmax.load_lse(LSE + row, offs_m, lo, hi, True, True)
+            lse = softmax.load_lse(LSE + row, offs_m, lo, hi, LINEAR, True)
             delta = tile.load_row_values(DELTA + row, offs_m, lo, hi, 0.0, True)
             mbarrier.wait(empty.index(stage), phase ^ 1)
-            if gl.minimum(start_m + BLOCK_M, n_q) > hi:
-                mbarrier.expect(cut.index(0), 2 * q_desc.block_type.nbytes)
-                tma_load(q_desc, [b, h, start_m, 0], cut.index(0), qs.index(stage))
-                tma_load(do_desc, [b, h, start_m, 0], cut.index(0), dos.index(stage))
-                mbarrier.wait(cut.index(0), member & 1)
-                zero_rows(qs.index(stage).reshape([BLOCK_M, D]), 0, hi - start_m, BLOCK_M)
-                zero_rows(dos.index(stage).reshape([BLOCK_M, D]), 0, hi - start_m, BLOCK_M)
-                fence_async_shared()
-                mbarrier.arrive(full.index(stage), count=1)
-            else:
-                mbarrier.expect(full.index(stage), 2 * q_desc.block_type.nbytes)
-                tma_load(q_desc, [b, h, start_m, 0], full.index(stage), qs.index(stage))
-                tma_load(do_desc, [b, h, start_m, 0], full.index(stage), dos.index(stage))
+            cuts = load_rows(
+                q_desc, do_desc, [seq.at, h, seq.q_row + start_m, 0], qs.index(stage), dos.index(stage), full.index(stage),
+                cut.index(0), cuts, lo - start_m, hi - start_m, n_q, BLOCK_M, D)  # fmt: skip
             lses.index(stage).store(lse)
             deltas.index(stage).store(delta)
             mbarrier.arrive(full.index(stage), count=1)
-    for c in gl.static_range(CONSUMERS):
-        mbarrier.wait(done.index(c), 0)
-        first = start_n + c * BLOCK_N
-        if (first < seen_lo) | (first + BLOCK_N > seen_hi):
-            zero_rows(ks.index(c).reshape([BLOCK_N, D]), seen_lo - first, seen_hi - first, BLOCK_N)
-            zero_rows(vs.index(c).reshape([BLOCK_N, D]), seen_lo - first, seen_hi - first, BLOCK_N)
-            fence_async_shared()
-        tma_store(dk_desc, [b, h_k, first, 0], ks.index(c))
-        tma_store(dv_desc, [b, h_k, first, 0], vs.index(c))
-    tma.store_wait(0)
+    if F.cu_k is None:
+        for c in gl.static_range(CONSUMERS):
+            mbarrier.wait(done.index(c), 0)
+            start = start_n + c * BLOCK_N
+            if (start < seen_lo) | (start + BLOCK_N > seen_hi):
+                zero_rows(ks.index(c).reshape([BLOCK_N, D]), seen_lo - start, seen_hi - start, BLOCK_N)
+                zero_rows(vs.index(c).reshape([BLOCK_N, D]), seen_lo - start, seen_hi - start, BLOCK_N)
+                fence_async_shared()
+            tma_store(dk_desc, [seq.at, h_k, start, 0], ks.index(c))
+            tma_store(dv_desc, [seq.at, h_k, start, 0], vs.index(c))
+        tma.store_wait(0)
 
 
 @gluon.jit
 def _step(
-    t, total, k, v, memory, dk, dv, ds, start_m, start_n, S, LEFT, RIGHT, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    D: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
+    t, total, k, v, memory, dk, dv, ds, bh, start_m, start_n, F, S, LEFT, RIGHT, MOD: gl.constexpr, MOD_GRAD: gl.constexpr,
+    LINEAR: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMER: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """dS and dV of tile number t, queries from start_m on, and dK of the tile before it, whose dS^T is ds."""
     ks, vs, qs, dos, lses, deltas, _kv_full, full, empty, _cut, _done = memory
@@ -103,21 +107,35 @@ def _step(
     else:
         dk = warpgroup_mma(ds, qs.index(before).reshape([BLOCK_M, D]), dk, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
         s = warpgroup_mma_wait(1, deps=(s,))
-    if MASKED:
-        offs_m = start_m + gl.arange(0, BLOCK_M, layout=COLUMNS)
-        offs_n = start_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, S_LAYOUT))
-        s = gl.where(band.visible(offs_m[None, :], offs_n[:, None], S.n_k, S.shift, LEFT, RIGHT), s, float("-inf"))
-    p = softmax.weights(s, lse[None, :], S, True)
+    offs_m = start_m + gl.arange(0, BLOCK_M, layout=COLUMNS)
+    offs_n = start_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, S_LAYOUT))
+    s, keep, slope = score.logits(
+        s, offs_m[None, :], offs_n[:, None], start_m, start_n, F, S, LEFT, RIGHT,
+        MOD, MOD_GRAD, LINEAR, 0, MASKED, MASKED)  # fmt: skip
+    p = softmax.weights(gl.where(keep, s, float("-inf")), lse[None, :], S, LINEAR)
+    kept = p
+    if F.dropout is not None:  # of what is dropped p is negative, so that one register holds both
+        p = gl.where(survivors_transposed(F.dropout, bh, start_m, start_n, p), p, -p)
+        kept = gl.maximum(p, 0.0)
     mbarrier.wait(full.index(stage), phase)  # passed long ago, but a branch
-    dp = zero - deltas.index(stage).load(COLUMNS)[None, :]  # so that dP - delta comes out of the product
+    delta = deltas.index(stage).load(COLUMNS)[None, :]
+    dp = zero
+    if F.dropout is None:
+        dp = zero - delta  # so that dP - delta comes out of the product
     dp = warpgroup_mma(v, do.permute((1, 0)), dp, is_async=True)  # [BLOCK_N, D] @ [D, BLOCK_M]
     if not FIRST:
         dk, p = warpgroup_mma_wait(1, deps=(dk, p))
         mbarrier.arrive(empty.index(before), count=1)
-    pt = gl.convert_layout(p.to(do.dtype), A_LAYOUT)
+    pt = gl.convert_layout(kept.to(do.dtype), A_LAYOUT)
     dv = warpgroup_mma(pt, do, dv, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
     dp = warpgroup_mma_wait(1, deps=(dp,))
-    following = gl.convert_layout((p * dp).to(q.dtype), A_LAYOUT)
+    if F.dropout is None:
+        x = p * dp
+    else:
+        x = gl.maximum(p, 0.0) * (dp * F.dropout.factor) - gl.abs(p) * delta
+    if F.softcap is not None or MOD is not None:
+        x = gl.where(keep, x * slope, 0.0)
+    following = gl.convert_layout(x.to(q.dtype), A_LAYOUT)
     # A real branch: without one ptxas moves the wait below above dS, and nothing overlaps.
     ahead, phase_ahead = stage_of(t + 1, STAGES)
     mbarrier.wait(full.index(ahead), phase_ahead, pred=t + 1 < total)
@@ -126,16 +144,56 @@ def _step(
 
 
 @gluon.jit
+def _sum(
+    k, v, memory, dk, dv, seq, heads, h_k, group, start_n, first, queries, scale, F, S, LEFT, RIGHT, MOD: gl.constexpr,
+    MOD_GRAD: gl.constexpr, LINEAR: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, CONSUMER: gl.constexpr,
+):  # fmt: skip
+    """dk and dv over all tiles of queries, of which there is one at least."""
+    _ks, _vs, qs, _dos, _lses, _deltas, _kv_full, full, _empty, _cut, _done = memory
+    _lo, full_lo, full_hi, hi = queries
+    n_tiles = gl.cdiv(hi - first, BLOCK_M)
+    total = group * n_tiles
+    bh = seq.b * heads + h_k * group
+    ds = gl.zeros([BLOCK_N, BLOCK_M], qs.dtype, gl.DotOperandLayout(operand_index=0, parent=accumulator(D), k_width=2))
+    mbarrier.wait(full.index(0), 0)
+    dk, dv, ds = _step(
+        0, total, k, v, memory, dk, dv, ds, bh, first, start_n, F, S, LEFT, RIGHT,
+        MOD, MOD_GRAD, LINEAR, BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, True, True)  # fmt: skip
+    left = gl.minimum((full_lo - first) // BLOCK_M, n_tiles)
+    right = gl.minimum(gl.maximum((full_hi - first) // BLOCK_M, left), n_tiles)
+    for member in range(group):
+        S_h = score.prepare(F, seq, h_k * group + member, scale, S.shift, LINEAR, 0)
+        t = member * n_tiles
+        begin = gl.maximum(1 - member, 0)
+        if RIGHT is not None:
+            for i in range(begin, left):
+                dk, dv, ds = _step(
+                    t + i, total, k, v, memory, dk, dv, ds, bh + member, first + i * BLOCK_M, start_n, F, S_h, LEFT, RIGHT,
+                    MOD, MOD_GRAD, LINEAR, BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, False, True)  # fmt: skip
+        for i in range(gl.maximum(left, begin), right):
+            dk, dv, ds = _step(
+                t + i, total, k, v, memory, dk, dv, ds, bh + member, first + i * BLOCK_M, start_n, F, S_h, LEFT, RIGHT,
+                MOD, MOD_GRAD, LINEAR, BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, False, False)  # fmt: skip
+        for i in range(gl.maximum(right, begin), n_tiles):
+            dk, dv, ds = _step(
+                t + i, total, k, v, memory, dk, dv, ds, bh + member, first + i * BLOCK_M, start_n, F, S_h, LEFT, RIGHT,
+                MOD, MOD_GRAD, LINEAR, BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, False, True)  # fmt: skip
+    last, _ = stage_of(total - 1, STAGES)
+    dk = warpgroup_mma(ds, qs.index(last).reshape([BLOCK_M, D]), dk, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
+    return warpgroup_mma_wait(0, deps=(dk,)), dv
+
+
+@gluon.jit
 def _consume(
-    memory, group, start_n, lo, full_lo, full_hi, hi, S, LEFT, RIGHT,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr,
+    DK, DV, stride_dk, stride_dv, memory, seq, heads, h_k, group, start_n, first, queries, seen_lo, seen_hi, scale, F, S,
+    LEFT, RIGHT, MOD: gl.constexpr, MOD_GRAD: gl.constexpr, LINEAR: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """All of 64 keys: dK and dV."""
-    ks, vs, qs, _dos, _lses, _deltas, kv_full, full, _empty, _cut, done = memory
+    ks, vs, _qs, _dos, _lses, _deltas, kv_full, _full, _empty, _cut, done = memory
     D_LAYOUT: gl.constexpr = accumulator(D)
     start_n += CONSUMER * BLOCK_N
-    n_tiles = gl.cdiv(gl.maximum(hi - lo, 0), BLOCK_M)
-    total = group * n_tiles
     k = ks.index(CONSUMER).reshape([BLOCK_N, D])
     v = vs.index(CONSUMER).reshape([BLOCK_N, D])
     dk = gl.zeros([BLOCK_N, D], gl.float32, D_LAYOUT)
@@ -148,57 +206,50 @@ def _consume(
     else:
         k_a = k
         v_a = v
-    ds = gl.zeros([BLOCK_N, BLOCK_M], qs.dtype, gl.DotOperandLayout(operand_index=0, parent=D_LAYOUT, k_width=2))
-    if n_tiles > 0:
-        mbarrier.wait(full.index(0), 0)
-        dk, dv, ds = _step(0, total, k_a, v_a, memory, dk, dv, ds, lo, start_n, S, LEFT, RIGHT,
-                           BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, True, True)  # fmt: skip
-        left = gl.minimum((full_lo - lo) // BLOCK_M, n_tiles)
-        right = gl.minimum(gl.maximum((full_hi - lo) // BLOCK_M, left), n_tiles)
-        for member in range(group):
-            t = member * n_tiles
-            first = gl.maximum(1 - member, 0)
-            if RIGHT is not None:
-                for i in range(first, left):
-                    dk, dv, ds = _step(t + i, total, k_a, v_a, memory, dk, dv, ds, lo + i * BLOCK_M, start_n, S, LEFT, RIGHT,
-                                       BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, False, True)  # fmt: skip
-            for i in range(gl.maximum(left, first), right):
-                dk, dv, ds = _step(t + i, total, k_a, v_a, memory, dk, dv, ds, lo + i * BLOCK_M, start_n, S, LEFT, RIGHT,
-                                   BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, False, False)  # fmt: skip
-            for i in range(gl.maximum(right, first), n_tiles):
-                dk, dv, ds = _step(t + i, total, k_a, v_a, memory, dk, dv, ds, lo + i * BLOCK_M, start_n, S, LEFT, RIGHT,
-                                   BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, False, True)  # fmt: skip
-    v.store(dv.to(v.dtype))  # dV leaves through the memory of V, dK through that of K
-    if n_tiles > 0:
-        last, _ = stage_of(total - 1, STAGES)
-        dk = warpgroup_mma(ds, qs.index(last).reshape([BLOCK_M, D]), dk, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
-        dk = warpgroup_mma_wait(0, deps=(dk,))
-    k.store((dk * S.scale).to(k.dtype))
-    fence_async_shared()
-    mbarrier.arrive(done.index(CONSUMER), count=1)
+    if queries[3] > first:
+        dk, dv = _sum(
+            k_a, v_a, memory, dk, dv, seq, heads, h_k, group, start_n, first, queries, scale, F, S, LEFT, RIGHT,
+            MOD, MOD_GRAD, LINEAR, BLOCK_M, BLOCK_N, D, STAGES, CONSUMER)  # fmt: skip
+    if F.dropout is not None:
+        dv *= F.dropout.factor
+    dk *= S.scale
+    if F.cu_k is None:
+        v.store(dv.to(v.dtype))
+        k.store(dk.to(k.dtype))
+        fence_async_shared()
+        mbarrier.arrive(done.index(CONSUMER), count=1)
+    else:
+        row, left = seq.k_row + start_n, seq.n_k - start_n
+        offs_n = start_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, D_LAYOUT))
+        seen = ((offs_n >= seen_lo) & (offs_n < seen_hi))[:, None]
+        store_rows(gl.where(seen, dv, 0.0).to(v.dtype), DV, stride_dv, seq.at, h_k, row, left, DIM)
+        store_rows(gl.where(seen, dk, 0.0).to(k.dtype), DK, stride_dk, seq.at, h_k, row, left, DIM)
 
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def flash_bwd_dkdv(
-    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, LSE, DELTA, F, heads, group, n_q, n_k, tiles, scale, align,
-    LEFT, RIGHT, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, DK, DV, LSE, DELTA, F, stride_dk, stride_dv, batch, heads, group, n_q,
+    n_k, tiles, scale, align, LEFT, RIGHT, MOD: gl.constexpr, MOD_GRAD: gl.constexpr, LINEAR: gl.constexpr,
+    DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Grid (batch * heads / group * tiles,), tiles = ceil(n_k / (CONSUMERS * BLOCK_N)).
+    """Grid (batch * heads / group * tiles,), tiles = ceil(n_k / (CONSUMERS * BLOCK_N)); packed as in sequence.py.
 
-    Descriptors of Q and dO (B, heads, n_q, D) in blocks of (1, 1, BLOCK_M, D), of K, V, dK and dV (B, heads / group, n_k, D)
-    in blocks of (1, 1, BLOCK_N, D); D here may exceed theirs. LSE, and DELTA of flash_bwd_dq, (B, heads, n_q) fp32 contiguous;
-    F as in flash_fwd. Every key row is written: keys that no query sees, and keys that do not exist, get 0.
+    Descriptors of Q and dO (B, heads, n_q, DIM) in blocks of (1, 1, BLOCK_M, D), of K, V, dK and dV (B, heads / group, n_k,
+    DIM) in blocks of (1, 1, BLOCK_N, D), DIM <= D; dK and dV again, with their strides. LSE, and DELTA of flash_bwd_dq,
+    (B, heads, n_q) fp32 contiguous; F as in flash_fwd. Every key row is written: keys that no query sees, and keys that do not
+    exist, get 0.
     """
     gl.static_assert(STAGES >= 3, "the next tile is waited for before the one before is free")
-    seq, h_k, start_n = sequence.locate_keys(F, gl.program_id(0), tiles, heads // group, 0, n_q, n_k, BLOCK_N * CONSUMERS)
-    b, shift = seq.b, align * (seq.n_k - n_q)
-    S = score.prepare(F, seq, h_k * group, scale, shift, True, 0)
+    seq, h_k, start_n = sequence.locate_keys(F, gl.program_id(0), tiles, heads // group, batch, n_q, n_k, BLOCK_N * CONSUMERS)
+    shift = align * (seq.n_k - seq.n_q)
+    S = score.prepare(F, seq, h_k * group, scale, shift, LINEAR, 0)
     end_n = gl.minimum(start_n + BLOCK_N * CONSUMERS, S.n_k)
-    n_seen = gl.where(start_n < S.n_k, n_q, 0)
-    lo, full_lo, full_hi, hi = band.query_range(start_n, end_n, n_seen, shift, LEFT, RIGHT, F, BLOCK_M)
+    n_seen = gl.where(start_n < S.n_k, seq.n_q, 0)
+    queries = band.query_range(start_n, end_n, n_seen, shift, LEFT, RIGHT, F, BLOCK_M)
+    first = band.first_tile(queries[0], F, BLOCK_M)
     # What no query sees (padding, NaN) spoils its own rows of dK and dV alone; they are zeroed in the end.
-    seen_lo, _, _, seen_hi = band.key_range(0, n_q, S.n_k, shift, LEFT, RIGHT, F, BLOCK_N)
+    seen_lo, _, _, seen_hi = band.key_range(0, seq.n_q, S.n_k, shift, LEFT, RIGHT, F, BLOCK_N)
     ks = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, BLOCK_N, D], k_desc.layout)
     vs = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, BLOCK_N, D], v_desc.layout)
     qs = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_M, D], q_desc.layout)
@@ -212,17 +263,19 @@ def flash_bwd_dkdv(
     memory = (ks, vs, qs, dos, lses, deltas, kv_full, full, empty, cut, done)
     if CONSUMERS == 1:
         gl.warp_specialize([
-            (_produce, (q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, LSE, DELTA, memory, b, heads, h_k, group, start_n,
-                        lo, hi, n_q, seen_lo, seen_hi, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
-            (_consume, (memory, group, start_n, lo, full_lo, full_hi, hi, S, LEFT, RIGHT,
-                        BLOCK_M, BLOCK_N, D, STAGES, 0)),
+            (_produce, (q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, LSE, DELTA, F, memory, seq, heads, h_k, group,
+                        start_n, first, queries[0], queries[3], n_q, seen_lo, seen_hi,
+                        LINEAR, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
+            (_consume, (DK, DV, stride_dk, stride_dv, memory, seq, heads, h_k, group, start_n, first, queries, seen_lo, seen_hi,
+                        scale, F, S, LEFT, RIGHT, MOD, MOD_GRAD, LINEAR, DIM, BLOCK_M, BLOCK_N, D, STAGES, 0)),
         ], [4], [REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_produce, (q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, LSE, DELTA, memory, b, heads, h_k, group, start_n,
-                        lo, hi, n_q, seen_lo, seen_hi, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
-            (_consume, (memory, group, start_n, lo, full_lo, full_hi, hi, S, LEFT, RIGHT,
-                        BLOCK_M, BLOCK_N, D, STAGES, 0)),
-            (_consume, (memory, group, start_n, lo, full_lo, full_hi, hi, S, LEFT, RIGHT,
-                        BLOCK_M, BLOCK_N, D, STAGES, 1)),
+            (_produce, (q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, LSE, DELTA, F, memory, seq, heads, h_k, group,
+                        start_n, first, queries[0], queries[3], n_q, seen_lo, seen_hi,
+                        LINEAR, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
+            (_consume, (DK, DV, stride_dk, stride_dv, memory, seq, heads, h_k, group, start_n, first, queries, seen_lo, seen_hi,
+                        scale, F, S, LEFT, RIGHT, MOD, MOD_GRAD, LINEAR, DIM, BLOCK_M, BLOCK_N, D, STAGES, 0)),
+            (_consume, (DK, DV, stride_dk, stride_dv, memory, seq, heads, h_k, group, start_n, first, queries, seen_lo, seen_hi,
+                        scale, F, S, LEFT, RIGHT, MOD, MOD_GRAD, LINEAR, DIM, BLOCK_M, BLOCK_N, D, STAGES, 1)),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip

@@ -16,48 +16,40 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )  # fmt: skip
 
 from .. import band, score, sequence, softmax
-from .parts import accumulator, barriers, stage_of, tma_load, tma_store, zero_rows
+from .parts import accumulator, barriers, load_rows, stage_of, store_rows, survivors, tma_load, tma_store
 
 # Changing these numbers never recompiles.
-RUN_TIME = ["heads", "group", "n_q", "n_k", "tiles", "align", "LEFT", "RIGHT"]
+RUN_TIME = ["stride_dq", "batch", "heads", "group", "n_q", "n_k", "tiles", "align", "LEFT", "RIGHT"]
 
 
 @gluon.jit
 def _produce(
-    q_desc, k_desc, v_desc, o_desc, do_desc, memory, b, h, h_kv, start_m, lo, hi, n_k,
+    q_desc, k_desc, v_desc, o_desc, do_desc, memory, seq, h, h_kv, start_m, first, lo, hi, n_k,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
-    """Fetch Q, O and dO once, then K and V of every tile of [lo, hi) as their buffers fall free. Rows beyond a tensor arrive as
-    zeros; keys of the last tile that are there, but that no query here sees, are zeroed."""
+    """Fetch Q, O and dO once, then K and V of every tile from `first` to hi as their buffers fall free."""
     qs, os, dos, ks, vs, rows_full, full, empty, cut = memory
     for c in gl.static_range(CONSUMERS):
+        at = [seq.at, h, seq.q_row + start_m + c * BLOCK_M, 0]
         mbarrier.expect(rows_full.index(c), 3 * q_desc.block_type.nbytes)
-        tma_load(o_desc, [b, h, start_m + c * BLOCK_M, 0], rows_full.index(c), os.index(c))
-        tma_load(do_desc, [b, h, start_m + c * BLOCK_M, 0], rows_full.index(c), dos.index(c))
-        tma_load(q_desc, [b, h, start_m + c * BLOCK_M, 0], rows_full.index(c), qs.index(c))
-    for i in range(gl.cdiv(hi - lo, BLOCK_N)):
+        tma_load(o_desc, at, rows_full.index(c), os.index(c))
+        tma_load(do_desc, at, rows_full.index(c), dos.index(c))
+        tma_load(q_desc, at, rows_full.index(c), qs.index(c))
+    cuts = 0
+    for i in range(gl.cdiv(hi - first, BLOCK_N)):
         stage, phase = stage_of(i, STAGES)
-        start_n = lo + i * BLOCK_N
+        start_n = first + i * BLOCK_N
         mbarrier.wait(empty.index(stage), phase ^ 1)
-        if gl.minimum(start_n + BLOCK_N, n_k) > hi:
-            mbarrier.expect(cut.index(0), 2 * k_desc.block_type.nbytes)
-            tma_load(k_desc, [b, h_kv, start_n, 0], cut.index(0), ks.index(stage))
-            tma_load(v_desc, [b, h_kv, start_n, 0], cut.index(0), vs.index(stage))
-            mbarrier.wait(cut.index(0), 0)
-            zero_rows(ks.index(stage).reshape([BLOCK_N, D]), 0, hi - start_n, BLOCK_N)
-            zero_rows(vs.index(stage).reshape([BLOCK_N, D]), 0, hi - start_n, BLOCK_N)
-            fence_async_shared()
-            mbarrier.arrive(full.index(stage), count=1)
-        else:
-            mbarrier.expect(full.index(stage), 2 * k_desc.block_type.nbytes)
-            tma_load(k_desc, [b, h_kv, start_n, 0], full.index(stage), ks.index(stage))
-            tma_load(v_desc, [b, h_kv, start_n, 0], full.index(stage), vs.index(stage))
+        cuts = load_rows(
+            k_desc, v_desc, [seq.at, h_kv, seq.k_row + start_n, 0], ks.index(stage), vs.index(stage), full.index(stage),
+            cut.index(0), cuts, lo - start_n, hi - start_n, n_k, BLOCK_N, D)  # fmt: skip
 
 
 @gluon.jit
 def _step(
-    i, q, do, memory, dq, ds, lse, delta, start_m, lo, n_tiles, S, LEFT, RIGHT, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
+    i, q, do, memory, dq, ds, dslope, lse, delta, bh, start_m, first, n_tiles, F, S, LEFT, RIGHT, MOD: gl.constexpr,
+    MOD_GRAD: gl.constexpr, LINEAR: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """dS of tile i, and the product of the tile before it, whose dS is ds."""
     _qs, _os, _dos, ks, vs, _rows_full, full, empty, _cut = memory
@@ -73,39 +65,88 @@ def _step(
     if not FIRST:
         dq = warpgroup_mma(ds, ks.index(before).reshape([BLOCK_N, D]), dq, is_async=True)  # [BLOCK_M, BLOCK_N] @ [BLOCK_N, D]
     s = warpgroup_mma_wait(IN_FLIGHT, deps=(s,))
-    if MASKED:
-        offs_m = start_m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, S_LAYOUT))
-        offs_n = lo + i * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
-        s = gl.where(band.visible(offs_m[:, None], offs_n[None, :], S.n_k, S.shift, LEFT, RIGHT), s, float("-inf"))
-    p = softmax.weights(s, lse[:, None], S, True)
+    start_n = first + i * BLOCK_N
+    offs_m = start_m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, S_LAYOUT))
+    offs_n = start_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
+    s, keep, slope = score.logits(
+        s, offs_m[:, None], offs_n[None, :], start_m, start_n, F, S, LEFT, RIGHT,
+        MOD, MOD_GRAD, LINEAR, 0, MASKED, MASKED)  # fmt: skip
+    p = softmax.weights(gl.where(keep, s, float("-inf")), lse[:, None], S, LINEAR)
+    if F.dropout is not None:
+        kept = survivors(F.dropout, bh, start_m, start_n, p)
     # A real branch: without one ptxas moves the wait below above the exponentials, and nothing overlaps.
     ahead, phase_ahead = stage_of(i + 1, STAGES)
     mbarrier.wait(full.index(ahead), phase_ahead, pred=i + 1 < n_tiles)
     dp, p = warpgroup_mma_wait(IN_FLIGHT - 1, deps=(dp, p))
+    if F.dropout is not None:
+        dp = gl.where(kept, dp * F.dropout.factor, 0.0)
+    x = p * (dp - delta[:, None])
+    if F.slopes is not None:
+        dslope -= gl.sum(x * score.distance(offs_m[:, None], offs_n[None, :], S), 1)
+    if F.softcap is not None or MOD is not None:
+        x = x * slope
+    if F.softcap is not None or MOD is not None or F.sinks is not None:  # slope may be NaN; and a sink's lse is a number
+        x = gl.where(keep, x, 0.0)
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=accumulator(D), k_width=2)
-    following = gl.convert_layout((p * (dp - delta[:, None])).to(ks.dtype), A_LAYOUT)
+    following = gl.convert_layout(x.to(ks.dtype), A_LAYOUT)
     if not FIRST:
         mbarrier.wait(full.index(stage), phase)  # passed long ago, but a branch
         dq, following = warpgroup_mma_wait(0, deps=(dq, following))
         mbarrier.arrive(empty.index(before), count=1)
-    return dq, following
+    return dq, following, dslope
+
+
+@gluon.jit
+def _sum(
+    q, do, memory, dq, dslope, lse, delta, bh, start_m, first, keys, F, S, LEFT, RIGHT, MOD: gl.constexpr,
+    MOD_GRAD: gl.constexpr, LINEAR: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """dq and dslope over all tiles of keys, of which there is one at least."""
+    _qs, _os, _dos, ks, _vs, _rows_full, full, _empty, _cut = memory
+    _lo, full_lo, full_hi, hi = keys
+    n_tiles = gl.cdiv(hi - first, BLOCK_N)
+    ds = gl.zeros([BLOCK_M, BLOCK_N], ks.dtype, gl.DotOperandLayout(operand_index=0, parent=accumulator(D), k_width=2))
+    mbarrier.wait(full.index(0), 0)
+    dq, ds, dslope = _step(
+        0, q, do, memory, dq, ds, dslope, lse, delta, bh, start_m, first, n_tiles, F, S, LEFT, RIGHT,
+        MOD, MOD_GRAD, LINEAR, BLOCK_M, BLOCK_N, D, STAGES, True, True)  # fmt: skip
+    left = gl.minimum((full_lo - first) // BLOCK_N, n_tiles)
+    right = gl.minimum(gl.maximum((full_hi - first) // BLOCK_N, left), n_tiles)
+    if LEFT is not None:
+        for i in range(1, left):
+            dq, ds, dslope = _step(
+                i, q, do, memory, dq, ds, dslope, lse, delta, bh, start_m, first, n_tiles, F, S, LEFT, RIGHT,
+                MOD, MOD_GRAD, LINEAR, BLOCK_M, BLOCK_N, D, STAGES, False, True)  # fmt: skip
+    for i in range(gl.maximum(left, 1), right):
+        dq, ds, dslope = _step(
+            i, q, do, memory, dq, ds, dslope, lse, delta, bh, start_m, first, n_tiles, F, S, LEFT, RIGHT,
+            MOD, MOD_GRAD, LINEAR, BLOCK_M, BLOCK_N, D, STAGES, False, False)  # fmt: skip
+    for i in range(gl.maximum(right, 1), n_tiles):
+        dq, ds, dslope = _step(
+            i, q, do, memory, dq, ds, dslope, lse, delta, bh, start_m, first, n_tiles, F, S, LEFT, RIGHT,
+            MOD, MOD_GRAD, LINEAR, BLOCK_M, BLOCK_N, D, STAGES, False, True)  # fmt: skip
+    last, _ = stage_of(n_tiles - 1, STAGES)
+    dq = warpgroup_mma(ds, ks.index(last).reshape([BLOCK_N, D]), dq, is_async=True)  # [BLOCK_M, BLOCK_N] @ [BLOCK_N, D]
+    return warpgroup_mma_wait(0, deps=(dq,)), dslope
 
 
 @gluon.jit
 def _consume(
-    dq_desc, LSE, DLSE, DELTA, F, memory, b, h, start_m, lo, full_lo, full_hi, hi, S, row, n_q, LEFT, RIGHT,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr,
+    dq_desc, DQ, LSE, DLSE, DELTA, DSLOPES, stride_dq, F, memory, seq, h, heads, start_m, first, keys, S, row, LEFT, RIGHT,
+    MOD: gl.constexpr, MOD_GRAD: gl.constexpr, LINEAR: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
-    """All of 64 queries: dQ and DELTA."""
-    qs, os, dos, ks, _vs, rows_full, full, _empty, _cut = memory
+    """All of 64 queries: dQ, DELTA, DSLOPES."""
+    qs, os, dos, _ks, _vs, rows_full, _full, _empty, _cut = memory
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BLOCK_N))
     D_LAYOUT: gl.constexpr = accumulator(D)
     start_m += CONSUMER * BLOCK_M
-    n_tiles = gl.cdiv(gl.maximum(hi - lo, 0), BLOCK_N)
     q = qs.index(CONSUMER).reshape([BLOCK_M, D])
     do = dos.index(CONSUMER).reshape([BLOCK_M, D])
     offs_m = start_m + gl.arange(0, BLOCK_M, layout=ROWS)
-    lse = softmax.load_lse(LSE + row, offs_m, 0, n_q, True, True)
+    there = offs_m < seq.n_q
+    lse = softmax.load_lse(LSE + row, offs_m, 0, seq.n_q, LINEAR, True)
     mbarrier.wait(rows_full.index(CONSUMER), 0)
     if D <= 64:
         A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=accumulator(BLOCK_N), k_width=2)
@@ -117,53 +158,48 @@ def _consume(
     delta = softmax.delta(os.index(CONSUMER).reshape([BLOCK_M, D]).load(D_LAYOUT), do.load(D_LAYOUT), F)
     delta = gl.convert_layout(delta, ROWS, assert_trivial=True)
     if DLSE is not None:
-        delta -= gl.load(DLSE + row + offs_m, mask=offs_m < n_q, other=0.0)
-    gl.store(DELTA + row + offs_m, delta, mask=offs_m < n_q)
+        delta -= gl.load(DLSE + row + offs_m, mask=there, other=0.0)
+    gl.store(DELTA + row + offs_m, delta, mask=there)
     dq = gl.zeros([BLOCK_M, D], gl.float32, D_LAYOUT)
-    if n_tiles > 0:
-        ds = gl.zeros([BLOCK_M, BLOCK_N], ks.dtype, gl.DotOperandLayout(operand_index=0, parent=D_LAYOUT, k_width=2))
-        mbarrier.wait(full.index(0), 0)
-        dq, ds = _step(0, q_a, do_a, memory, dq, ds, lse, delta, start_m, lo, n_tiles, S, LEFT, RIGHT,
-                       BLOCK_M, BLOCK_N, D, STAGES, True, True)  # fmt: skip
-        left = gl.minimum((full_lo - lo) // BLOCK_N, n_tiles)
-        right = gl.minimum(gl.maximum((full_hi - lo) // BLOCK_N, left), n_tiles)
-        if LEFT is not None:
-            for i in range(1, left):
-                dq, ds = _step(i, q_a, do_a, memory, dq, ds, lse, delta, start_m, lo, n_tiles, S, LEFT, RIGHT,
-                               BLOCK_M, BLOCK_N, D, STAGES, False, True)  # fmt: skip
-        for i in range(gl.maximum(left, 1), right):
-            dq, ds = _step(i, q_a, do_a, memory, dq, ds, lse, delta, start_m, lo, n_tiles, S, LEFT, RIGHT,
-                           BLOCK_M, BLOCK_N, D, STAGES, False, False)  # fmt: skip
-        for i in range(gl.maximum(right, 1), n_tiles):
-            dq, ds = _step(i, q_a, do_a, memory, dq, ds, lse, delta, start_m, lo, n_tiles, S, LEFT, RIGHT,
-                           BLOCK_M, BLOCK_N, D, STAGES, False, True)  # fmt: skip
-        last, _ = stage_of(n_tiles - 1, STAGES)
-        dq = warpgroup_mma(ds, ks.index(last).reshape([BLOCK_N, D]), dq, is_async=True)  # [BLOCK_M, BLOCK_N] @ [BLOCK_N, D]
-        dq = warpgroup_mma_wait(0, deps=(dq,))
+    dslope = gl.zeros([BLOCK_M], gl.float32, ROWS)
+    if keys[3] > first:
+        dq, dslope = _sum(
+            q_a, do_a, memory, dq, dslope, lse, delta, seq.b * heads + h, start_m, first, keys, F, S, LEFT, RIGHT,
+            MOD, MOD_GRAD, LINEAR, BLOCK_M, BLOCK_N, D, STAGES)  # fmt: skip
     # What sees no key may have been NaN, in its own row alone. dQ leaves through the memory of Q.
-    live = gl.convert_layout(lse, gl.SliceLayout(1, D_LAYOUT), assert_trivial=True)[:, None] < float("inf")
-    q.store(gl.where(live, dq * S.scale, 0.0).to(q.dtype))
-    fence_async_shared()
-    tma_store(dq_desc, [b, h, start_m, 0], qs.index(CONSUMER))
-    tma.store_wait(0)
+    live = lse < float("inf")
+    if DSLOPES is not None:
+        gl.store(DSLOPES + row + offs_m, gl.where(live, dslope, 0.0), mask=there)
+    live = gl.convert_layout(live, gl.SliceLayout(1, D_LAYOUT), assert_trivial=True)[:, None]
+    dq = gl.where(live, dq * S.scale, 0.0).to(q.dtype)
+    if F.cu_q is None:
+        q.store(dq)
+        fence_async_shared()
+        tma_store(dq_desc, [seq.at, h, start_m, 0], qs.index(CONSUMER))
+        tma.store_wait(0)
+    else:
+        store_rows(dq, DQ, stride_dq, seq.at, h, seq.q_row + start_m, seq.n_q - start_m, DIM)
 
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def flash_bwd_dq(
-    q_desc, k_desc, v_desc, o_desc, do_desc, dq_desc, LSE, DLSE, DELTA, F, heads, group, n_q, n_k, tiles, scale, align,
-    LEFT, RIGHT, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, do_desc, dq_desc, DQ, LSE, DLSE, DELTA, DSLOPES, F, stride_dq, batch, heads, group, n_q,
+    n_k, tiles, scale, align, LEFT, RIGHT, MOD: gl.constexpr, MOD_GRAD: gl.constexpr, LINEAR: gl.constexpr, DIM: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Grid, descriptors and F as in flash_fwd; those of dO and dQ as Q's. Writes dQ and DELTA = rowsum(O * dO) - DLSE.
+    """Grid (items,), and all arguments, as in flash_fwd; descriptors of dO and dQ as Q's, and dQ again, with its strides.
+    Writes dQ, DELTA = rowsum(O * dO) - DLSE, and with slopes DSLOPES: each query's part of their gradient.
 
-    LSE, DLSE, DELTA (B, heads, n_q) fp32 contiguous. DLSE may be None.
+    LSE, DLSE, DELTA, DSLOPES (B, heads, n_q) fp32 contiguous. DLSE and DSLOPES may be None.
     """
     gl.static_assert(STAGES >= 3, "the next tile is waited for before the one before is free")
-    seq, h, start_m = sequence.locate_queries(F, gl.program_id(0), tiles, heads, 0, n_q, n_k, BLOCK_M * CONSUMERS)
-    b, shift = seq.b, align * (seq.n_k - n_q)
-    S = score.prepare(F, seq, h, scale, shift, True, 0)
-    end_m = gl.minimum(start_m + BLOCK_M * CONSUMERS, n_q)
-    lo, full_lo, full_hi, hi = band.key_range(start_m, end_m, seq.n_k, shift, LEFT, RIGHT, F, BLOCK_N)
+    seq, h, start_m = sequence.locate_queries(F, gl.program_id(0), tiles, heads, batch, n_q, n_k, BLOCK_M * CONSUMERS)
+    shift = align * (seq.n_k - seq.n_q)
+    S = score.prepare(F, seq, h, scale, shift, LINEAR, 0)
+    end_m = gl.minimum(start_m + BLOCK_M * CONSUMERS, seq.n_q)
+    keys = band.key_range(start_m, end_m, S.n_k, shift, LEFT, RIGHT, F, BLOCK_N)
+    first = band.first_tile(keys[0], F, BLOCK_N)
     qs = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, BLOCK_M, D], q_desc.layout)
     os = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, BLOCK_M, D], o_desc.layout)
     dos = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, BLOCK_M, D], do_desc.layout)
@@ -171,21 +207,21 @@ def flash_bwd_dq(
     vs = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_N, D], v_desc.layout)
     rows_full, full, empty, cut = barriers(CONSUMERS, 1), barriers(STAGES, 1), barriers(STAGES, CONSUMERS), barriers(1, 1)
     fence_async_shared()  # for the barriers
-    row = (b * heads + h).to(gl.int64) * n_q
+    row = (seq.at * heads + h).to(gl.int64) * n_q + seq.q_row
     memory = (qs, os, dos, ks, vs, rows_full, full, empty, cut)
     if CONSUMERS == 1:
         gl.warp_specialize([
-            (_produce, (q_desc, k_desc, v_desc, o_desc, do_desc, memory, b, h, h // group, start_m, lo, hi, n_k,
-                        BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
-            (_consume, (dq_desc, LSE, DLSE, DELTA, F, memory, b, h, start_m, lo, full_lo, full_hi, hi, S, row, n_q,
-                        LEFT, RIGHT, BLOCK_M, BLOCK_N, D, STAGES, 0)),
+            (_produce, (q_desc, k_desc, v_desc, o_desc, do_desc, memory, seq, h, h // group, start_m, first, keys[0], keys[3],
+                        n_k, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
+            (_consume, (dq_desc, DQ, LSE, DLSE, DELTA, DSLOPES, stride_dq, F, memory, seq, h, heads, start_m, first, keys, S,
+                        row, LEFT, RIGHT, MOD, MOD_GRAD, LINEAR, DIM, BLOCK_M, BLOCK_N, D, STAGES, 0)),
         ], [4], [REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_produce, (q_desc, k_desc, v_desc, o_desc, do_desc, memory, b, h, h // group, start_m, lo, hi, n_k,
-                        BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
-            (_consume, (dq_desc, LSE, DLSE, DELTA, F, memory, b, h, start_m, lo, full_lo, full_hi, hi, S, row, n_q,
-                        LEFT, RIGHT, BLOCK_M, BLOCK_N, D, STAGES, 0)),
-            (_consume, (dq_desc, LSE, DLSE, DELTA, F, memory, b, h, start_m, lo, full_lo, full_hi, hi, S, row, n_q,
-                        LEFT, RIGHT, BLOCK_M, BLOCK_N, D, STAGES, 1)),
+            (_produce, (q_desc, k_desc, v_desc, o_desc, do_desc, memory, seq, h, h // group, start_m, first, keys[0], keys[3],
+                        n_k, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
+            (_consume, (dq_desc, DQ, LSE, DLSE, DELTA, DSLOPES, stride_dq, F, memory, seq, h, heads, start_m, first, keys, S,
+                        row, LEFT, RIGHT, MOD, MOD_GRAD, LINEAR, DIM, BLOCK_M, BLOCK_N, D, STAGES, 0)),
+            (_consume, (dq_desc, DQ, LSE, DLSE, DELTA, DSLOPES, stride_dq, F, memory, seq, h, heads, start_m, first, keys, S,
+                        row, LEFT, RIGHT, MOD, MOD_GRAD, LINEAR, DIM, BLOCK_M, BLOCK_N, D, STAGES, 1)),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip

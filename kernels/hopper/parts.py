@@ -2,9 +2,9 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from .. import dropout
+from .. import dropout, tile
 
 # Triton 3.8 renamed them; 3.9 has the new names only.
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -88,6 +88,44 @@ def zero_rows(x, lo, hi, ROWS: gl.constexpr):
 
 
 @gluon.jit
+def load_rows(
+    one_desc, two_desc, at, one, two, full, cut, cuts, lo, hi, n, ROWS: gl.constexpr, D: gl.constexpr
+):  # fmt: skip
+    """Tiles of the same ROWS rows of two tensors by TMA, after which `full` has one arrival more. Rows beyond a tensor, which
+    has n, arrive as zeros; rows that are there, but outside of [lo, hi), counted from the first of the tile, are zeroed.
+    Returns how many tiles had to be."""
+    if (lo > 0) | (gl.minimum(at[2] + ROWS, n) > at[2] + hi):
+        mbarrier.expect(cut, 2 * one_desc.block_type.nbytes)
+        tma_load(one_desc, at, cut, one)
+        tma_load(two_desc, at, cut, two)
+        mbarrier.wait(cut, cuts & 1)
+        zero_rows(one.reshape([ROWS, D]), lo, hi, ROWS)
+        zero_rows(two.reshape([ROWS, D]), lo, hi, ROWS)
+        fence_async_shared()
+        mbarrier.arrive(full, count=1)
+        cuts += 1
+    else:
+        mbarrier.expect(full, 2 * one_desc.block_type.nbytes)
+        tma_load(one_desc, at, full, one)
+        tma_load(two_desc, at, full, two)
+    return cuts
+
+
+@gluon.jit
+def store_rows(x, X, stride, at, h, row, n, DIM: gl.constexpr):
+    """The first n rows of x [ROWS, D], and of those DIM columns, to X from a row on, where TMA would write the rows behind them
+    too: packed sequences end inside of a tensor."""
+    D: gl.constexpr = x.shape[1]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4, 1], [1, 0])
+    x = gl.convert_layout(x, LAYOUT)
+    rows = gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+    columns = gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT))
+    X = tile.head(X, stride, at, h, row, 8)
+    offsets = rows[:, None] * tile.stride_of(stride, 2, 8).to(gl.int32) + columns[None, :]
+    gl.store(X + offsets, x, mask=(rows < n)[:, None] & (columns < DIM)[None, :])
+
+
+@gluon.jit
 def hide_rows(x, seen):
     """Zero the rows of a tile [N, D] in shared memory where seen [N] is 0."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
@@ -102,3 +140,12 @@ def survivors(D, bh, start_m, start_n, like):
     rows = start_m + gl.arange(0, like.shape[0], layout=gl.SliceLayout(1, LAYOUT))
     groups = start_n // 8 + gl.arange(0, like.shape[1] // 8, layout=gl.SliceLayout(0, LAYOUT))
     return gl.convert_layout(dropout.keep_at(D, bh, rows[:, None], groups[None, :]), like.type.layout)
+
+
+@gluon.jit
+def survivors_transposed(D, bh, start_m, start_n, like):
+    """The same, of keys by queries."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [1, 4], [0, 1])
+    rows = start_m + gl.arange(0, like.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+    groups = start_n // 8 + gl.arange(0, like.shape[0] // 8, layout=gl.SliceLayout(1, LAYOUT))
+    return gl.convert_layout(dropout.keep_transposed_at(D, bh, rows[None, :], groups[:, None]), like.type.layout)

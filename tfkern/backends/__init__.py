@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tfkern.backends import eager, hopper, portable
+from tfkern.backends import eager, hopper, hopper_backward, portable
 from tfkern.problem import Gradients, Problem
 
 
@@ -24,7 +24,7 @@ class Backend(NamedTuple):
 
 def _hopper_backward(problem: Problem, *arguments) -> Gradients:
     """By the kernels for Hopper what they can do."""
-    backend = portable if hopper.backward_limits(problem) else hopper
+    backend = portable if hopper_backward.limits(problem) else hopper_backward
     return backend.backward(problem, *arguments)
 
 

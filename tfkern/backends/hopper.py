@@ -1,15 +1,11 @@
-"""The Gluon kernels for Hopper (kernels/hopper)."""
-
-import functools
+"""The forward by the Gluon kernels for Hopper (kernels/hopper)."""
 
 import torch
 from torch import Tensor
 
-from tfkern import features, launch, layout
-from tfkern.problem import Gradients, Problem, Tensors
-from tfkern.tiles import HOPPER, HOPPER_BACKWARD, HOPPER_QUERIES, HopperConfig, HopperLoad, HopperTiles
-
-ALIGNED = 8  # 16-bit numbers in the 16 bytes that TMA steps by
+from tfkern import features, launch, layout, tma
+from tfkern.problem import Problem, Tensors
+from tfkern.tiles import HOPPER, HOPPER_QUERIES, HopperConfig, HopperLoad, HopperTiles
 
 
 def unsupported(problem: Problem) -> list[str]:
@@ -25,8 +21,10 @@ def limits(p: Problem) -> list[str]:
     reasons = []
     if p.dtype not in (torch.float16, torch.bfloat16):
         reasons.append(f"takes float16 and bfloat16, not {p.dtype}")
-    if p.head_dim != p.v_head_dim or p.head_dim % ALIGNED or not 0 < p.head_dim <= max(HOPPER):
-        reasons.append(f"head dims must be equal multiples of {ALIGNED} up to {max(HOPPER)}, not {p.head_dim}, {p.v_head_dim}")
+    if p.head_dim != p.v_head_dim or p.head_dim % tma.ALIGNED or not 0 < p.head_dim <= max(HOPPER):
+        reasons.append(
+            f"head dims must be equal multiples of {tma.ALIGNED} up to {max(HOPPER)}, not {p.head_dim}, {p.v_head_dim}"
+        )
     elif (p.mask or p.bias) and _tiles(p)[1].masked is None:
         reasons.append(f"a mask takes too many registers with head dim {p.head_dim}")
     if p.scale is None or not p.scale > 0:
@@ -36,20 +34,10 @@ def limits(p: Problem) -> list[str]:
     return reasons
 
 
-def backward_limits(p: Problem) -> list[str]:
-    """The reasons why another backend must do the backward of what `limits` allows."""
-    there = {
-        "a mask": p.mask, "an additive mask": p.bias, "dropout": p.dropout_p, "softcap": p.softcap, "ALiBi": p.has_slopes,
-        "sinks": p.has_sinks, "score_mod": p.score_mod, "packed sequences": p.packed,
-        "head dims beyond 128": p.head_dim > max(HOPPER_BACKWARD["flash_bwd_dq"]),
-    }  # fmt: skip
-    return [f"{name}: not in the backward's kernels yet" for name, given in there.items() if given]
-
-
 def forward(problem: Problem, t: Tensors) -> tuple[Tensor, Tensor]:
     """out in q's memory order, lse (B, H, Nq) float32; B is 1 for packed sequences."""
     p, t = problem, features.plain_memory(problem, t)
-    q, k, v = (_for_tma(x) for x in t[:3])
+    q, k, v = (tma.readable(x) for x in t[:3])
     out = layout.empty_in_order_of(q, p.v_head_dim)
     lse = torch.empty(out.shape[:3], dtype=torch.float32, device=p.device)
     dim, config, short = _config(p)
@@ -57,63 +45,16 @@ def forward(problem: Problem, t: Tensors) -> tuple[Tensor, Tensor]:
     if key not in p.plans:
         p.plans[key] = _plan(p, dim, config, short, out, features.mask_vec(t))
     rows = (HOPPER_QUERIES, config.block_n, config.block_n, HOPPER_QUERIES)
-    descriptors = [_descriptor(x, n, dim) for x, n in zip((q, k, v, out), rows, strict=True)]
+    descriptors = [tma.descriptor(x, n, dim) for x, n in zip((q, k, v, out), rows, strict=True)]
     p.plans[key]((*descriptors, out, lse), *features.of(p, t))
     return out, lse
-
-
-def backward(problem: Problem, t: Tensors, out, lse, do, dlse, needed, into=None) -> Gradients:
-    """As portable.backward, within backward_limits. delta comes of the kernel for dQ, so that it runs for any gradient."""
-    p, t, need = problem, features.plain_memory(problem, t), Gradients(*needed)
-    q, k, v, out, do = (_for_tma(x) for x in (*t[:3], out, do))
-    dlse = None if dlse is None else dlse.resolve_neg().contiguous()
-    wanted = into or tuple(layout.empty_in_order_of(x, x.shape[-1]) for x in t[:3])
-    dq, dk, dv = (x if _ready_for_tma(x) else torch.empty_like(x, memory_format=torch.contiguous_format) for x in wanted)
-    delta = torch.empty_like(lse)
-    _run_backward(p, "flash_bwd_dq", t, (q, k, v, out, do, dq), (lse, dlse, delta))
-    if need.k or need.v:
-        _run_backward(p, "flash_bwd_dkdv", t, (q, k, v, do, dk, dv), (lse, delta))
-    else:
-        dk = dv = None
-    made = zip((dq, dk, dv), wanted, strict=True)
-    return Gradients(*(x if x is None or x is there else there.copy_(x) for x, there in made), None, None, None)
-
-
-# Which of each kernel's descriptors come past its programs, in tiles of block_n rows; of the others a consumer owns its part.
-STREAMED = {"flash_bwd_dq": (1, 2), "flash_bwd_dkdv": (0, 3)}
-
-
-def _run_backward(p: Problem, name: str, t: Tensors, tensors: tuple, plain: tuple) -> None:
-    """One kernel of the backward, from tensors that it takes by TMA and plain ones."""
-    dim = min(d for d in HOPPER_BACKWARD[name] if p.head_dim <= d)
-    config = HOPPER_BACKWARD[name][dim][(p.n_k if name == "flash_bwd_dkdv" else p.n_q) <= HOPPER_QUERIES]
-    key = name, *(x is None for x in plain)
-    if key not in p.plans:
-        p.plans[key] = _plan_backward(p, name, dim, config)
-    rows = (config.block_n if i in STREAMED[name] else HOPPER_QUERIES for i in range(len(tensors)))
-    descriptors = (_descriptor(x, n, dim) for x, n in zip(tensors, rows, strict=True))
-    p.plans[key]((*descriptors, *plain), *features.of(p, t))
-
-
-def _plan_backward(p: Problem, name: str, dim: int, config: HopperConfig) -> launch.Launch:
-    """All of a backward launch but its tensors."""
-    from tfkern.kernels.hopper import flash_bwd_dkdv, flash_bwd_dq
-
-    kernel = {"flash_bwd_dq": flash_bwd_dq, "flash_bwd_dkdv": flash_bwd_dkdv}[name]
-    of_keys = name == "flash_bwd_dkdv"
-    heads, rows = (p.kv_heads, p.n_k) if of_keys else (p.heads, p.n_q)
-    tiles = -(-rows // (HOPPER_QUERIES * config.consumers))
-    numbers = (p.heads, p.group, p.n_q, p.n_k, tiles, p.scale, int(p.lower_right), p.left, p.right)
-    constants = config.constants(dim, of_keys)
-    constants = {key: constants[key] for key in getattr(kernel, name).arg_names if key in constants}  # in the kernel's order
-    return launch.Launch(getattr(kernel, name), p.batch * heads * tiles, p.device, numbers, constants, config.options())
 
 
 def _plan(p: Problem, dim: int, config: HopperConfig, short: bool, out: Tensor, mask_vec: int) -> launch.Launch:
     """All of the launch but its tensors."""
     from tfkern.kernels.hopper import flash_fwd, flash_fwd_short
 
-    stride_o = tuple(layout.encode(s // ALIGNED if n > 1 else 0) for s, n in zip(out.stride()[:3], out.shape[:3], strict=True))
+    stride_o = tma.strides(out)
     mod = p.score_mod[0] if p.score_mod else None
     given = dict(MOD=mod, LINEAR=p.linear, MASK_VEC=mask_vec, DIM=p.head_dim, **config.constants(dim))
     shape = (p.batch, p.heads, p.group, p.n_q, p.n_k)
@@ -147,33 +88,3 @@ def _config(p: Problem) -> tuple[int, HopperConfig, bool]:
     load = HopperLoad(p.batch * p.heads, p.group, p.n_q, p.n_k, p.right is not None, launch.multiprocessors(p.device))
     # Dropout spills in three consumers that keep K and V.
     return dim, *tiles.fastest(load, p.heavy, resident=not (p.packed or p.left is not None or p.dropout_p))
-
-
-def _for_tma(x: Tensor) -> Tensor:
-    """The tensor, or a copy of it where TMA can't read it in place."""
-    return x if _ready_for_tma(x) else x.resolve_neg().clone(memory_format=torch.contiguous_format)
-
-
-def _ready_for_tma(x: Tensor) -> bool:
-    """Whether rows are dense, and all else multiples of 16 bytes."""
-    steps = [s for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1]
-    dense = x.stride(3) == 1 or x.shape[3] == 1
-    return dense and all(s > 0 and s % ALIGNED == 0 for s in steps) and x.data_ptr() % 16 == 0 and not x.is_neg()
-
-
-def _descriptor(x: Tensor, rows: int, dim: int):
-    """Of (B, H, N, D) in blocks of (1, 1, rows, dim)."""
-    block, swizzled, make = _swizzled(rows, dim)
-    # A dim of size 1 is never stepped along: its stride is noise that TMA might refuse.
-    strides = [s if n > 1 else ALIGNED for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
-    return make(x, list(x.shape), [*strides, 1], block, swizzled)
-
-
-@functools.cache
-def _swizzled(rows: int, dim: int):
-    """(block, its layout in shared memory, the class of descriptors): Triton takes longer to find a layout than all else."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    block = [1, 1, rows, dim]
-    return block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16), TensorDescriptor  # float16's layout is the same

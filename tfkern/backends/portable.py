@@ -69,8 +69,9 @@ def backward(problem: Problem, t: Tensors, out, lse, do, dlse, needed, into=None
         dbias = torch.empty(p.bias, dtype=t.bias.dtype, device=p.device)
         plan.dbias((t.q, t.k, t.v, do, lse, delta, dbias), *optional)
     return Gradients(
-        dq, *((dk, dv) if need.k or need.v else (None, None)), dbias, _slope_sums(p, t, dslopes) if need.slopes else None,
-        _sink_sums(t.sinks, lse, delta) if need.sinks else None,
+        dq, *((dk, dv) if need.k or need.v else (None, None)), dbias,
+        features.slope_sums(p, t, dslopes) if need.slopes else None,
+        features.sink_sums(t.sinks, lse, delta) if need.sinks else None,
     )  # fmt: skip
 
 
@@ -166,24 +167,6 @@ def _launch(p: Problem, t: Tensors, kernel, vec: int, strides: list, heads: int,
     options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     return launch.Launch(kernel, grid, p.device, arguments, constants, options)
-
-
-def _slope_sums(p: Problem, t: Tensors, parts: Tensor) -> Tensor:
-    """The gradient of the slopes from each query's part (B, H, Nq); each sum has one order."""
-    if p.packed and p.batch == 0:
-        return torch.zeros_like(t.slopes)
-    if p.packed and len(t.slopes) > 1:
-        offsets = t.cu_q.long().clamp(0, p.n_q).cummax(0).values  # whatever they hold, a check of them would stop the stream
-        sums = torch.segment_reduce(parts[0].T.contiguous(), "sum", offsets=offsets, unsafe=True)
-    else:
-        sums = parts.sum(-1)
-    return sums.sum_to_size(t.slopes.shape).to(t.slopes.dtype)
-
-
-def _sink_sums(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """The gradient of the sinks: a sink is one more logit, whose value is 0, so its dS is P * (0 - delta)."""
-    p = (sinks.float()[:, None] - lse).exp_()  # [H, 1] - [B, H, Nq]
-    return -(p * delta).masked_fill_(lse == -torch.inf, 0.0).sum((0, 2)).to(sinks.dtype)
 
 
 def _precision(p: Problem) -> str:

@@ -1,0 +1,77 @@
+"""The backward by the Gluon kernels for Hopper (kernels/hopper)."""
+
+import torch
+
+from tfkern import features, launch, layout, tma
+from tfkern.problem import Gradients, Problem, Tensors
+from tfkern.tiles import HOPPER_BACKWARD, HOPPER_QUERIES, HopperConfig
+
+# Which of each kernel's descriptors come past its programs, in tiles of block_n rows; of the others a consumer owns its part.
+STREAMED = {"flash_bwd_dq": (1, 2), "flash_bwd_dkdv": (0, 3)}
+
+
+def limits(p: Problem) -> list[str]:
+    """The reasons why another backend must do the backward of what the forward can do."""
+    there = {
+        "a mask": p.mask, "an additive mask": p.bias,
+        "head dims beyond 128": p.head_dim > max(HOPPER_BACKWARD["flash_bwd_dq"]),
+        # They spill.
+        "several of dropout, softcap, ALiBi and score_mod, with a head dim beyond 64": p.head_dim > 64
+        and sum(map(bool, (p.dropout_p, p.softcap, p.has_slopes, p.score_mod))) > 1,
+    }  # fmt: skip
+    return [f"{name}: not in the backward's kernels" for name, given in there.items() if given]
+
+
+def backward(problem: Problem, t: Tensors, out, lse, do, dlse, needed, into=None) -> Gradients:
+    """As portable.backward, within `limits`. delta comes of the kernel for dQ, so that it runs for any gradient."""
+    p, t, need = problem, features.plain_memory(problem, t), Gradients(*needed)
+    q, k, v, out, do = (tma.readable(x) for x in (*t[:3], out, do))
+    dlse = None if dlse is None else dlse.resolve_neg().contiguous()
+    wanted = into or tuple(layout.empty_in_order_of(x, x.shape[-1]) for x in t[:3])
+    dq, dk, dv = (x if tma.ready(x) else torch.empty_like(x, memory_format=torch.contiguous_format) for x in wanted)
+    delta = torch.empty_like(lse)
+    dslopes = torch.empty_like(lse) if need.slopes else None
+    _run(p, "flash_bwd_dq", t, (q, k, v, out, do, dq), (dq, lse, dlse, delta, dslopes))
+    if need.k or need.v:
+        _run(p, "flash_bwd_dkdv", t, (q, k, v, do, dk, dv), (dk, dv, lse, delta))
+    else:
+        dk = dv = None
+    made = zip((dq, dk, dv), wanted, strict=True)
+    return Gradients(
+        *(x if x is None or x is there else there.copy_(x) for x, there in made), None,
+        features.slope_sums(p, t, dslopes) if need.slopes else None,
+        features.sink_sums(t.sinks, lse, delta) if need.sinks else None,
+    )  # fmt: skip
+
+
+def _run(p: Problem, name: str, t: Tensors, tensors: tuple, plain: tuple) -> None:
+    """One kernel, from tensors that it takes by TMA and plain ones, those that it may write without TMA first."""
+    dim = min(d for d in HOPPER_BACKWARD[name] if p.head_dim <= d)
+    found = HOPPER_BACKWARD[name][dim]
+    few = (p.n_k if name == "flash_bwd_dkdv" else p.n_q) <= HOPPER_QUERIES
+    config = found.heavy if p.heavy else found.single if few else found.usual
+    results = [x for x in plain if x is not None and x.dim() == 4]
+    key = name, *(x is None for x in plain), *(x.stride() for x in results)
+    if key not in p.plans:
+        p.plans[key] = _plan(p, name, dim, config, tuple(map(tma.strides, results)))
+    rows = (config.block_n if i in STREAMED[name] else HOPPER_QUERIES for i in range(len(tensors)))
+    descriptors = (tma.descriptor(x, n, dim) for x, n in zip(tensors, rows, strict=True))
+    p.plans[key]((*descriptors, *plain), *features.of(p, t))
+
+
+def _plan(p: Problem, name: str, dim: int, config: HopperConfig, strides: tuple) -> launch.Launch:
+    """All of a launch but its tensors."""
+    from tfkern.kernels.hopper import flash_bwd_dkdv, flash_bwd_dq
+
+    kernel = {"flash_bwd_dq": flash_bwd_dq.flash_bwd_dq, "flash_bwd_dkdv": flash_bwd_dkdv.flash_bwd_dkdv}[name]
+    of_keys = name == "flash_bwd_dkdv"
+    heads, rows = (p.kv_heads, p.n_k) if of_keys else (p.heads, p.n_q)
+    owned = HOPPER_QUERIES * config.consumers
+    # of all rows of a head, or for packed sequences as many as they may need at most (kernels/sequence.py)
+    tiles = rows // owned + p.batch + 1 if p.packed else -(-rows // owned)
+    sizes = (p.batch, p.heads, p.group, p.n_q, p.n_k, tiles)
+    numbers = (*strides, *sizes, p.scale, int(p.lower_right), p.left, p.right)
+    value, derivative = p.score_mod or (None, None)
+    given = dict(MOD=value, MOD_GRAD=derivative, LINEAR=p.linear, DIM=p.head_dim, **config.constants(dim, of_keys))
+    constants = {key: given[key] for key in kernel.arg_names if key in given}  # in the kernel's order
+    return launch.Launch(kernel, (1 if p.packed else p.batch) * heads * tiles, p.device, numbers, constants, config.options())
