@@ -1,0 +1,436 @@
+"""The whole backward for Hopper in one launch, where a head has few queries. No atomics: the same inputs give the same bits.
+
+A program takes a key head at a time, with the queries of its group, and its keys in blocks of two times BLOCK_N = 64. A producer
+fetches tiles by TMA and forms the delta of every tile of queries. Each of two consumer warpgroups owns BLOCK_N keys of a block,
+holds the scores transposed and sums dK and dV as flash_bwd_dkdv does. But it also leaves every dS^T in shared memory, where a
+gatherer, a warpgroup with K^T in registers, forms dQ^T += K^T dS^T: scores are computed once. From block to block dQ stays in
+shared memory, in float32: every tile of queries has a slot there, in which first its O arrives, for delta, and through which in
+the end dQ leaves. dV and dK leave through the buffers of dS^T. Programs are persistent, as in flash_fwd.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)  # fmt: skip
+
+from .. import band, score, sequence, softmax
+from .parts import accumulator, barriers, reinterpret, stage_of, tma_load, tma_store, zero_rows
+
+# Changing these numbers never recompiles.
+RUN_TIME = ["heads", "group", "n_q", "n_k", "tiles", "items", "align", "LEFT", "RIGHT"]
+
+
+@gluon.jit
+def _place(item, F, work):
+    """(batch, key head, Scorer) of item number `item`."""
+    scale, heads, group, n_q, n_k, _tiles, _items, align = work
+    seq = sequence.of_batch(F, item // (heads // group), 0, n_q, n_k)
+    h_k = item % (heads // group)
+    return seq.b, h_k, score.prepare(F, seq, h_k * group, scale, align * (seq.n_k - n_q), True, 0)
+
+
+@gluon.jit
+def _tiles_of(block, S, F, work, LEFT, RIGHT, BLOCK_M: gl.constexpr, KEYS: gl.constexpr):
+    """The tiles of queries that a block of KEYS keys goes through: (first, left, right, last); those of [left, right) are whole
+    and seen by all of its keys. first and last never fall from a block to the next, and no tile is left out: queries that see
+    no key come with the first block, or with the last that has keys. For blocks behind that one first = last = tiles."""
+    _scale, _heads, _group, n_q, _n_k, tiles, _items, _align = work
+    start_n = block * KEYS
+    end_n = start_n + KEYS
+    lo, full_lo, full_hi, hi = band.query_range(
+        start_n, gl.minimum(end_n, S.n_k), gl.where(start_n < S.n_k, n_q, 0), S.shift, LEFT, RIGHT, F, BLOCK_M
+    )
+    seen_lo, _, _, seen_hi = band.key_range(0, n_q, S.n_k, S.shift, LEFT, RIGHT, F, KEYS)
+    final = gl.maximum(S.n_k - 1, 0) // KEYS
+    first = gl.where(block == 0, 0, gl.where(block > final, tiles, gl.minimum(lo // BLOCK_M, tiles)))
+    last = gl.where(block >= final, tiles, gl.maximum(gl.cdiv(gl.maximum(hi, 0), BLOCK_M), first))
+    left = gl.minimum(gl.maximum(gl.cdiv(full_lo, BLOCK_M), first), last)
+    right = gl.minimum(gl.maximum(full_hi // BLOCK_M, left), last)
+    # Scores of keys that are not there are 0, and their weights may overflow: they have to be masked too.
+    return first, left, gl.where((start_n >= seen_lo) & (end_n <= seen_hi), right, left), last
+
+
+@gluon.jit
+def _slot(slots, i, DTYPE: gl.constexpr, LAYOUT: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr):
+    """A slot as a tile of 16-bit numbers."""
+    return reinterpret(slots.index(i), DTYPE, [1, 1, BLOCK_M, D], LAYOUT)
+
+
+@gluon.jit
+def _load_seen(desc, at, buffer, start, seen_lo, seen_hi, n, full, cut, cuts, ROWS: gl.constexpr, D: gl.constexpr):
+    """A tile of rows from `start` on by TMA, which arrives at `full`; of its rows below n, those outside of [seen_lo, seen_hi) are
+    zeroed first. Returns how many tiles had to be."""
+    if (start < seen_lo) | (gl.minimum(start + ROWS, n) > seen_hi):
+        mbarrier.expect(cut, desc.block_type.nbytes)
+        tma_load(desc, at, cut, buffer)
+        mbarrier.wait(cut, cuts & 1)
+        zero_rows(buffer.reshape([ROWS, D]), seen_lo - start, seen_hi - start, ROWS)
+        fence_async_shared()
+        mbarrier.arrive(full, count=1)
+        cuts += 1
+    else:
+        mbarrier.expect(full, desc.block_type.nbytes)
+        tma_load(desc, at, full, buffer)
+    return cuts
+
+
+@gluon.jit
+def _form_delta(o, do, DLSE, row, start_m, seen_lo, seen_hi, kept, F, BLOCK_M: gl.constexpr):
+    """delta = rowsum(O * dO) - DLSE of a tile of queries, 0 where they see no key; 16 rows at a time, as a producer has few
+    registers."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    for first in gl.static_range(0, BLOCK_M, 16):
+        delta = softmax.delta(o.slice(first, 16).load(LAYOUT), do.slice(first, 16).load(LAYOUT), F)
+        offs_m = start_m + first + gl.arange(0, 16, layout=gl.SliceLayout(1, LAYOUT))
+        seen = (offs_m >= seen_lo) & (offs_m < seen_hi)
+        if DLSE is not None:
+            delta -= gl.load(DLSE + row + offs_m, mask=seen, other=0.0)
+        kept.slice(first, 16).store(gl.where(seen, delta, 0.0))
+
+
+@gluon.jit
+def _fetch_queries(
+    q_desc, o_desc, do_desc, LSE, DLSE, memory, count, use, fresh, b, h, start_m, seen_lo, seen_hi, cuts, F, work,
+    BLOCK_M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
+):  # fmt: skip
+    """Tile number `count` of Q and dO, with lse and delta, as buffers fall free. When it is `fresh`, its O arrives in its slot,
+    of which this is use number `use`, and delta is formed, of what is then kept in later blocks."""
+    (_ks, _vs, qs, dos, slots, _dss, lses, deltas, kept, _kv_full, _kv_empty, q_full, q_empty, do_full, do_empty, slot_empty,
+     _ds_full, _ds_empty, cut) = memory  # fmt: skip
+    _scale, heads, _group, n_q, _n_k, _tiles, _items, _align = work
+    ROWS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    stage, phase = stage_of(count, STAGES)
+    row = (b * heads + h).to(gl.int64) * n_q
+    lse = softmax.load_lse(LSE + row, start_m + gl.arange(0, BLOCK_M, layout=ROWS), seen_lo, seen_hi, True, True)
+    mbarrier.wait(q_empty.index(stage), phase ^ 1)
+    at = [b, h, start_m, 0]
+    cuts = _load_seen(
+        q_desc, at, qs.index(stage), start_m, seen_lo, seen_hi, n_q, q_full.index(stage), cut.index(0), cuts, BLOCK_M, D
+    )
+    lses.index(stage).store(lse)
+    mbarrier.arrive(q_full.index(stage), count=1)
+    stage, phase = stage_of(count, STAGES - 1)
+    slot, slot_phase = stage_of(use, TILES)
+    mbarrier.wait(do_empty.index(stage), phase ^ 1)
+    if fresh:
+        o = _slot(slots, slot, qs.dtype, qs.index(0).layout, BLOCK_M, D)
+        mbarrier.wait(slot_empty.index(slot), slot_phase ^ 1)
+        mbarrier.expect(cut.index(0), 2 * q_desc.block_type.nbytes)
+        tma_load(o_desc, at, cut.index(0), o)
+        tma_load(do_desc, at, cut.index(0), dos.index(stage))
+        mbarrier.wait(cut.index(0), cuts & 1)
+        cuts += 1
+        do = dos.index(stage).reshape([BLOCK_M, D])
+        _form_delta(o.reshape([BLOCK_M, D]), do, DLSE, row, start_m, seen_lo, seen_hi, kept.index(slot), F, BLOCK_M)
+        if (start_m < seen_lo) | (gl.minimum(start_m + BLOCK_M, n_q) > seen_hi):
+            zero_rows(do, seen_lo - start_m, seen_hi - start_m, BLOCK_M)
+            fence_async_shared()
+        mbarrier.arrive(do_full.index(stage), count=1)
+    else:
+        cuts = _load_seen(
+            do_desc, at, dos.index(stage), start_m, seen_lo, seen_hi, n_q, do_full.index(stage), cut.index(0), cuts, BLOCK_M, D
+        )
+    deltas.index(stage).store(kept.index(slot).load(ROWS))
+    mbarrier.arrive(do_full.index(stage), count=1)
+    return cuts
+
+
+@gluon.jit
+def _produce(
+    q_desc, k_desc, v_desc, o_desc, do_desc, LSE, DLSE, memory, work, F, LEFT, RIGHT, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
+):  # fmt: skip
+    """For every block of keys of every item, K and V as soon as the last ones are in registers; then its tiles of queries."""
+    (ks, vs, _qs, _dos, _slots, _dss, _lses, _deltas, _kept, kv_full, kv_empty, _q_full, _q_empty, _do_full, _do_empty,
+     _slot_empty, _ds_full, _ds_empty, cut) = memory  # fmt: skip
+    _scale, _heads, group, n_q, n_k, tiles, items, _align = work
+    KEYS: gl.constexpr = 2 * BLOCK_N
+    uses, blocks, count, cuts = 0, 0, 0, 0  # of slots, of blocks and of tiles of queries so far
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        b, h_k, S = _place(item, F, work)
+        k_lo, _, _, k_hi = band.key_range(0, n_q, S.n_k, S.shift, LEFT, RIGHT, F, KEYS)
+        q_lo, _, _, q_hi = band.query_range(0, S.n_k, gl.where(S.n_k > 0, n_q, 0), S.shift, LEFT, RIGHT, F, BLOCK_M)
+        reached = 0
+        for block in range(gl.cdiv(n_k, KEYS)):
+            first, _, _, last = _tiles_of(block, S, F, work, LEFT, RIGHT, BLOCK_M, KEYS)
+            if last > first:
+                mbarrier.wait(kv_empty.index(0), (blocks & 1) ^ 1)
+                for c in gl.static_range(2):
+                    at = [b, h_k, block * KEYS + c * BLOCK_N, 0]
+                    cuts = _load_seen(
+                        k_desc, at, ks.index(c), at[2], k_lo, k_hi, n_k, kv_full.index(0), cut.index(0), cuts, BLOCK_N, D
+                    )
+                    cuts = _load_seen(
+                        v_desc, at, vs.index(c), at[2], k_lo, k_hi, n_k, kv_full.index(0), cut.index(0), cuts, BLOCK_N, D
+                    )
+                blocks += 1
+            for member in range(group):
+                for i in range(first, last):
+                    cuts = _fetch_queries(
+                        q_desc, o_desc, do_desc, LSE, DLSE, memory, count, uses + member * tiles + i, i >= reached, b,
+                        h_k * group + member, i * BLOCK_M, q_lo, q_hi, cuts, F, work, BLOCK_M, D, STAGES, TILES)  # fmt: skip
+                    count += 1
+            reached = gl.maximum(reached, last)
+        uses += group * tiles
+
+
+@gluon.jit
+def _send(x, memory, number, CONSUMER: gl.constexpr, RING: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Leave x [BLOCK_N, 64] to the gatherer, as a consumer's message number `number`."""
+    (_ks, _vs, _qs, _dos, _slots, dss, _lses, _deltas, _kept, _kv_full, _kv_empty, _q_full, _q_empty, _do_full, _do_empty,
+     _slot_empty, ds_full, ds_empty, _cut) = memory  # fmt: skip
+    place, phase = stage_of(number, RING)
+    mbarrier.wait(ds_empty.index(place), phase ^ 1)
+    dss.index(2 * place + CONSUMER).reshape([BLOCK_N, x.shape[1]]).store(x)
+    fence_async_shared()
+    mbarrier.arrive(ds_full.index(place), count=1)
+
+
+@gluon.jit
+def _step(
+    t, count, sent, total, k, v, memory, dk, dv, ds, start_m, start_n, S, LEFT, RIGHT, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, CONSUMER: gl.constexpr,
+    FIRST: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """dS and dV of a block's tile t, queries from start_m on, and dK of the tile before it, whose dS^T is ds. Before the block
+    came `count` tiles and `sent` messages."""
+    (_ks, _vs, qs, dos, _slots, _dss, lses, deltas, _kept, _kv_full, _kv_empty, q_full, q_empty, do_full, do_empty,
+     _slot_empty, _ds_full, _ds_empty, _cut) = memory  # fmt: skip
+    stage, _ = stage_of(count + t, STAGES)
+    before, _ = stage_of(count + t - 1, STAGES)
+    do_stage, do_phase = stage_of(count + t, STAGES - 1)
+    S_LAYOUT: gl.constexpr = accumulator(BLOCK_M)
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    A_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=accumulator(D), k_width=2)
+    zero = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, S_LAYOUT)
+    q = qs.index(stage).reshape([BLOCK_M, D])
+    do = dos.index(do_stage).reshape([BLOCK_M, D])
+    s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)  # [BLOCK_N, D] @ [D, BLOCK_M]
+    lse = lses.index(stage).load(COLUMNS)
+    if FIRST:
+        s = warpgroup_mma_wait(0, deps=(s,))
+    else:
+        dk = warpgroup_mma(ds, qs.index(before).reshape([BLOCK_M, D]), dk, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
+        s = warpgroup_mma_wait(1, deps=(s,))
+    if MASKED:
+        offs_m = start_m + gl.arange(0, BLOCK_M, layout=COLUMNS)
+        offs_n = start_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, S_LAYOUT))
+        s = gl.where(band.visible(offs_m[None, :], offs_n[:, None], S.n_k, S.shift, LEFT, RIGHT), s, float("-inf"))
+    p = softmax.weights(s, lse[None, :], S, True)
+    mbarrier.wait(do_full.index(do_stage), do_phase)
+    dp = zero - deltas.index(do_stage).load(COLUMNS)[None, :]  # so that dP - delta comes out of the product
+    dp = warpgroup_mma(v, do.permute((1, 0)), dp, is_async=True)  # [BLOCK_N, D] @ [D, BLOCK_M]
+    if not FIRST:
+        dk, p = warpgroup_mma_wait(1, deps=(dk, p))
+        mbarrier.arrive(q_empty.index(before), count=1)
+    pt = gl.convert_layout(p.to(do.dtype), A_LAYOUT)
+    dv = warpgroup_mma(pt, do, dv, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
+    dp = warpgroup_mma_wait(1, deps=(dp,))
+    ds = (p * dp).to(q.dtype)
+    _send(ds, memory, sent + t, CONSUMER, RING, BLOCK_N)
+    following = gl.convert_layout(ds, A_LAYOUT)
+    # A real branch: without one ptxas moves the wait below above dS, and nothing overlaps.
+    ahead, phase_ahead = stage_of(count + t + 1, STAGES)
+    mbarrier.wait(q_full.index(ahead), phase_ahead, pred=t + 1 < total)
+    dv, following = warpgroup_mma_wait(0, deps=(dv, following))
+    mbarrier.arrive(do_empty.index(do_stage), count=1)
+    return dk, dv, following
+
+
+@gluon.jit
+def _sum(
+    memory, group, count, sent, blocks, tiles, start_n, dk, dv, S, LEFT, RIGHT, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, CONSUMER: gl.constexpr,
+):  # fmt: skip
+    """dK and dV of a block's keys over its `tiles` of queries, at least one."""
+    (ks, vs, qs, _dos, _slots, _dss, _lses, _deltas, _kept, kv_full, kv_empty, q_full, q_empty, _do_full, _do_empty,
+     _slot_empty, _ds_full, _ds_empty, _cut) = memory  # fmt: skip
+    first, left, right, last = tiles
+    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=accumulator(BLOCK_M), k_width=2)
+    mbarrier.wait(kv_full.index(0), blocks & 1)
+    k = ks.index(CONSUMER).reshape([BLOCK_N, D]).load(A)
+    v = vs.index(CONSUMER).reshape([BLOCK_N, D]).load(A)
+    mbarrier.arrive(kv_empty.index(0), count=1)
+    stage, phase = stage_of(count, STAGES)
+    mbarrier.wait(q_full.index(stage), phase)
+    each = last - first
+    total = group * each
+    ds = gl.zeros([BLOCK_N, BLOCK_M], qs.dtype, gl.DotOperandLayout(operand_index=0, parent=accumulator(D), k_width=2))
+    dk, dv, ds = _step(0, count, sent, total, k, v, memory, dk, dv, ds, first * BLOCK_M, start_n, S, LEFT, RIGHT,
+                       BLOCK_M, BLOCK_N, D, STAGES, RING, CONSUMER, True, True)  # fmt: skip
+    for member in range(group):
+        t = member * each - first
+        begin = first + gl.maximum(1 - member, 0)
+        if RIGHT is not None:
+            for i in range(begin, left):
+                dk, dv, ds = _step(t + i, count, sent, total, k, v, memory, dk, dv, ds, i * BLOCK_M, start_n, S, LEFT, RIGHT,
+                                   BLOCK_M, BLOCK_N, D, STAGES, RING, CONSUMER, False, True)  # fmt: skip
+        for i in range(gl.maximum(left, begin), right):
+            dk, dv, ds = _step(t + i, count, sent, total, k, v, memory, dk, dv, ds, i * BLOCK_M, start_n, S, LEFT, RIGHT,
+                               BLOCK_M, BLOCK_N, D, STAGES, RING, CONSUMER, False, False)  # fmt: skip
+        for i in range(gl.maximum(right, begin), last):
+            dk, dv, ds = _step(t + i, count, sent, total, k, v, memory, dk, dv, ds, i * BLOCK_M, start_n, S, LEFT, RIGHT,
+                               BLOCK_M, BLOCK_N, D, STAGES, RING, CONSUMER, False, True)  # fmt: skip
+    stage, _ = stage_of(count + total - 1, STAGES)
+    dk = warpgroup_mma(ds, qs.index(stage).reshape([BLOCK_M, D]), dk, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
+    dk = warpgroup_mma_wait(0, deps=(dk,))
+    mbarrier.arrive(q_empty.index(stage), count=1)
+    return dk, dv
+
+
+@gluon.jit
+def _consume(
+    memory, work, F, LEFT, RIGHT, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    RING: gl.constexpr, CONSUMER: gl.constexpr,
+):  # fmt: skip
+    """dS^T, dV and dK of half of the keys of every block, as messages to the gatherer."""
+    ks = memory[0]
+    _scale, _heads, group, _n_q, n_k, _tiles, items, _align = work
+    KEYS: gl.constexpr = 2 * BLOCK_N
+    blocks, count, sent = 0, 0, 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        _b, _h_k, S = _place(item, F, work)
+        for block in range(gl.cdiv(n_k, KEYS)):
+            tiles = _tiles_of(block, S, F, work, LEFT, RIGHT, BLOCK_M, KEYS)
+            dk = gl.zeros([BLOCK_N, D], gl.float32, accumulator(D))
+            dv = gl.zeros([BLOCK_N, D], gl.float32, accumulator(D))
+            total = group * (tiles[3] - tiles[0])
+            if total > 0:
+                dk, dv = _sum(memory, group, count, sent, blocks, tiles, block * KEYS + CONSUMER * BLOCK_N, dk, dv, S,
+                              LEFT, RIGHT, BLOCK_M, BLOCK_N, D, STAGES, RING, CONSUMER)  # fmt: skip
+                blocks += 1
+            count += total
+            sent += total
+            _send(dv.to(ks.dtype), memory, sent, CONSUMER, RING, BLOCK_N)
+            _send((dk * S.scale).to(ks.dtype), memory, sent + 1, CONSUMER, RING, BLOCK_N)
+            sent += 2
+
+
+@gluon.jit
+def _deliver(desc, b, h_k, start_n, memory, number, RING: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Send message number `number` of both consumers out: dV or dK of a block."""
+    (_ks, _vs, _qs, _dos, _slots, dss, _lses, _deltas, _kept, _kv_full, _kv_empty, _q_full, _q_empty, _do_full, _do_empty,
+     _slot_empty, ds_full, ds_empty, _cut) = memory  # fmt: skip
+    place, phase = stage_of(number, RING)
+    mbarrier.wait(ds_full.index(place), phase)
+    for c in gl.static_range(2):
+        tma_store(desc, [b, h_k, start_n + c * BLOCK_N, 0], dss.index(2 * place + c))
+    tma.store_wait(0)
+    mbarrier.arrive(ds_empty.index(place), count=1)
+
+
+@gluon.jit
+def _gather_tile(
+    kt0, kt1, memory, number, use, fresh, done, dq_desc, b, h, start_m, S, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    D: gl.constexpr, TILES: gl.constexpr, RING: gl.constexpr,
+):  # fmt: skip
+    """Add a block's part to dQ of a tile of queries, whose slot's use this is number `use`, from message number `number`: to 0
+    if it is `fresh`, and send it out if it is `done`."""
+    (_ks, _vs, qs, _dos, slots, dss, _lses, _deltas, _kept, _kv_full, _kv_empty, _q_full, _q_empty, _do_full, _do_empty,
+     slot_empty, ds_full, ds_empty, _cut) = memory  # fmt: skip
+    Q_LAYOUT: gl.constexpr = accumulator(BLOCK_M)
+    slot, _ = stage_of(use, TILES)
+    place, phase = stage_of(number, RING)
+    if fresh:
+        dqt = gl.zeros([D, BLOCK_M], gl.float32, Q_LAYOUT)
+    else:
+        dqt = slots.index(slot).load(Q_LAYOUT)
+    mbarrier.wait(ds_full.index(place), phase)
+    ds0 = dss.index(2 * place).reshape([BLOCK_N, BLOCK_M])
+    ds1 = dss.index(2 * place + 1).reshape([BLOCK_N, BLOCK_M])
+    dqt = warpgroup_mma(kt0, ds0, dqt, is_async=True)  # [D, BLOCK_N] @ [BLOCK_N, BLOCK_M]
+    dqt = warpgroup_mma(kt1, ds1, dqt, is_async=True)  # [D, BLOCK_N] @ [BLOCK_N, BLOCK_M]
+    dqt = warpgroup_mma_wait(0, deps=(dqt,))
+    mbarrier.arrive(ds_empty.index(place), count=1)
+    if done:
+        dq = _slot(slots, slot, qs.dtype, qs.index(0).layout, BLOCK_M, D)
+        dq.reshape([BLOCK_M, D]).permute((1, 0)).store((dqt * S.scale).to(qs.dtype))
+        fence_async_shared()
+        tma_store(dq_desc, [b, h, start_m, 0], dq)
+        tma.store_wait(0)
+        mbarrier.arrive(slot_empty.index(slot), count=1)
+    else:
+        slots.index(slot).store(dqt)
+
+
+@gluon.jit
+def _gather(
+    dq_desc, dk_desc, dv_desc, memory, work, F, LEFT, RIGHT, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    D: gl.constexpr, TILES: gl.constexpr, RING: gl.constexpr,
+):  # fmt: skip
+    """dQ of every item; and send out what the consumers sum."""
+    (ks, _vs, _qs, _dos, _slots, _dss, _lses, _deltas, _kept, kv_full, kv_empty, _q_full, _q_empty, _do_full, _do_empty,
+     _slot_empty, _ds_full, _ds_empty, _cut) = memory  # fmt: skip
+    _scale, _heads, group, _n_q, n_k, n_tiles, items, _align = work
+    KEYS: gl.constexpr = 2 * BLOCK_N
+    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=accumulator(BLOCK_M), k_width=2)
+    uses, blocks, got = 0, 0, 0  # of slots, of blocks, of messages so far
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        b, h_k, S = _place(item, F, work)
+        reached = 0
+        for block in range(gl.cdiv(n_k, KEYS)):
+            first, _, _, last = _tiles_of(block, S, F, work, LEFT, RIGHT, BLOCK_M, KEYS)
+            kept, _, _, _ = _tiles_of(block + 1, S, F, work, LEFT, RIGHT, BLOCK_M, KEYS)
+            if last > first:
+                mbarrier.wait(kv_full.index(0), blocks & 1)
+                kt0 = ks.index(0).reshape([BLOCK_N, D]).permute((1, 0)).load(A)
+                kt1 = ks.index(1).reshape([BLOCK_N, D]).permute((1, 0)).load(A)
+                mbarrier.arrive(kv_empty.index(0), count=1)
+                blocks += 1
+                for member in range(group):
+                    for i in range(first, last):
+                        _gather_tile(
+                            kt0, kt1, memory, got, uses + member * n_tiles + i, i >= reached, i < kept, dq_desc, b,
+                            h_k * group + member, i * BLOCK_M, S, BLOCK_M, BLOCK_N, D, TILES, RING)  # fmt: skip
+                        got += 1
+            _deliver(dv_desc, b, h_k, block * KEYS, memory, got, RING, BLOCK_N)
+            _deliver(dk_desc, b, h_k, block * KEYS, memory, got + 1, RING, BLOCK_N)
+            got += 2
+            reached = gl.maximum(reached, last)
+        uses += group * n_tiles
+
+
+@gluon.jit(do_not_specialize=RUN_TIME)
+def flash_bwd(
+    q_desc, k_desc, v_desc, o_desc, do_desc, dq_desc, dk_desc, dv_desc, LSE, DLSE, F, heads, group, n_q, n_k, tiles, items, scale,
+    align, LEFT, RIGHT, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    TILES: gl.constexpr, RING: gl.constexpr, REGISTERS: gl.constexpr, GATHERER: gl.constexpr,
+):  # fmt: skip
+    """Grid: any number of programs, which share `items` = batch * heads / group; group * tiles = group * ceil(n_q / BLOCK_M) may
+    be TILES at most.
+
+    Descriptors of Q, O, dO and dQ (B, heads, n_q, D) in blocks of (1, 1, BLOCK_M, D), of K, V, dK and dV (B, heads / group, n_k,
+    D) in blocks of (1, 1, BLOCK_N, D); D here may exceed theirs. LSE, DLSE (B, heads, n_q) fp32 contiguous; DLSE may be None. F
+    as in flash_fwd. Every row is written: queries that see no key, keys that no query sees, and keys that do not exist, get 0.
+    """
+    gl.static_assert(BLOCK_M == D and BLOCK_N == D, "dS^T, dQ, dK and dV share buffers")
+    gl.static_assert(STAGES >= 3, "the next tile is waited for before the one before is free")
+    qs = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_M, D], q_desc.layout)
+    dos = gl.allocate_shared_memory(q_desc.dtype, [STAGES - 1, 1, 1, BLOCK_M, D], do_desc.layout)
+    ks = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, BLOCK_N, D], k_desc.layout)
+    vs = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, BLOCK_N, D], v_desc.layout)
+    dss = gl.allocate_shared_memory(q_desc.dtype, [2 * RING, 1, 1, BLOCK_N, D], dk_desc.layout)
+    slots = gl.allocate_shared_memory(gl.float32, [TILES, D, BLOCK_M], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    lses = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    deltas = gl.allocate_shared_memory(gl.float32, [STAGES - 1, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    kept = gl.allocate_shared_memory(gl.float32, [TILES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    # Of the two that make a tile full, one is for what comes by TMA, one for lse or delta.
+    q_full, q_empty, do_full, do_empty = barriers(STAGES, 2), barriers(STAGES, 2), barriers(STAGES - 1, 2), barriers(STAGES - 1, 2)
+    kv_full, kv_empty, slot_empty, cut = barriers(1, 4), barriers(1, 3), barriers(TILES, 1), barriers(1, 1)
+    ds_full, ds_empty = barriers(RING, 2), barriers(RING, 1)
+    fence_async_shared()  # for the barriers
+    memory = (ks, vs, qs, dos, slots, dss, lses, deltas, kept, kv_full, kv_empty, q_full, q_empty, do_full, do_empty, slot_empty,
+              ds_full, ds_empty, cut)  # fmt: skip
+    work = (scale, heads, group, n_q, n_k, tiles, items, align)
+    gl.warp_specialize([
+        (_produce, (q_desc, k_desc, v_desc, o_desc, do_desc, LSE, DLSE, memory, work, F, LEFT, RIGHT,
+                    BLOCK_M, BLOCK_N, D, STAGES, TILES)),
+        (_gather, (dq_desc, dk_desc, dv_desc, memory, work, F, LEFT, RIGHT, BLOCK_M, BLOCK_N, D, TILES, RING)),
+        (_consume, (memory, work, F, LEFT, RIGHT, BLOCK_M, BLOCK_N, D, STAGES, RING, 0)),
+        (_consume, (memory, work, F, LEFT, RIGHT, BLOCK_M, BLOCK_N, D, STAGES, RING, 1)),
+    ], [4, 4, 4], [GATHERER, REGISTERS, REGISTERS])  # fmt: skip
