@@ -56,9 +56,9 @@ def _tiles_of(block, S, F, work, LEFT, RIGHT, BLOCK_M: gl.constexpr, KEYS: gl.co
 
 
 @gluon.jit
-def _slot(slots, i, DTYPE: gl.constexpr, LAYOUT: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr):
-    """A slot as a tile of 16-bit numbers."""
-    return reinterpret(slots.index(i), DTYPE, [1, 1, BLOCK_M, D], LAYOUT)
+def _slot(slots, i, like):
+    """A slot as a tile of queries of 16-bit numbers, like those of qs."""
+    return reinterpret(slots.index(i), like.dtype, like.shape, like.layout)
 
 
 @gluon.jit
@@ -118,7 +118,7 @@ def _fetch_queries(
     slot, slot_phase = stage_of(use, TILES)
     mbarrier.wait(do_empty.index(stage), phase ^ 1)
     if fresh:
-        o = _slot(slots, slot, qs.dtype, qs.index(0).layout, BLOCK_M, D)
+        o = _slot(slots, slot, qs.index(0))
         mbarrier.wait(slot_empty.index(slot), slot_phase ^ 1)
         mbarrier.expect(cut.index(0), 2 * q_desc.block_type.nbytes)
         tma_load(o_desc, at, cut.index(0), o)
@@ -348,7 +348,7 @@ def _gather_tile(
     dqt = warpgroup_mma_wait(0, deps=(dqt,))
     mbarrier.arrive(ds_empty.index(place), count=1)
     if done:
-        dq = _slot(slots, slot, qs.dtype, qs.index(0).layout, BLOCK_M, D)
+        dq = _slot(slots, slot, qs.index(0))
         dq.reshape([BLOCK_M, D]).permute((1, 0)).store((dqt * S.scale).to(qs.dtype))
         fence_async_shared()
         tma_store(dq_desc, [b, h, start_m, 0], dq)
