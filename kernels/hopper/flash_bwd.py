@@ -231,9 +231,8 @@ def _step(
     pt = gl.convert_layout(p.to(do.dtype), A_LAYOUT)
     dv = warpgroup_mma(pt, do, dv, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
     dp = warpgroup_mma_wait(1, deps=(dp,))
-    ds = (p * dp).to(q.dtype)
-    _send(ds, memory, sent + t, CONSUMER, RING, BLOCK_N)
-    following = gl.convert_layout(ds, A_LAYOUT)
+    following = gl.convert_layout((p * dp).to(q.dtype), A_LAYOUT)
+    _send(following, memory, sent + t, CONSUMER, RING, BLOCK_N)
     # A real branch: without one ptxas moves the wait below above dS, and nothing overlaps.
     ahead, phase_ahead = stage_of(count + t + 1, STAGES)
     mbarrier.wait(q_full.index(ahead), phase_ahead, pred=t + 1 < total)

@@ -7,7 +7,16 @@ from torch import Tensor
 
 from tfkern import features, launch, layout
 from tfkern.problem import Gradients, Problem, Tensors
-from tfkern.tiles import HOPPER, HOPPER_BACKWARD, HOPPER_QUERIES, HopperConfig, HopperTiles
+from tfkern.tiles import (
+    HOPPER,
+    HOPPER_BACKWARD,
+    HOPPER_FULL_CHIP,
+    HOPPER_ONE_PASS,
+    HOPPER_QUERIES,
+    HopperConfig,
+    HopperOnePass,
+    HopperTiles,
+)
 
 ALIGNED = 8  # 16-bit numbers in the 16 bytes that TMA steps by
 
@@ -63,20 +72,52 @@ def forward(problem: Problem, t: Tensors) -> tuple[Tensor, Tensor]:
 
 
 def backward(problem: Problem, t: Tensors, out, lse, do, dlse, needed, into=None) -> Gradients:
-    """As portable.backward, within backward_limits. delta comes of the kernel for dQ, so that it runs for any gradient."""
+    """As portable.backward, within backward_limits. In one launch where that fits; of two, delta comes of the kernel for dQ, so that
+    it runs for any gradient."""
     p, t, need = problem, features.plain_memory(problem, t), Gradients(*needed)
     q, k, v, out, do = (_for_tma(x) for x in (*t[:3], out, do))
     dlse = None if dlse is None else dlse.resolve_neg().contiguous()
     wanted = into or tuple(layout.empty_in_order_of(x, x.shape[-1]) for x in t[:3])
     dq, dk, dv = (x if _ready_for_tma(x) else torch.empty_like(x, memory_format=torch.contiguous_format) for x in wanted)
-    delta = torch.empty_like(lse)
-    _run_backward(p, "flash_bwd_dq", t, (q, k, v, out, do, dq), (lse, dlse, delta))
-    if need.k or need.v:
-        _run_backward(p, "flash_bwd_dkdv", t, (q, k, v, do, dk, dv), (lse, delta))
+    of_keys = need.k or need.v
+    if of_keys and one_pass(p):
+        _run_one_pass(p, t, (q, k, v, out, do, dq, dk, dv), (lse, dlse))
     else:
-        dk = dv = None
+        delta = torch.empty_like(lse)
+        _run_backward(p, "flash_bwd_dq", t, (q, k, v, out, do, dq), (lse, dlse, delta))
+        if of_keys:
+            _run_backward(p, "flash_bwd_dkdv", t, (q, k, v, do, dk, dv), (lse, delta))
+        else:
+            dk = dv = None
     made = zip((dq, dk, dv), wanted, strict=True)
     return Gradients(*(x if x is None or x is there else there.copy_(x) for x, there in made), None, None, None)
+
+
+def one_pass(p: Problem) -> HopperOnePass | None:
+    """The tiles of the backward in one launch, if it has memory for all queries of a key head; None too where there are fewer
+    key heads than fill the chip, which two kernels divide further."""
+    if p.device.type != "cpu" and p.batch * p.kv_heads < HOPPER_FULL_CHIP:
+        return None
+    tiles = p.group * -(-p.n_q // HOPPER_QUERIES)
+    dim = min(d for d in HOPPER if p.head_dim <= d)
+    return next((config for config in HOPPER_ONE_PASS.get(dim, ()) if tiles <= config.tiles), None)
+
+
+def _run_one_pass(p: Problem, t: Tensors, tensors: tuple, plain: tuple) -> None:
+    """The whole backward in one launch, from tensors that it takes by TMA and plain ones."""
+    config = one_pass(p)
+    dim = next(d for d, configs in HOPPER_ONE_PASS.items() if config in configs)
+    key = "flash_bwd", plain[1] is None
+    if key not in p.plans:
+        from tfkern.kernels.hopper import flash_bwd
+
+        items = p.batch * p.kv_heads
+        sizes = (p.heads, p.group, p.n_q, p.n_k, -(-p.n_q // HOPPER_QUERIES), items)
+        numbers = (*sizes, p.scale, int(p.lower_right), p.left, p.right)
+        programs = min(items, launch.multiprocessors(p.device))
+        p.plans[key] = launch.Launch(flash_bwd.flash_bwd, programs, p.device, numbers, config.constants(dim), config.options())
+    descriptors = (_descriptor(x, HOPPER_QUERIES, dim) for x in tensors)
+    p.plans[key]((*descriptors, *plain), *features.of(p, t))
 
 
 # Which of each kernel's descriptors come past its programs, in tiles of block_n rows; of the others a consumer owns its part.
