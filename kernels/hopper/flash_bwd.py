@@ -158,17 +158,17 @@ def _produce(
         reached = 0
         for block in range(gl.cdiv(n_k, KEYS)):
             first, _, _, last = _tiles_of(block, S, F, work, LEFT, RIGHT, BLOCK_M, KEYS)
-            if last > first:
-                mbarrier.wait(kv_empty.index(0), (blocks & 1) ^ 1)
-                for c in gl.static_range(2):
-                    at = [b, h_k, block * KEYS + c * BLOCK_N, 0]
-                    cuts = _load_seen(
-                        k_desc, at, ks.index(c), at[2], k_lo, k_hi, n_k, kv_full.index(0), cut.index(0), cuts, BLOCK_N, D
-                    )
-                    cuts = _load_seen(
-                        v_desc, at, vs.index(c), at[2], k_lo, k_hi, n_k, kv_full.index(0), cut.index(0), cuts, BLOCK_N, D
-                    )
-                blocks += 1
+            mbarrier.wait(kv_empty.index(0), (blocks & 1) ^ 1)
+            for c in gl.static_range(2):
+                start = block * KEYS + c * BLOCK_N
+                at = [b, h_k, start, 0]
+                cuts = _load_seen(
+                    k_desc, at, ks.index(c), start, k_lo, k_hi, n_k, kv_full.index(0), cut.index(0), cuts, BLOCK_N, D
+                )
+                cuts = _load_seen(
+                    v_desc, at, vs.index(c), start, k_lo, k_hi, n_k, kv_full.index(0), cut.index(0), cuts, BLOCK_N, D
+                )
+            blocks += 1
             for member in range(group):
                 for i in range(first, last):
                     cuts = _fetch_queries(
@@ -177,6 +177,12 @@ def _produce(
                     count += 1
             reached = gl.maximum(reached, last)
         uses += group * tiles
+
+
+@gluon.jit
+def _sent(count, blocks):
+    """Messages of a consumer to the gatherer from `count` tiles, dS^T of each, and `blocks` blocks, dV and dK of each."""
+    return count + 2 * blocks
 
 
 @gluon.jit
@@ -193,12 +199,12 @@ def _send(x, memory, number, CONSUMER: gl.constexpr, RING: gl.constexpr, BLOCK_N
 
 @gluon.jit
 def _step(
-    t, count, sent, total, k, v, memory, dk, dv, ds, start_m, start_n, S, LEFT, RIGHT, BLOCK_M: gl.constexpr,
+    t, count, blocks, total, k, v, memory, dk, dv, ds, start_m, start_n, S, LEFT, RIGHT, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, CONSUMER: gl.constexpr,
     FIRST: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """dS and dV of a block's tile t, queries from start_m on, and dK of the tile before it, whose dS^T is ds. Before the block
-    came `count` tiles and `sent` messages."""
+    came `blocks` blocks and `count` tiles."""
     (_ks, _vs, qs, dos, _slots, _dss, lses, deltas, _kept, _kv_full, _kv_empty, q_full, q_empty, do_full, do_empty,
      _slot_empty, _ds_full, _ds_empty, _cut) = memory  # fmt: skip
     stage, _ = stage_of(count + t, STAGES)
@@ -232,7 +238,7 @@ def _step(
     dv = warpgroup_mma(pt, do, dv, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
     dp = warpgroup_mma_wait(1, deps=(dp,))
     following = gl.convert_layout((p * dp).to(q.dtype), A_LAYOUT)
-    _send(following, memory, sent + t, CONSUMER, RING, BLOCK_N)
+    _send(following, memory, _sent(count + t, blocks), CONSUMER, RING, BLOCK_N)
     # A real branch: without one ptxas moves the wait below above dS, and nothing overlaps.
     ahead, phase_ahead = stage_of(count + t + 1, STAGES)
     mbarrier.wait(q_full.index(ahead), phase_ahead, pred=t + 1 < total)
@@ -243,37 +249,32 @@ def _step(
 
 @gluon.jit
 def _sum(
-    memory, group, count, sent, blocks, tiles, start_n, dk, dv, S, LEFT, RIGHT, BLOCK_M: gl.constexpr,
+    k, v, memory, group, count, blocks, tiles, start_n, dk, dv, S, LEFT, RIGHT, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of a block's keys over its `tiles` of queries, at least one."""
-    (ks, vs, qs, _dos, _slots, _dss, _lses, _deltas, _kept, kv_full, kv_empty, q_full, q_empty, _do_full, _do_empty,
+    (_ks, _vs, qs, _dos, _slots, _dss, _lses, _deltas, _kept, _kv_full, _kv_empty, q_full, q_empty, _do_full, _do_empty,
      _slot_empty, _ds_full, _ds_empty, _cut) = memory  # fmt: skip
     first, left, right, last = tiles
-    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=accumulator(BLOCK_M), k_width=2)
-    mbarrier.wait(kv_full.index(0), blocks & 1)
-    k = ks.index(CONSUMER).reshape([BLOCK_N, D]).load(A)
-    v = vs.index(CONSUMER).reshape([BLOCK_N, D]).load(A)
-    mbarrier.arrive(kv_empty.index(0), count=1)
     stage, phase = stage_of(count, STAGES)
     mbarrier.wait(q_full.index(stage), phase)
     each = last - first
     total = group * each
     ds = gl.zeros([BLOCK_N, BLOCK_M], qs.dtype, gl.DotOperandLayout(operand_index=0, parent=accumulator(D), k_width=2))
-    dk, dv, ds = _step(0, count, sent, total, k, v, memory, dk, dv, ds, first * BLOCK_M, start_n, S, LEFT, RIGHT,
+    dk, dv, ds = _step(0, count, blocks, total, k, v, memory, dk, dv, ds, first * BLOCK_M, start_n, S, LEFT, RIGHT,
                        BLOCK_M, BLOCK_N, D, STAGES, RING, CONSUMER, True, True)  # fmt: skip
     for member in range(group):
         t = member * each - first
         begin = first + gl.maximum(1 - member, 0)
         if RIGHT is not None:
             for i in range(begin, left):
-                dk, dv, ds = _step(t + i, count, sent, total, k, v, memory, dk, dv, ds, i * BLOCK_M, start_n, S, LEFT, RIGHT,
+                dk, dv, ds = _step(t + i, count, blocks, total, k, v, memory, dk, dv, ds, i * BLOCK_M, start_n, S, LEFT, RIGHT,
                                    BLOCK_M, BLOCK_N, D, STAGES, RING, CONSUMER, False, True)  # fmt: skip
         for i in range(gl.maximum(left, begin), right):
-            dk, dv, ds = _step(t + i, count, sent, total, k, v, memory, dk, dv, ds, i * BLOCK_M, start_n, S, LEFT, RIGHT,
+            dk, dv, ds = _step(t + i, count, blocks, total, k, v, memory, dk, dv, ds, i * BLOCK_M, start_n, S, LEFT, RIGHT,
                                BLOCK_M, BLOCK_N, D, STAGES, RING, CONSUMER, False, False)  # fmt: skip
         for i in range(gl.maximum(right, begin), last):
-            dk, dv, ds = _step(t + i, count, sent, total, k, v, memory, dk, dv, ds, i * BLOCK_M, start_n, S, LEFT, RIGHT,
+            dk, dv, ds = _step(t + i, count, blocks, total, k, v, memory, dk, dv, ds, i * BLOCK_M, start_n, S, LEFT, RIGHT,
                                BLOCK_M, BLOCK_N, D, STAGES, RING, CONSUMER, False, True)  # fmt: skip
     stage, _ = stage_of(count + total - 1, STAGES)
     dk = warpgroup_mma(ds, qs.index(stage).reshape([BLOCK_M, D]), dk, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
@@ -288,26 +289,29 @@ def _consume(
     RING: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """dS^T, dV and dK of half of the keys of every block, as messages to the gatherer."""
-    ks = memory[0]
+    (ks, vs, _qs, _dos, _slots, _dss, _lses, _deltas, _kept, kv_full, kv_empty, _q_full, _q_empty, _do_full, _do_empty,
+     _slot_empty, _ds_full, _ds_empty, _cut) = memory  # fmt: skip
     _scale, _heads, group, _n_q, n_k, _tiles, items, _align = work
     KEYS: gl.constexpr = 2 * BLOCK_N
-    blocks, count, sent = 0, 0, 0
+    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=accumulator(BLOCK_M), k_width=2)
+    blocks, count = 0, 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         _b, _h_k, S = _place(item, F, work)
         for block in range(gl.cdiv(n_k, KEYS)):
             tiles = _tiles_of(block, S, F, work, LEFT, RIGHT, BLOCK_M, KEYS)
             dk = gl.zeros([BLOCK_N, D], gl.float32, accumulator(D))
             dv = gl.zeros([BLOCK_N, D], gl.float32, accumulator(D))
-            total = group * (tiles[3] - tiles[0])
-            if total > 0:
-                dk, dv = _sum(memory, group, count, sent, blocks, tiles, block * KEYS + CONSUMER * BLOCK_N, dk, dv, S,
+            mbarrier.wait(kv_full.index(0), blocks & 1)
+            k = ks.index(CONSUMER).reshape([BLOCK_N, D]).load(A)
+            v = vs.index(CONSUMER).reshape([BLOCK_N, D]).load(A)
+            mbarrier.arrive(kv_empty.index(0), count=1)
+            if tiles[3] > tiles[0]:
+                dk, dv = _sum(k, v, memory, group, count, blocks, tiles, block * KEYS + CONSUMER * BLOCK_N, dk, dv, S,
                               LEFT, RIGHT, BLOCK_M, BLOCK_N, D, STAGES, RING, CONSUMER)  # fmt: skip
-                blocks += 1
-            count += total
-            sent += total
-            _send(dv.to(ks.dtype), memory, sent, CONSUMER, RING, BLOCK_N)
-            _send((dk * S.scale).to(ks.dtype), memory, sent + 1, CONSUMER, RING, BLOCK_N)
-            sent += 2
+                count += group * (tiles[3] - tiles[0])
+            _send(dv.to(ks.dtype), memory, _sent(count, blocks), CONSUMER, RING, BLOCK_N)
+            _send((dk * S.scale).to(ks.dtype), memory, _sent(count, blocks) + 1, CONSUMER, RING, BLOCK_N)
+            blocks += 1
 
 
 @gluon.jit
@@ -368,28 +372,26 @@ def _gather(
     _scale, _heads, group, _n_q, n_k, n_tiles, items, _align = work
     KEYS: gl.constexpr = 2 * BLOCK_N
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=accumulator(BLOCK_M), k_width=2)
-    uses, blocks, got = 0, 0, 0  # of slots, of blocks, of messages so far
+    uses, blocks, count = 0, 0, 0  # of slots, of blocks, of tiles so far
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         b, h_k, S = _place(item, F, work)
         reached = 0
         for block in range(gl.cdiv(n_k, KEYS)):
             first, _, _, last = _tiles_of(block, S, F, work, LEFT, RIGHT, BLOCK_M, KEYS)
             kept, _, _, _ = _tiles_of(block + 1, S, F, work, LEFT, RIGHT, BLOCK_M, KEYS)
-            if last > first:
-                mbarrier.wait(kv_full.index(0), blocks & 1)
-                kt0 = ks.index(0).reshape([BLOCK_N, D]).permute((1, 0)).load(A)
-                kt1 = ks.index(1).reshape([BLOCK_N, D]).permute((1, 0)).load(A)
-                mbarrier.arrive(kv_empty.index(0), count=1)
-                blocks += 1
-                for member in range(group):
-                    for i in range(first, last):
-                        _gather_tile(
-                            kt0, kt1, memory, got, uses + member * n_tiles + i, i >= reached, i < kept, dq_desc, b,
-                            h_k * group + member, i * BLOCK_M, S, BLOCK_M, BLOCK_N, D, TILES, RING)  # fmt: skip
-                        got += 1
-            _deliver(dv_desc, b, h_k, block * KEYS, memory, got, RING, BLOCK_N)
-            _deliver(dk_desc, b, h_k, block * KEYS, memory, got + 1, RING, BLOCK_N)
-            got += 2
+            mbarrier.wait(kv_full.index(0), blocks & 1)
+            kt0 = ks.index(0).reshape([BLOCK_N, D]).permute((1, 0)).load(A)
+            kt1 = ks.index(1).reshape([BLOCK_N, D]).permute((1, 0)).load(A)
+            mbarrier.arrive(kv_empty.index(0), count=1)
+            for member in range(group):
+                for i in range(first, last):
+                    _gather_tile(
+                        kt0, kt1, memory, _sent(count, blocks), uses + member * n_tiles + i, i >= reached, i < kept, dq_desc, b,
+                        h_k * group + member, i * BLOCK_M, S, BLOCK_M, BLOCK_N, D, TILES, RING)  # fmt: skip
+                    count += 1
+            _deliver(dv_desc, b, h_k, block * KEYS, memory, _sent(count, blocks), RING, BLOCK_N)
+            _deliver(dk_desc, b, h_k, block * KEYS, memory, _sent(count, blocks) + 1, RING, BLOCK_N)
+            blocks += 1
             reached = gl.maximum(reached, last)
         uses += group * n_tiles
 
