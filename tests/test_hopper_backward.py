@@ -37,6 +37,9 @@ ONE_LAUNCH = [
     testing.Case("groups", 4, 100, 64, kv_heads=2, n_k=190, batch=2, options=CAUSAL),
     testing.Case("eight-of-a-group", 16, 40, 40, kv_heads=2, options=dict(window=(30, 10))),
     testing.Case("many-items", 4, 90, 64, batch=3, n_k=140, options=dict(CAUSAL, key_lengths=(140, 0, 33))),
+    testing.Case("all-slots-again", 4, 380, 64, n_k=130),
+    testing.Case("all-slots-again-groups", 12, 60, 64, kv_heads=2, batch=2, n_k=130, options=CAUSAL),
+    testing.Case("all-slots-again-512", 4, 512, 64, n_k=65),
     testing.Case("many-small-items", 5, 33, 64, batch=3, options=dict(key_lengths=(33, 1, 0))),
 ]  # fmt: skip
 CASES = FORWARD | {case.name: case for case in ONE_LAUNCH}
@@ -174,7 +177,7 @@ HARMLESS = {
 OF_TWO = ["several-tiles-causal", "window-of-many-tiles", "cut-inside"]
 # Problems that go through all of a kernel.
 THROUGH = {
-    "flash_bwd": ["window-of-many-tiles", "groups", "many-items", "dead-queries-first"], "flash_bwd_dq": OF_TWO,
+    "flash_bwd": ["window-of-many-tiles", "groups", "many-items", "dead-queries-first", "all-slots-again"], "flash_bwd_dq": OF_TWO,
     "flash_bwd_dkdv": OF_TWO,
 }  # fmt: skip
 FAULTS = [(name, line) for name in THROUGH for line in faults(name)]

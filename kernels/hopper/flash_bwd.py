@@ -100,7 +100,7 @@ def _fetch_queries(
 ):  # fmt: skip
     """Tile number `count` of Q and dO, with lse and delta, as buffers fall free. When it is `fresh`, its O arrives in its slot,
     of which this is use number `use`, and delta is formed, of what is then kept in later blocks."""
-    (_ks, _vs, qs, dos, slots, _dss, lses, deltas, kept, _kv_full, _kv_empty, q_full, q_empty, do_full, do_empty, slot_empty,
+    (_ks, _vs, qs, dos, slots, _dss, lses, deltas, kept, _kv_full, _kv_empty, q_full, q_empty, do_full, do_empty,
      _ds_full, _ds_empty, cut) = memory  # fmt: skip
     _scale, heads, _group, n_q, _n_k, _tiles, _items, _align = work
     ROWS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -115,11 +115,10 @@ def _fetch_queries(
     lses.index(stage).store(lse)
     mbarrier.arrive(q_full.index(stage), count=1)
     stage, phase = stage_of(count, STAGES - 1)
-    slot, slot_phase = stage_of(use, TILES)
+    slot = use % TILES
     mbarrier.wait(do_empty.index(stage), phase ^ 1)
     if fresh:
         o = _slot(slots, slot, qs.index(0))
-        mbarrier.wait(slot_empty.index(slot), slot_phase ^ 1)
         mbarrier.expect(cut.index(0), 2 * q_desc.block_type.nbytes)
         tma_load(o_desc, at, cut.index(0), o)
         tma_load(do_desc, at, cut.index(0), dos.index(stage))
@@ -147,7 +146,7 @@ def _produce(
 ):  # fmt: skip
     """For every block of keys of every item, K and V as soon as the last ones are in registers; then its tiles of queries."""
     (ks, vs, _qs, _dos, _slots, _dss, _lses, _deltas, _kept, kv_full, kv_empty, _q_full, _q_empty, _do_full, _do_empty,
-     _slot_empty, _ds_full, _ds_empty, cut) = memory  # fmt: skip
+     _ds_full, _ds_empty, cut) = memory  # fmt: skip
     _scale, _heads, group, n_q, n_k, tiles, items, _align = work
     KEYS: gl.constexpr = 2 * BLOCK_N
     uses, blocks, count, cuts = 0, 0, 0, 0  # of slots, of blocks and of tiles of queries so far
@@ -189,7 +188,7 @@ def _sent(count, blocks):
 def _send(x, memory, number, CONSUMER: gl.constexpr, RING: gl.constexpr, BLOCK_N: gl.constexpr):
     """Leave x [BLOCK_N, 64] to the gatherer, as a consumer's message number `number`."""
     (_ks, _vs, _qs, _dos, _slots, dss, _lses, _deltas, _kept, _kv_full, _kv_empty, _q_full, _q_empty, _do_full, _do_empty,
-     _slot_empty, ds_full, ds_empty, _cut) = memory  # fmt: skip
+     ds_full, ds_empty, _cut) = memory  # fmt: skip
     place, phase = stage_of(number, RING)
     mbarrier.wait(ds_empty.index(place), phase ^ 1)
     dss.index(2 * place + CONSUMER).reshape([BLOCK_N, x.shape[1]]).store(x)
@@ -206,7 +205,7 @@ def _step(
     """dS and dV of a block's tile t, queries from start_m on, and dK of the tile before it, whose dS^T is ds. Before the block
     came `blocks` blocks and `count` tiles."""
     (_ks, _vs, qs, dos, _slots, _dss, lses, deltas, _kept, _kv_full, _kv_empty, q_full, q_empty, do_full, do_empty,
-     _slot_empty, _ds_full, _ds_empty, _cut) = memory  # fmt: skip
+     _ds_full, _ds_empty, _cut) = memory  # fmt: skip
     stage, _ = stage_of(count + t, STAGES)
     before, _ = stage_of(count + t - 1, STAGES)
     do_stage, do_phase = stage_of(count + t, STAGES - 1)
@@ -254,7 +253,7 @@ def _sum(
 ):  # fmt: skip
     """dK and dV of a block's keys over its `tiles` of queries, at least one."""
     (_ks, _vs, qs, _dos, _slots, _dss, _lses, _deltas, _kept, _kv_full, _kv_empty, q_full, q_empty, _do_full, _do_empty,
-     _slot_empty, _ds_full, _ds_empty, _cut) = memory  # fmt: skip
+     _ds_full, _ds_empty, _cut) = memory  # fmt: skip
     first, left, right, last = tiles
     stage, phase = stage_of(count, STAGES)
     mbarrier.wait(q_full.index(stage), phase)
@@ -290,7 +289,7 @@ def _consume(
 ):  # fmt: skip
     """dS^T, dV and dK of half of the keys of every block, as messages to the gatherer."""
     (ks, vs, _qs, _dos, _slots, _dss, _lses, _deltas, _kept, kv_full, kv_empty, _q_full, _q_empty, _do_full, _do_empty,
-     _slot_empty, _ds_full, _ds_empty, _cut) = memory  # fmt: skip
+     _ds_full, _ds_empty, _cut) = memory  # fmt: skip
     _scale, _heads, group, _n_q, n_k, _tiles, items, _align = work
     KEYS: gl.constexpr = 2 * BLOCK_N
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=accumulator(BLOCK_M), k_width=2)
@@ -318,7 +317,7 @@ def _consume(
 def _deliver(desc, b, h_k, start_n, memory, number, RING: gl.constexpr, BLOCK_N: gl.constexpr):
     """Send message number `number` of both consumers out: dV or dK of a block."""
     (_ks, _vs, _qs, _dos, _slots, dss, _lses, _deltas, _kept, _kv_full, _kv_empty, _q_full, _q_empty, _do_full, _do_empty,
-     _slot_empty, ds_full, ds_empty, _cut) = memory  # fmt: skip
+     ds_full, ds_empty, _cut) = memory  # fmt: skip
     place, phase = stage_of(number, RING)
     mbarrier.wait(ds_full.index(place), phase)
     for c in gl.static_range(2):
@@ -335,9 +334,9 @@ def _gather_tile(
     """Add a block's part to dQ of a tile of queries, whose slot's use this is number `use`, from message number `number`: to 0
     if it is `fresh`, and send it out if it is `done`."""
     (_ks, _vs, qs, _dos, slots, dss, _lses, _deltas, _kept, _kv_full, _kv_empty, _q_full, _q_empty, _do_full, _do_empty,
-     slot_empty, ds_full, ds_empty, _cut) = memory  # fmt: skip
+     ds_full, ds_empty, _cut) = memory  # fmt: skip
     Q_LAYOUT: gl.constexpr = accumulator(BLOCK_M)
-    slot, _ = stage_of(use, TILES)
+    slot = use % TILES
     place, phase = stage_of(number, RING)
     if fresh:
         dqt = gl.zeros([D, BLOCK_M], gl.float32, Q_LAYOUT)
@@ -351,12 +350,11 @@ def _gather_tile(
     dqt = warpgroup_mma_wait(0, deps=(dqt,))
     mbarrier.arrive(ds_empty.index(place), count=1)
     if done:
+        tma.store_wait(0)  # that of the tile before: it has left its slot
         dq = _slot(slots, slot, qs.index(0))
         dq.reshape([BLOCK_M, D]).permute((1, 0)).store((dqt * S.scale).to(qs.dtype))
         fence_async_shared()
         tma_store(dq_desc, [b, h, start_m, 0], dq)
-        tma.store_wait(0)
-        mbarrier.arrive(slot_empty.index(slot), count=1)
     else:
         slots.index(slot).store(dqt)
 
@@ -368,7 +366,7 @@ def _gather(
 ):  # fmt: skip
     """dQ of every item; and send out what the consumers sum."""
     (ks, _vs, _qs, _dos, _slots, _dss, _lses, _deltas, _kept, kv_full, kv_empty, _q_full, _q_empty, _do_full, _do_empty,
-     _slot_empty, _ds_full, _ds_empty, _cut) = memory  # fmt: skip
+     _ds_full, _ds_empty, _cut) = memory  # fmt: skip
     _scale, _heads, group, _n_q, n_k, n_tiles, items, _align = work
     KEYS: gl.constexpr = 2 * BLOCK_N
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=accumulator(BLOCK_M), k_width=2)
@@ -410,7 +408,10 @@ def flash_bwd(
     as in flash_fwd. Every row is written: queries that see no key, keys that no query sees, and keys that do not exist, get 0.
     """
     gl.static_assert(BLOCK_M == D and BLOCK_N == D, "dS^T, dQ, dK and dV share buffers")
-    gl.static_assert(STAGES >= 3, "the next tile is waited for before the one before is free")
+    gl.static_assert(STAGES == 3, "the next tile is waited for before the one before is free")
+    # A slot's next use begins TILES tiles of queries later at least. By then consumers are done with the second tile before, for
+    # which they needed the message RING before it free: the gatherer is two tiles past the slot's last use.
+    gl.static_assert(TILES >= RING + 4, "a slot must be free when it is used again")
     qs = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_M, D], q_desc.layout)
     dos = gl.allocate_shared_memory(q_desc.dtype, [STAGES - 1, 1, 1, BLOCK_M, D], do_desc.layout)
     ks = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, BLOCK_N, D], k_desc.layout)
@@ -422,10 +423,10 @@ def flash_bwd(
     kept = gl.allocate_shared_memory(gl.float32, [TILES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # Of the two that make a tile full, one is for what comes by TMA, one for lse or delta.
     q_full, q_empty, do_full, do_empty = barriers(STAGES, 2), barriers(STAGES, 2), barriers(STAGES - 1, 2), barriers(STAGES - 1, 2)
-    kv_full, kv_empty, slot_empty, cut = barriers(1, 4), barriers(1, 3), barriers(TILES, 1), barriers(1, 1)
+    kv_full, kv_empty, cut = barriers(1, 4), barriers(1, 3), barriers(1, 1)
     ds_full, ds_empty = barriers(RING, 2), barriers(RING, 1)
     fence_async_shared()  # for the barriers
-    memory = (ks, vs, qs, dos, slots, dss, lses, deltas, kept, kv_full, kv_empty, q_full, q_empty, do_full, do_empty, slot_empty,
+    memory = (ks, vs, qs, dos, slots, dss, lses, deltas, kept, kv_full, kv_empty, q_full, q_empty, do_full, do_empty,
               ds_full, ds_empty, cut)  # fmt: skip
     work = (scale, heads, group, n_q, n_k, tiles, items, align)
     gl.warp_specialize([
