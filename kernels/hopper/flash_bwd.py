@@ -198,17 +198,17 @@ def _send(x, memory, number, CONSUMER: gl.constexpr, RING: gl.constexpr, BLOCK_N
 
 @gluon.jit
 def _step(
-    t, count, blocks, total, k, v, memory, dk, dv, ds, start_m, start_n, S, LEFT, RIGHT, BLOCK_M: gl.constexpr,
+    count, end, blocks, k, v, memory, dk, dv, ds, start_m, start_n, S, LEFT, RIGHT, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, CONSUMER: gl.constexpr,
     FIRST: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """dS and dV of a block's tile t, queries from start_m on, and dK of the tile before it, whose dS^T is ds. Before the block
-    came `blocks` blocks and `count` tiles."""
+    """dS and dV of tile number `count`, queries from start_m on, and dK of the tile before it, whose dS^T is ds. Those of the block
+    go to number `end`; before it came `blocks`."""
     (_ks, _vs, qs, dos, _slots, _dss, lses, deltas, _kept, _kv_full, _kv_empty, q_full, q_empty, do_full, do_empty,
      _ds_full, _ds_empty, _cut) = memory  # fmt: skip
-    stage, _ = stage_of(count + t, STAGES)
-    before, _ = stage_of(count + t - 1, STAGES)
-    do_stage, do_phase = stage_of(count + t, STAGES - 1)
+    stage, _ = stage_of(count, STAGES)
+    before, _ = stage_of(count - 1, STAGES)
+    do_stage, do_phase = stage_of(count, STAGES - 1)
     S_LAYOUT: gl.constexpr = accumulator(BLOCK_M)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=accumulator(D), k_width=2)
@@ -237,10 +237,10 @@ def _step(
     dv = warpgroup_mma(pt, do, dv, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
     dp = warpgroup_mma_wait(1, deps=(dp,))
     following = gl.convert_layout((p * dp).to(q.dtype), A_LAYOUT)
-    _send(following, memory, _sent(count + t, blocks), CONSUMER, RING, BLOCK_N)
+    _send(following, memory, _sent(count, blocks), CONSUMER, RING, BLOCK_N)
     # A real branch: without one ptxas moves the wait below above dS, and nothing overlaps.
-    ahead, phase_ahead = stage_of(count + t + 1, STAGES)
-    mbarrier.wait(q_full.index(ahead), phase_ahead, pred=t + 1 < total)
+    ahead, phase_ahead = stage_of(count + 1, STAGES)
+    mbarrier.wait(q_full.index(ahead), phase_ahead, pred=count + 1 < end)
     dv, following = warpgroup_mma_wait(0, deps=(dv, following))
     mbarrier.arrive(do_empty.index(do_stage), count=1)
     return dk, dv, following
@@ -258,24 +258,24 @@ def _sum(
     stage, phase = stage_of(count, STAGES)
     mbarrier.wait(q_full.index(stage), phase)
     each = last - first
-    total = group * each
+    end = count + group * each
     ds = gl.zeros([BLOCK_N, BLOCK_M], qs.dtype, gl.DotOperandLayout(operand_index=0, parent=accumulator(D), k_width=2))
-    dk, dv, ds = _step(0, count, blocks, total, k, v, memory, dk, dv, ds, first * BLOCK_M, start_n, S, LEFT, RIGHT,
+    dk, dv, ds = _step(count, end, blocks, k, v, memory, dk, dv, ds, first * BLOCK_M, start_n, S, LEFT, RIGHT,
                        BLOCK_M, BLOCK_N, D, STAGES, RING, CONSUMER, True, True)  # fmt: skip
     for member in range(group):
-        t = member * each - first
+        t = count + member * each - first
         begin = first + gl.maximum(1 - member, 0)
         if RIGHT is not None:
             for i in range(begin, left):
-                dk, dv, ds = _step(t + i, count, blocks, total, k, v, memory, dk, dv, ds, i * BLOCK_M, start_n, S, LEFT, RIGHT,
+                dk, dv, ds = _step(t + i, end, blocks, k, v, memory, dk, dv, ds, i * BLOCK_M, start_n, S, LEFT, RIGHT,
                                    BLOCK_M, BLOCK_N, D, STAGES, RING, CONSUMER, False, True)  # fmt: skip
         for i in range(gl.maximum(left, begin), right):
-            dk, dv, ds = _step(t + i, count, blocks, total, k, v, memory, dk, dv, ds, i * BLOCK_M, start_n, S, LEFT, RIGHT,
+            dk, dv, ds = _step(t + i, end, blocks, k, v, memory, dk, dv, ds, i * BLOCK_M, start_n, S, LEFT, RIGHT,
                                BLOCK_M, BLOCK_N, D, STAGES, RING, CONSUMER, False, False)  # fmt: skip
         for i in range(gl.maximum(right, begin), last):
-            dk, dv, ds = _step(t + i, count, blocks, total, k, v, memory, dk, dv, ds, i * BLOCK_M, start_n, S, LEFT, RIGHT,
+            dk, dv, ds = _step(t + i, end, blocks, k, v, memory, dk, dv, ds, i * BLOCK_M, start_n, S, LEFT, RIGHT,
                                BLOCK_M, BLOCK_N, D, STAGES, RING, CONSUMER, False, True)  # fmt: skip
-    stage, _ = stage_of(count + total - 1, STAGES)
+    stage, _ = stage_of(end - 1, STAGES)
     dk = warpgroup_mma(ds, qs.index(stage).reshape([BLOCK_M, D]), dk, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
     dk = warpgroup_mma_wait(0, deps=(dk,))
     mbarrier.arrive(q_empty.index(stage), count=1)
