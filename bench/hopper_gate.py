@@ -32,7 +32,7 @@ VARIANTS = {
     "several": {"LEFT", "RIGHT", "cu_q", "cu_k", "dropout", "softcap", "slopes", "sinks", "MOD"},
     "everything": {"LEFT", "RIGHT", "cu_q", "cu_k", "bias", "dropout", "softcap", "slopes", "sinks", "MOD"},
 }  # fmt: skip
-KERNELS = ["flash_fwd", "flash_bwd_dq", "flash_bwd_dkdv"]
+KERNELS = ["flash_fwd", "flash_bwd_dq", "flash_bwd_dkdv", "flash_bwd"]
 BACKWARD = ["full", "causal", "window", "padded"]  # variants that its kernels have
 SPILLED = 64  # such as the number of the program, which ptxas keeps in memory over the start of a partition
 
@@ -50,7 +50,8 @@ def source(name: str, dtype: str, dim: int, config, variant: str):
     mask_vec = 0 if variant == "bias-any" else 8
     mod = compile_gate.load("tfkern.kernels.score_mods").signed_log if "MOD" in there else None
     linear = not there & {"bias", "softcap", "slopes", "sinks", "MOD"}
-    constants = dict(MOD=mod, LINEAR=linear, MASK_VEC=mask_vec, DIM=dim, **config.constants(dim, name == "flash_bwd_dkdv"))
+    tiles = config.constants(dim, owns_keys=True) if name == "flash_bwd_dkdv" else config.constants(dim)
+    constants = dict(MOD=mod, LINEAR=linear, MASK_VEC=mask_vec, DIM=dim, **tiles)
     constants |= {side: None for side in ("LEFT", "RIGHT") if side not in there}
     if "key_lengths" not in there:
         constants["DLSE"] = None
@@ -97,6 +98,8 @@ def judge(binary, in_loops: int = 0) -> tuple[str, list[str]]:
 def configurations(kernel: str, dim: int, variant: str) -> list:
     """What the tables hold for a kernel in a variant, if it is in the kernel."""
     tiles = compile_gate.load("tfkern.tiles")
+    if kernel == "flash_bwd":
+        return list(tiles.HOPPER_ONE_PASS.get(dim, ())) if variant in BACKWARD else []
     if kernel != "flash_fwd":
         return list(tiles.HOPPER_BACKWARD[kernel].get(dim, ())) if variant in BACKWARD else []
     found = tiles.HOPPER[dim]
@@ -131,7 +134,8 @@ def main() -> int:
         text, wrong = judge(binary, args.in_loops)
         failed += bool(wrong)
         tiles = f"{config.consumers} consumers x {config.block_n} s{config.stages}"
-        print(f"{kernel:14} {dtype} D{dim:<4} {variant:10} {tiles:20} {text} {'; '.join(wrong)}", flush=True)
+        tiles += f" {config.tiles} slots" if kernel == "flash_bwd" else ""
+        print(f"{kernel:14} {dtype} D{dim:<4} {variant:10} {tiles:28} {text} {'; '.join(wrong)}", flush=True)
     print(f"{failed} failed")
     return 1 if failed else 0
 
