@@ -86,7 +86,9 @@ def work_of_blocks(p: Problem, step: int, block: int) -> cost_model.Work:
     row, heads = 2 * p.head_dim, p.batch * p.heads
     passes = [cut_left, whole, cut] if p.causal else [whole, cut]
     loaded = heads * row * (sum(passes) * 2 * step + 2 * math.ceil(n / block) * block + tiles * step)
-    return cost_model.Work(heads, tuple(heads * x for x in passes), loaded, TENSORS["flash_bwd_one_pass"] * p.tensor, sum(passes))
+    return cost_model.Work(
+        heads, tuple(heads * x for x in passes), loaded, TENSORS["flash_bwd_one_pass"] * p.tensor, sum(passes)
+    )
 
 
 def floor(kernel: str, p: Problem, machine: cost_model.Machine = cost_model.H100) -> float:

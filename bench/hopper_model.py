@@ -147,7 +147,16 @@ def _backward(problem: geometry.Problem, dtype: str) -> str:
 
 COLUMNS = {
     "forward": ["floor µs", "portable µs", "of the floor", "Hopper µs", "bound", "of the floor", "TFLOP/s"],
-    "backward": ["floor µs", "portable µs", "two launches µs", "bound", "one launch µs", "bound", "better of the floor", "TFLOP/s"],
+    "backward": [
+        "floor µs",
+        "portable µs",
+        "two launches µs",
+        "bound",
+        "one launch µs",
+        "bound",
+        "better of the floor",
+        "TFLOP/s",
+    ],
 }
 
 

@@ -422,7 +422,12 @@ def flash_bwd(
     deltas = gl.allocate_shared_memory(gl.float32, [STAGES - 1, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     kept = gl.allocate_shared_memory(gl.float32, [TILES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # Of the two that make a tile full, one is for what comes by TMA, one for lse or delta.
-    q_full, q_empty, do_full, do_empty = barriers(STAGES, 2), barriers(STAGES, 2), barriers(STAGES - 1, 2), barriers(STAGES - 1, 2)
+    q_full, q_empty, do_full, do_empty = (
+        barriers(STAGES, 2),
+        barriers(STAGES, 2),
+        barriers(STAGES - 1, 2),
+        barriers(STAGES - 1, 2),
+    )
     kv_full, kv_empty, cut = barriers(1, 4), barriers(1, 3), barriers(1, 1)
     ds_full, ds_empty = barriers(RING, 2), barriers(RING, 1)
     fence_async_shared()  # for the barriers

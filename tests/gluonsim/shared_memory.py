@@ -83,7 +83,9 @@ class SharedAllocation:
     def spoil(self, box: Box, written: torch.Tensor) -> None:
         """A box was written of which `written` tells what is undefined: as another type, what it holds is undefined."""
         everything = (tuple((0, size) for size in self.data.shape), self.undefined)
-        others = [everything, *((key[0], undefined) for key, (_, undefined) in self._readings.items())] if self._readings else []
+        others = (
+            [everything, *((key[0], undefined) for key, (_, undefined) in self._readings.items())] if self._readings else []
+        )
         for other, undefined in others:
             if undefined.untyped_storage().data_ptr() == written.untyped_storage().data_ptr():
                 continue
@@ -204,7 +206,9 @@ class SharedView:
         shape = tuple(map(int, shape))
         data, undefined = self._allocation.reading(self._box, dtype, shape, layout)
         if self._dims is None or not self._data.is_contiguous() or data.nbytes > self.nbytes:
-            raise UnsupportedError(f"{data.nbytes} bytes of shared memory seen as {dtype}{shape} in {self.nbytes} of {self.label}")
+            raise UnsupportedError(
+                f"{data.nbytes} bytes of shared memory seen as {dtype}{shape} in {self.nbytes} of {self.label}"
+            )
         return SharedView(self._allocation, data, undefined, self._box, None)
 
     def load(self, layout: Any = None) -> Tensor:
