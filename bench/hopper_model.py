@@ -139,10 +139,8 @@ def _backward(problem: geometry.Problem, dtype: str) -> str:
     best = min(sum(x.microseconds for x in two), one.microseconds if one else math.inf)
     flops = 10 * problem.scores * problem.head_dim / best / 1e6
     last = f"{one.microseconds:.0f} | {one.bound}" if one else "- | -"
-    return (
-        f"{floor:.0f} | {portable:.0f} | {' + '.join(f'{x.microseconds:.0f}' for x in two)} | {' + '.join(x.bound for x in two)} "
-        f"| {last} | {floor / best:.0%} | {flops:.0f}"
-    )
+    times, bounds = " + ".join(f"{x.microseconds:.0f}" for x in two), " + ".join(x.bound for x in two)
+    return f"{floor:.0f} | {portable:.0f} | {times} | {bounds} | {last} | {floor / best:.0%} | {flops:.0f}"
 
 
 COLUMNS = {

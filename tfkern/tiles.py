@@ -219,5 +219,5 @@ class HopperOnePass:
 
 # By head-dim class, those for few queries first.
 HOPPER_ONE_PASS = {64: (HopperOnePass(6, 2), HopperOnePass(8, 1))}
-# Key heads of a batch from which on one pass fills the chip: with 132 SMs it leaves 2 of 7 products out, and they may idle as much.
+# Key heads of a batch from which on one pass is taken: leaving out 2 of 7 products, it may leave as many of 132 SMs idle.
 HOPPER_FULL_CHIP = 96

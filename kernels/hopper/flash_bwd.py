@@ -8,6 +8,8 @@ shared memory, in float32: every tile of queries has a slot there, in which firs
 the end dQ leaves. dV and dK leave through the buffers of dS^T. Programs are persistent, as in flash_fwd.
 """
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -25,13 +27,48 @@ from .parts import accumulator, barriers, reinterpret, stage_of, tma_load, tma_s
 RUN_TIME = ["heads", "group", "n_q", "n_k", "tiles", "items", "align", "LEFT", "RIGHT"]
 
 
+class Work(NamedTuple):
+    """What the call is about: numbers, as in flash_bwd's arguments."""
+
+    scale: Any
+    heads: Any
+    group: Any
+    n_q: Any
+    n_k: Any
+    tiles: Any
+    items: Any
+    align: Any
+
+
+class Memory(NamedTuple):
+    """Shared memory, and the barriers that tell when its buffers are full and empty."""
+
+    ks: Any  # K and V of a block, a buffer a consumer
+    vs: Any
+    qs: Any  # tiles of queries, with their lse
+    lses: Any
+    dos: Any  # and of dO, with their delta
+    deltas: Any
+    kept: Any  # delta, by slot
+    slots: Any  # for a tile of queries each: O, then dQ
+    dss: Any  # the consumers' messages: dS^T, dV, dK
+    kv_full: Any
+    kv_empty: Any
+    q_full: Any
+    q_empty: Any
+    do_full: Any
+    do_empty: Any
+    ds_full: Any
+    ds_empty: Any
+    cut: Any  # for what the producer itself waits for
+
+
 @gluon.jit
 def _place(item, F, work):
     """(batch, key head, Scorer) of item number `item`."""
-    scale, heads, group, n_q, n_k, _tiles, _items, align = work
-    seq = sequence.of_batch(F, item // (heads // group), 0, n_q, n_k)
-    h_k = item % (heads // group)
-    return seq.b, h_k, score.prepare(F, seq, h_k * group, scale, align * (seq.n_k - n_q), True, 0)
+    seq = sequence.of_batch(F, item // (work.heads // work.group), 0, work.n_q, work.n_k)
+    h_k = item % (work.heads // work.group)
+    return seq.b, h_k, score.prepare(F, seq, h_k * work.group, work.scale, work.align * (seq.n_k - work.n_q), True, 0)
 
 
 @gluon.jit
@@ -39,16 +76,15 @@ def _tiles_of(block, S, F, work, LEFT, RIGHT, BLOCK_M: gl.constexpr, KEYS: gl.co
     """The tiles of queries that a block of KEYS keys goes through: (first, left, right, last); those of [left, right) are whole
     and seen by all of its keys. first and last never fall from a block to the next, and no tile is left out: queries that see
     no key come with the first block, or with the last that has keys. For blocks behind that one first = last = tiles."""
-    _scale, _heads, _group, n_q, _n_k, tiles, _items, _align = work
     start_n = block * KEYS
     end_n = start_n + KEYS
     lo, full_lo, full_hi, hi = band.query_range(
-        start_n, gl.minimum(end_n, S.n_k), gl.where(start_n < S.n_k, n_q, 0), S.shift, LEFT, RIGHT, F, BLOCK_M
+        start_n, gl.minimum(end_n, S.n_k), gl.where(start_n < S.n_k, work.n_q, 0), S.shift, LEFT, RIGHT, F, BLOCK_M
     )
-    seen_lo, _, _, seen_hi = band.key_range(0, n_q, S.n_k, S.shift, LEFT, RIGHT, F, KEYS)
+    seen_lo, _, _, seen_hi = band.key_range(0, work.n_q, S.n_k, S.shift, LEFT, RIGHT, F, KEYS)
     final = gl.maximum(S.n_k - 1, 0) // KEYS
-    first = gl.where(block == 0, 0, gl.where(block > final, tiles, gl.minimum(lo // BLOCK_M, tiles)))
-    last = gl.where(block >= final, tiles, gl.maximum(gl.cdiv(gl.maximum(hi, 0), BLOCK_M), first))
+    first = gl.where(block == 0, 0, gl.where(block > final, work.tiles, gl.minimum(lo // BLOCK_M, work.tiles)))
+    last = gl.where(block >= final, work.tiles, gl.maximum(gl.cdiv(gl.maximum(hi, 0), BLOCK_M), first))
     left = gl.minimum(gl.maximum(gl.cdiv(full_lo, BLOCK_M), first), last)
     right = gl.minimum(gl.maximum(full_hi // BLOCK_M, left), last)
     # Scores of keys that are not there are 0, and their weights may overflow: they have to be masked too.
@@ -62,12 +98,12 @@ def _slot(slots, i, like):
 
 
 @gluon.jit
-def _load_seen(desc, at, buffer, start, seen_lo, seen_hi, n, full, cut, cuts, ROWS: gl.constexpr, D: gl.constexpr):
+def _load_seen(desc, b, h, start, buffer, full, seen_lo, seen_hi, n, cut, cuts, ROWS: gl.constexpr, D: gl.constexpr):
     """A tile of rows from `start` on by TMA, which arrives at `full`; of its rows below n, those outside of [seen_lo, seen_hi) are
-    zeroed first. Returns how many tiles had to be."""
+    zeroed first. Returns how many tiles came by `cut`."""
     if (start < seen_lo) | (gl.minimum(start + ROWS, n) > seen_hi):
         mbarrier.expect(cut, desc.block_type.nbytes)
-        tma_load(desc, at, cut, buffer)
+        tma_load(desc, [b, h, start, 0], cut, buffer)
         mbarrier.wait(cut, cuts & 1)
         zero_rows(buffer.reshape([ROWS, D]), seen_lo - start, seen_hi - start, ROWS)
         fence_async_shared()
@@ -75,7 +111,7 @@ def _load_seen(desc, at, buffer, start, seen_lo, seen_hi, n, full, cut, cuts, RO
         cuts += 1
     else:
         mbarrier.expect(full, desc.block_type.nbytes)
-        tma_load(desc, at, full, buffer)
+        tma_load(desc, [b, h, start, 0], full, buffer)
     return cuts
 
 
@@ -99,43 +135,39 @@ def _fetch_queries(
     BLOCK_M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
     """Tile number `count` of Q and dO, with lse and delta, as buffers fall free. When it is `fresh`, its O arrives in its slot,
-    of which this is use number `use`, and delta is formed, of what is then kept in later blocks."""
-    (_ks, _vs, qs, dos, slots, _dss, lses, deltas, kept, _kv_full, _kv_empty, q_full, q_empty, do_full, do_empty,
-     _ds_full, _ds_empty, cut) = memory  # fmt: skip
-    _scale, heads, _group, n_q, _n_k, _tiles, _items, _align = work
+    of which this is use number `use`, and delta is formed, which is then kept for later blocks."""
     ROWS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     stage, phase = stage_of(count, STAGES)
-    row = (b * heads + h).to(gl.int64) * n_q
+    row = (b * work.heads + h).to(gl.int64) * work.n_q
     lse = softmax.load_lse(LSE + row, start_m + gl.arange(0, BLOCK_M, layout=ROWS), seen_lo, seen_hi, True, True)
-    mbarrier.wait(q_empty.index(stage), phase ^ 1)
-    at = [b, h, start_m, 0]
+    mbarrier.wait(memory.q_empty.index(stage), phase ^ 1)
     cuts = _load_seen(
-        q_desc, at, qs.index(stage), start_m, seen_lo, seen_hi, n_q, q_full.index(stage), cut.index(0), cuts, BLOCK_M, D
-    )
-    lses.index(stage).store(lse)
-    mbarrier.arrive(q_full.index(stage), count=1)
+        q_desc, b, h, start_m, memory.qs.index(stage), memory.q_full.index(stage), seen_lo, seen_hi, work.n_q, memory.cut, cuts,
+        BLOCK_M, D)  # fmt: skip
+    memory.lses.index(stage).store(lse)
+    mbarrier.arrive(memory.q_full.index(stage), count=1)
     stage, phase = stage_of(count, STAGES - 1)
     slot = use % TILES
-    mbarrier.wait(do_empty.index(stage), phase ^ 1)
+    mbarrier.wait(memory.do_empty.index(stage), phase ^ 1)
     if fresh:
-        o = _slot(slots, slot, qs.index(0))
-        mbarrier.expect(cut.index(0), 2 * q_desc.block_type.nbytes)
-        tma_load(o_desc, at, cut.index(0), o)
-        tma_load(do_desc, at, cut.index(0), dos.index(stage))
-        mbarrier.wait(cut.index(0), cuts & 1)
+        o = _slot(memory.slots, slot, memory.qs.index(0))
+        mbarrier.expect(memory.cut, 2 * q_desc.block_type.nbytes)
+        tma_load(o_desc, [b, h, start_m, 0], memory.cut, o)
+        tma_load(do_desc, [b, h, start_m, 0], memory.cut, memory.dos.index(stage))
+        mbarrier.wait(memory.cut, cuts & 1)
         cuts += 1
-        do = dos.index(stage).reshape([BLOCK_M, D])
-        _form_delta(o.reshape([BLOCK_M, D]), do, DLSE, row, start_m, seen_lo, seen_hi, kept.index(slot), F, BLOCK_M)
-        if (start_m < seen_lo) | (gl.minimum(start_m + BLOCK_M, n_q) > seen_hi):
+        do = memory.dos.index(stage).reshape([BLOCK_M, D])
+        _form_delta(o.reshape([BLOCK_M, D]), do, DLSE, row, start_m, seen_lo, seen_hi, memory.kept.index(slot), F, BLOCK_M)
+        if (start_m < seen_lo) | (gl.minimum(start_m + BLOCK_M, work.n_q) > seen_hi):
             zero_rows(do, seen_lo - start_m, seen_hi - start_m, BLOCK_M)
             fence_async_shared()
-        mbarrier.arrive(do_full.index(stage), count=1)
+        mbarrier.arrive(memory.do_full.index(stage), count=1)
     else:
         cuts = _load_seen(
-            do_desc, at, dos.index(stage), start_m, seen_lo, seen_hi, n_q, do_full.index(stage), cut.index(0), cuts, BLOCK_M, D
-        )
-    deltas.index(stage).store(kept.index(slot).load(ROWS))
-    mbarrier.arrive(do_full.index(stage), count=1)
+            do_desc, b, h, start_m, memory.dos.index(stage), memory.do_full.index(stage), seen_lo, seen_hi, work.n_q, memory.cut,
+            cuts, BLOCK_M, D)  # fmt: skip
+    memory.deltas.index(stage).store(memory.kept.index(slot).load(ROWS))
+    mbarrier.arrive(memory.do_full.index(stage), count=1)
     return cuts
 
 
@@ -145,37 +177,33 @@ def _produce(
     BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
     """For every block of keys of every item, K and V as soon as the last ones are in registers; then its tiles of queries."""
-    (ks, vs, _qs, _dos, _slots, _dss, _lses, _deltas, _kept, kv_full, kv_empty, _q_full, _q_empty, _do_full, _do_empty,
-     _ds_full, _ds_empty, cut) = memory  # fmt: skip
-    _scale, _heads, group, n_q, n_k, tiles, items, _align = work
     KEYS: gl.constexpr = 2 * BLOCK_N
     uses, blocks, count, cuts = 0, 0, 0, 0  # of slots, of blocks and of tiles of queries so far
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+    for item in range(gl.program_id(0), work.items, gl.num_programs(0)):
         b, h_k, S = _place(item, F, work)
-        k_lo, _, _, k_hi = band.key_range(0, n_q, S.n_k, S.shift, LEFT, RIGHT, F, KEYS)
-        q_lo, _, _, q_hi = band.query_range(0, S.n_k, gl.where(S.n_k > 0, n_q, 0), S.shift, LEFT, RIGHT, F, BLOCK_M)
+        k_lo, _, _, k_hi = band.key_range(0, work.n_q, S.n_k, S.shift, LEFT, RIGHT, F, KEYS)
+        q_lo, _, _, q_hi = band.query_range(0, S.n_k, gl.where(S.n_k > 0, work.n_q, 0), S.shift, LEFT, RIGHT, F, BLOCK_M)
         reached = 0
-        for block in range(gl.cdiv(n_k, KEYS)):
+        for block in range(gl.cdiv(work.n_k, KEYS)):
             first, _, _, last = _tiles_of(block, S, F, work, LEFT, RIGHT, BLOCK_M, KEYS)
-            mbarrier.wait(kv_empty.index(0), (blocks & 1) ^ 1)
+            mbarrier.wait(memory.kv_empty, (blocks & 1) ^ 1)
             for c in gl.static_range(2):
                 start = block * KEYS + c * BLOCK_N
-                at = [b, h_k, start, 0]
                 cuts = _load_seen(
-                    k_desc, at, ks.index(c), start, k_lo, k_hi, n_k, kv_full.index(0), cut.index(0), cuts, BLOCK_N, D
-                )
+                    k_desc, b, h_k, start, memory.ks.index(c), memory.kv_full, k_lo, k_hi, work.n_k, memory.cut, cuts,
+                    BLOCK_N, D)  # fmt: skip
                 cuts = _load_seen(
-                    v_desc, at, vs.index(c), start, k_lo, k_hi, n_k, kv_full.index(0), cut.index(0), cuts, BLOCK_N, D
-                )
+                    v_desc, b, h_k, start, memory.vs.index(c), memory.kv_full, k_lo, k_hi, work.n_k, memory.cut, cuts,
+                    BLOCK_N, D)  # fmt: skip
             blocks += 1
-            for member in range(group):
+            for member in range(work.group):
                 for i in range(first, last):
                     cuts = _fetch_queries(
-                        q_desc, o_desc, do_desc, LSE, DLSE, memory, count, uses + member * tiles + i, i >= reached, b,
-                        h_k * group + member, i * BLOCK_M, q_lo, q_hi, cuts, F, work, BLOCK_M, D, STAGES, TILES)  # fmt: skip
+                        q_desc, o_desc, do_desc, LSE, DLSE, memory, count, uses + member * work.tiles + i, i >= reached, b,
+                        h_k * work.group + member, i * BLOCK_M, q_lo, q_hi, cuts, F, work, BLOCK_M, D, STAGES, TILES)  # fmt: skip
                     count += 1
             reached = gl.maximum(reached, last)
-        uses += group * tiles
+        uses += work.group * work.tiles
 
 
 @gluon.jit
@@ -187,13 +215,11 @@ def _sent(count, blocks):
 @gluon.jit
 def _send(x, memory, number, CONSUMER: gl.constexpr, RING: gl.constexpr, BLOCK_N: gl.constexpr):
     """Leave x [BLOCK_N, 64] to the gatherer, as a consumer's message number `number`."""
-    (_ks, _vs, _qs, _dos, _slots, dss, _lses, _deltas, _kept, _kv_full, _kv_empty, _q_full, _q_empty, _do_full, _do_empty,
-     ds_full, ds_empty, _cut) = memory  # fmt: skip
     place, phase = stage_of(number, RING)
-    mbarrier.wait(ds_empty.index(place), phase ^ 1)
-    dss.index(2 * place + CONSUMER).reshape([BLOCK_N, x.shape[1]]).store(x)
+    mbarrier.wait(memory.ds_empty.index(place), phase ^ 1)
+    memory.dss.index(2 * place + CONSUMER).reshape([BLOCK_N, x.shape[1]]).store(x)
     fence_async_shared()
-    mbarrier.arrive(ds_full.index(place), count=1)
+    mbarrier.arrive(memory.ds_full.index(place), count=1)
 
 
 @gluon.jit
@@ -204,8 +230,6 @@ def _step(
 ):  # fmt: skip
     """dS and dV of tile number `count`, queries from start_m on, and dK of the tile before it, whose dS^T is ds. Those of the block
     go to number `end`; before it came `blocks`."""
-    (_ks, _vs, qs, dos, _slots, _dss, lses, deltas, _kept, _kv_full, _kv_empty, q_full, q_empty, do_full, do_empty,
-     _ds_full, _ds_empty, _cut) = memory  # fmt: skip
     stage, _ = stage_of(count, STAGES)
     before, _ = stage_of(count - 1, STAGES)
     do_stage, do_phase = stage_of(count, STAGES - 1)
@@ -213,26 +237,28 @@ def _step(
     COLUMNS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=accumulator(D), k_width=2)
     zero = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, S_LAYOUT)
-    q = qs.index(stage).reshape([BLOCK_M, D])
-    do = dos.index(do_stage).reshape([BLOCK_M, D])
+    q = memory.qs.index(stage).reshape([BLOCK_M, D])
+    do = memory.dos.index(do_stage).reshape([BLOCK_M, D])
     s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)  # [BLOCK_N, D] @ [D, BLOCK_M]
-    lse = lses.index(stage).load(COLUMNS)
+    lse = memory.lses.index(stage).load(COLUMNS)
     if FIRST:
         s = warpgroup_mma_wait(0, deps=(s,))
     else:
-        dk = warpgroup_mma(ds, qs.index(before).reshape([BLOCK_M, D]), dk, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
+        dk = warpgroup_mma(
+            ds, memory.qs.index(before).reshape([BLOCK_M, D]), dk, is_async=True
+        )  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
         s = warpgroup_mma_wait(1, deps=(s,))
     if MASKED:
         offs_m = start_m + gl.arange(0, BLOCK_M, layout=COLUMNS)
         offs_n = start_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, S_LAYOUT))
         s = gl.where(band.visible(offs_m[None, :], offs_n[:, None], S.n_k, S.shift, LEFT, RIGHT), s, float("-inf"))
     p = softmax.weights(s, lse[None, :], S, True)
-    mbarrier.wait(do_full.index(do_stage), do_phase)
-    dp = zero - deltas.index(do_stage).load(COLUMNS)[None, :]  # so that dP - delta comes out of the product
+    mbarrier.wait(memory.do_full.index(do_stage), do_phase)
+    dp = zero - memory.deltas.index(do_stage).load(COLUMNS)[None, :]  # so that dP - delta comes out of the product
     dp = warpgroup_mma(v, do.permute((1, 0)), dp, is_async=True)  # [BLOCK_N, D] @ [D, BLOCK_M]
     if not FIRST:
         dk, p = warpgroup_mma_wait(1, deps=(dk, p))
-        mbarrier.arrive(q_empty.index(before), count=1)
+        mbarrier.arrive(memory.q_empty.index(before), count=1)
     pt = gl.convert_layout(p.to(do.dtype), A_LAYOUT)
     dv = warpgroup_mma(pt, do, dv, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
     dp = warpgroup_mma_wait(1, deps=(dp,))
@@ -240,9 +266,9 @@ def _step(
     _send(following, memory, _sent(count, blocks), CONSUMER, RING, BLOCK_N)
     # A real branch: without one ptxas moves the wait below above dS, and nothing overlaps.
     ahead, phase_ahead = stage_of(count + 1, STAGES)
-    mbarrier.wait(q_full.index(ahead), phase_ahead, pred=count + 1 < end)
+    mbarrier.wait(memory.q_full.index(ahead), phase_ahead, pred=count + 1 < end)
     dv, following = warpgroup_mma_wait(0, deps=(dv, following))
-    mbarrier.arrive(do_empty.index(do_stage), count=1)
+    mbarrier.arrive(memory.do_empty.index(do_stage), count=1)
     return dk, dv, following
 
 
@@ -252,14 +278,12 @@ def _sum(
     BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of a block's keys over its `tiles` of queries, at least one."""
-    (_ks, _vs, qs, _dos, _slots, _dss, _lses, _deltas, _kept, _kv_full, _kv_empty, q_full, q_empty, _do_full, _do_empty,
-     _ds_full, _ds_empty, _cut) = memory  # fmt: skip
     first, left, right, last = tiles
     stage, phase = stage_of(count, STAGES)
-    mbarrier.wait(q_full.index(stage), phase)
+    mbarrier.wait(memory.q_full.index(stage), phase)
     each = last - first
     end = count + group * each
-    ds = gl.zeros([BLOCK_N, BLOCK_M], qs.dtype, gl.DotOperandLayout(operand_index=0, parent=accumulator(D), k_width=2))
+    ds = gl.zeros([BLOCK_N, BLOCK_M], memory.qs.dtype, gl.DotOperandLayout(operand_index=0, parent=accumulator(D), k_width=2))
     dk, dv, ds = _step(count, end, blocks, k, v, memory, dk, dv, ds, first * BLOCK_M, start_n, S, LEFT, RIGHT,
                        BLOCK_M, BLOCK_N, D, STAGES, RING, CONSUMER, True, True)  # fmt: skip
     for member in range(group):
@@ -276,9 +300,9 @@ def _sum(
             dk, dv, ds = _step(t + i, end, blocks, k, v, memory, dk, dv, ds, i * BLOCK_M, start_n, S, LEFT, RIGHT,
                                BLOCK_M, BLOCK_N, D, STAGES, RING, CONSUMER, False, True)  # fmt: skip
     stage, _ = stage_of(end - 1, STAGES)
-    dk = warpgroup_mma(ds, qs.index(stage).reshape([BLOCK_M, D]), dk, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
+    dk = warpgroup_mma(ds, memory.qs.index(stage).reshape([BLOCK_M, D]), dk, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
     dk = warpgroup_mma_wait(0, deps=(dk,))
-    mbarrier.arrive(q_empty.index(stage), count=1)
+    mbarrier.arrive(memory.q_empty.index(stage), count=1)
     return dk, dv
 
 
@@ -288,42 +312,37 @@ def _consume(
     RING: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """dS^T, dV and dK of half of the keys of every block, as messages to the gatherer."""
-    (ks, vs, _qs, _dos, _slots, _dss, _lses, _deltas, _kept, kv_full, kv_empty, _q_full, _q_empty, _do_full, _do_empty,
-     _ds_full, _ds_empty, _cut) = memory  # fmt: skip
-    _scale, _heads, group, _n_q, n_k, _tiles, items, _align = work
     KEYS: gl.constexpr = 2 * BLOCK_N
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=accumulator(BLOCK_M), k_width=2)
     blocks, count = 0, 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+    for item in range(gl.program_id(0), work.items, gl.num_programs(0)):
         _b, _h_k, S = _place(item, F, work)
-        for block in range(gl.cdiv(n_k, KEYS)):
+        for block in range(gl.cdiv(work.n_k, KEYS)):
             tiles = _tiles_of(block, S, F, work, LEFT, RIGHT, BLOCK_M, KEYS)
             dk = gl.zeros([BLOCK_N, D], gl.float32, accumulator(D))
             dv = gl.zeros([BLOCK_N, D], gl.float32, accumulator(D))
-            mbarrier.wait(kv_full.index(0), blocks & 1)
-            k = ks.index(CONSUMER).reshape([BLOCK_N, D]).load(A)
-            v = vs.index(CONSUMER).reshape([BLOCK_N, D]).load(A)
-            mbarrier.arrive(kv_empty.index(0), count=1)
+            mbarrier.wait(memory.kv_full, blocks & 1)
+            k = memory.ks.index(CONSUMER).reshape([BLOCK_N, D]).load(A)
+            v = memory.vs.index(CONSUMER).reshape([BLOCK_N, D]).load(A)
+            mbarrier.arrive(memory.kv_empty, count=1)
             if tiles[3] > tiles[0]:
-                dk, dv = _sum(k, v, memory, group, count, blocks, tiles, block * KEYS + CONSUMER * BLOCK_N, dk, dv, S,
+                dk, dv = _sum(k, v, memory, work.group, count, blocks, tiles, block * KEYS + CONSUMER * BLOCK_N, dk, dv, S,
                               LEFT, RIGHT, BLOCK_M, BLOCK_N, D, STAGES, RING, CONSUMER)  # fmt: skip
-                count += group * (tiles[3] - tiles[0])
-            _send(dv.to(ks.dtype), memory, _sent(count, blocks), CONSUMER, RING, BLOCK_N)
-            _send((dk * S.scale).to(ks.dtype), memory, _sent(count, blocks) + 1, CONSUMER, RING, BLOCK_N)
+                count += work.group * (tiles[3] - tiles[0])
+            _send(dv.to(memory.ks.dtype), memory, _sent(count, blocks), CONSUMER, RING, BLOCK_N)
+            _send((dk * S.scale).to(memory.ks.dtype), memory, _sent(count, blocks) + 1, CONSUMER, RING, BLOCK_N)
             blocks += 1
 
 
 @gluon.jit
 def _deliver(desc, b, h_k, start_n, memory, number, RING: gl.constexpr, BLOCK_N: gl.constexpr):
     """Send message number `number` of both consumers out: dV or dK of a block."""
-    (_ks, _vs, _qs, _dos, _slots, dss, _lses, _deltas, _kept, _kv_full, _kv_empty, _q_full, _q_empty, _do_full, _do_empty,
-     ds_full, ds_empty, _cut) = memory  # fmt: skip
     place, phase = stage_of(number, RING)
-    mbarrier.wait(ds_full.index(place), phase)
+    mbarrier.wait(memory.ds_full.index(place), phase)
     for c in gl.static_range(2):
-        tma_store(desc, [b, h_k, start_n + c * BLOCK_N, 0], dss.index(2 * place + c))
+        tma_store(desc, [b, h_k, start_n + c * BLOCK_N, 0], memory.dss.index(2 * place + c))
     tma.store_wait(0)
-    mbarrier.arrive(ds_empty.index(place), count=1)
+    mbarrier.arrive(memory.ds_empty.index(place), count=1)
 
 
 @gluon.jit
@@ -333,30 +352,28 @@ def _gather_tile(
 ):  # fmt: skip
     """Add a block's part to dQ of a tile of queries, whose slot's use this is number `use`, from message number `number`: to 0
     if it is `fresh`, and send it out if it is `done`."""
-    (_ks, _vs, qs, _dos, slots, dss, _lses, _deltas, _kept, _kv_full, _kv_empty, _q_full, _q_empty, _do_full, _do_empty,
-     ds_full, ds_empty, _cut) = memory  # fmt: skip
     Q_LAYOUT: gl.constexpr = accumulator(BLOCK_M)
     slot = use % TILES
     place, phase = stage_of(number, RING)
     if fresh:
         dqt = gl.zeros([D, BLOCK_M], gl.float32, Q_LAYOUT)
     else:
-        dqt = slots.index(slot).load(Q_LAYOUT)
-    mbarrier.wait(ds_full.index(place), phase)
-    ds0 = dss.index(2 * place).reshape([BLOCK_N, BLOCK_M])
-    ds1 = dss.index(2 * place + 1).reshape([BLOCK_N, BLOCK_M])
+        dqt = memory.slots.index(slot).load(Q_LAYOUT)
+    mbarrier.wait(memory.ds_full.index(place), phase)
+    ds0 = memory.dss.index(2 * place).reshape([BLOCK_N, BLOCK_M])
+    ds1 = memory.dss.index(2 * place + 1).reshape([BLOCK_N, BLOCK_M])
     dqt = warpgroup_mma(kt0, ds0, dqt, is_async=True)  # [D, BLOCK_N] @ [BLOCK_N, BLOCK_M]
     dqt = warpgroup_mma(kt1, ds1, dqt, is_async=True)  # [D, BLOCK_N] @ [BLOCK_N, BLOCK_M]
     dqt = warpgroup_mma_wait(0, deps=(dqt,))
-    mbarrier.arrive(ds_empty.index(place), count=1)
+    mbarrier.arrive(memory.ds_empty.index(place), count=1)
     if done:
         tma.store_wait(0)  # that of the tile before: it has left its slot
-        dq = _slot(slots, slot, qs.index(0))
-        dq.reshape([BLOCK_M, D]).permute((1, 0)).store((dqt * S.scale).to(qs.dtype))
+        dq = _slot(memory.slots, slot, memory.qs.index(0))
+        dq.reshape([BLOCK_M, D]).permute((1, 0)).store((dqt * S.scale).to(memory.qs.dtype))
         fence_async_shared()
         tma_store(dq_desc, [b, h, start_m, 0], dq)
     else:
-        slots.index(slot).store(dqt)
+        memory.slots.index(slot).store(dqt)
 
 
 @gluon.jit
@@ -365,33 +382,30 @@ def _gather(
     D: gl.constexpr, TILES: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
     """dQ of every item; and send out what the consumers sum."""
-    (ks, _vs, _qs, _dos, _slots, _dss, _lses, _deltas, _kept, kv_full, kv_empty, _q_full, _q_empty, _do_full, _do_empty,
-     _ds_full, _ds_empty, _cut) = memory  # fmt: skip
-    _scale, _heads, group, _n_q, n_k, n_tiles, items, _align = work
     KEYS: gl.constexpr = 2 * BLOCK_N
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=accumulator(BLOCK_M), k_width=2)
     uses, blocks, count = 0, 0, 0  # of slots, of blocks, of tiles so far
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+    for item in range(gl.program_id(0), work.items, gl.num_programs(0)):
         b, h_k, S = _place(item, F, work)
         reached = 0
-        for block in range(gl.cdiv(n_k, KEYS)):
+        for block in range(gl.cdiv(work.n_k, KEYS)):
             first, _, _, last = _tiles_of(block, S, F, work, LEFT, RIGHT, BLOCK_M, KEYS)
-            kept, _, _, _ = _tiles_of(block + 1, S, F, work, LEFT, RIGHT, BLOCK_M, KEYS)
-            mbarrier.wait(kv_full.index(0), blocks & 1)
-            kt0 = ks.index(0).reshape([BLOCK_N, D]).permute((1, 0)).load(A)
-            kt1 = ks.index(1).reshape([BLOCK_N, D]).permute((1, 0)).load(A)
-            mbarrier.arrive(kv_empty.index(0), count=1)
-            for member in range(group):
+            stays, _, _, _ = _tiles_of(block + 1, S, F, work, LEFT, RIGHT, BLOCK_M, KEYS)
+            mbarrier.wait(memory.kv_full, blocks & 1)
+            kt0 = memory.ks.index(0).reshape([BLOCK_N, D]).permute((1, 0)).load(A)
+            kt1 = memory.ks.index(1).reshape([BLOCK_N, D]).permute((1, 0)).load(A)
+            mbarrier.arrive(memory.kv_empty, count=1)
+            for member in range(work.group):
                 for i in range(first, last):
                     _gather_tile(
-                        kt0, kt1, memory, _sent(count, blocks), uses + member * n_tiles + i, i >= reached, i < kept, dq_desc, b,
-                        h_k * group + member, i * BLOCK_M, S, BLOCK_M, BLOCK_N, D, TILES, RING)  # fmt: skip
+                        kt0, kt1, memory, _sent(count, blocks), uses + member * work.tiles + i, i >= reached, i < stays, dq_desc, b,
+                        h_k * work.group + member, i * BLOCK_M, S, BLOCK_M, BLOCK_N, D, TILES, RING)  # fmt: skip
                     count += 1
             _deliver(dv_desc, b, h_k, block * KEYS, memory, _sent(count, blocks), RING, BLOCK_N)
             _deliver(dk_desc, b, h_k, block * KEYS, memory, _sent(count, blocks) + 1, RING, BLOCK_N)
             blocks += 1
             reached = gl.maximum(reached, last)
-        uses += group * n_tiles
+        uses += work.group * work.tiles
 
 
 @gluon.jit(do_not_specialize=RUN_TIME)
@@ -428,12 +442,12 @@ def flash_bwd(
         barriers(STAGES - 1, 2),
         barriers(STAGES - 1, 2),
     )
-    kv_full, kv_empty, cut = barriers(1, 4), barriers(1, 3), barriers(1, 1)
+    kv_full, kv_empty, cut = barriers(1, 4).index(0), barriers(1, 3).index(0), barriers(1, 1).index(0)
     ds_full, ds_empty = barriers(RING, 2), barriers(RING, 1)
     fence_async_shared()  # for the barriers
-    memory = (ks, vs, qs, dos, slots, dss, lses, deltas, kept, kv_full, kv_empty, q_full, q_empty, do_full, do_empty,
-              ds_full, ds_empty, cut)  # fmt: skip
-    work = (scale, heads, group, n_q, n_k, tiles, items, align)
+    memory = Memory(ks, vs, qs, lses, dos, deltas, kept, slots, dss, kv_full, kv_empty, q_full, q_empty, do_full, do_empty,
+                    ds_full, ds_empty, cut)  # fmt: skip
+    work = Work(scale, heads, group, n_q, n_k, tiles, items, align)
     gl.warp_specialize([
         (_produce, (q_desc, k_desc, v_desc, o_desc, do_desc, LSE, DLSE, memory, work, F, LEFT, RIGHT,
                     BLOCK_M, BLOCK_N, D, STAGES, TILES)),
