@@ -69,8 +69,8 @@ def work(kernel: str, config, p: Problem) -> cost_model.Work:
 
 
 def work_of_blocks(p: Problem, step: int, block: int) -> cost_model.Work:
-    """Of the backward for Hopper in one launch: a program has a head, and goes for each block of keys through tiles of queries, of
-    which the first is masked. Its loops are, under a causal mask, for tiles cut on the left, then whole, then cut ones."""
+    """Of the backward for Hopper in one launch: a program has a head, and goes for each block of keys through tiles of queries,
+    the first of which is masked. Its loops are, under a causal mask, for tiles cut on the left, whole tiles, cut ones."""
     n, tiles = p.length, math.ceil(p.length / step)
     cut_left = whole = cut = 0
     for start in range(0, n, block):

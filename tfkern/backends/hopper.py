@@ -72,8 +72,8 @@ def forward(problem: Problem, t: Tensors) -> tuple[Tensor, Tensor]:
 
 
 def backward(problem: Problem, t: Tensors, out, lse, do, dlse, needed, into=None) -> Gradients:
-    """As portable.backward, within backward_limits. In one launch where that fits; of two, that for dQ runs for any gradient, as
-    delta comes of it."""
+    """As portable.backward, within backward_limits. In one launch where that fits; of two, that for dQ runs for any gradient,
+    as delta comes of it."""
     p, t, need = problem, features.plain_memory(problem, t), Gradients(*needed)
     q, k, v, out, do = (_for_tma(x) for x in (*t[:3], out, do))
     dlse = None if dlse is None else dlse.resolve_neg().contiguous()
