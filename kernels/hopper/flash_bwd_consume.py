@@ -30,8 +30,8 @@ def _step(
     BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, CONSUMER: gl.constexpr,
     FIRST: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """dS and dV of tile number `count`, queries from start_m on, and dK of the tile before it, whose dS^T is ds. The block, before
-    which came `blocks`, has tiles up to number `end`."""
+    """dS and dV of tile number `count`, queries from start_m on, and dK of the tile before it, whose dS^T is ds. This block has
+    tiles up to number `end`; before it came `blocks`."""
     stage, _ = stage_of(count, STAGES)
     before, _ = stage_of(count - 1, STAGES)
     do_stage, do_phase = stage_of(count, STAGES - 1)
