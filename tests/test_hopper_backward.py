@@ -232,3 +232,24 @@ def test_the_compiler_overlaps_what_it_should():
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert done.stdout.count("exp2 under a wgmma") == 6
+
+
+def test_one_launch_past_the_jit():
+    """On a GPU that is not there: two compilations serve all lengths, and each backward is one launch."""
+    script = """
+import torch
+from tfkern import call, launch
+from tfkern.backends import hopper
+from tfkern.bench import fake_gpu
+launched, by_jit = [], []
+fake_gpu.pretend(launcher=lambda *args: launched.append(args[:3]))
+original = launch.Launch.by_jit
+launch.Launch.by_jit = lambda self, *a: (by_jit.append(1), original(self, *a))[1]
+for n in (1, 197, 197, 384, 385, 512):
+    q = torch.empty(2, 3, n, 64, dtype=torch.bfloat16)
+    hopper.backward(*call.build(q, q, q, is_causal=True), q, torch.empty(2, 3, n), q, None, (True,) * 3)
+print(len(by_jit), launched)
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.strip() == f"2 {[(3, 1, 1)] * 6}", done.stdout + done.stderr[-2000:]
