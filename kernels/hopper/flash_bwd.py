@@ -82,28 +82,28 @@ def _fetch_queries(
         BLOCK_M, D)  # fmt: skip
     memory.lses.index(stage).store(lse)
     mbarrier.arrive(memory.q_full.index(stage), count=1)
-    stage, phase = stage_of(count, STAGES - 1)
+    do_stage, do_phase = stage_of(count, STAGES - 1)
     slot = use % TILES
-    mbarrier.wait(memory.do_empty.index(stage), phase ^ 1)
+    mbarrier.wait(memory.do_empty.index(do_stage), do_phase ^ 1)
     if fresh:
         o = _slot(memory.slots, slot, memory.qs.index(0))
         mbarrier.expect(memory.cut, 2 * q_desc.block_type.nbytes)
         tma_load(o_desc, [b, h, start_m, 0], memory.cut, o)
-        tma_load(do_desc, [b, h, start_m, 0], memory.cut, memory.dos.index(stage))
+        tma_load(do_desc, [b, h, start_m, 0], memory.cut, memory.dos.index(do_stage))
         mbarrier.wait(memory.cut, cuts & 1)
         cuts += 1
-        do = memory.dos.index(stage).reshape([BLOCK_M, D])
+        do = memory.dos.index(do_stage).reshape([BLOCK_M, D])
         _form_delta(o.reshape([BLOCK_M, D]), do, DLSE, row, start_m, seen_lo, seen_hi, memory.kept.index(slot), F, BLOCK_M)
         if (start_m < seen_lo) | (gl.minimum(start_m + BLOCK_M, work.n_q) > seen_hi):
             zero_rows(do, seen_lo - start_m, seen_hi - start_m, BLOCK_M)
             fence_async_shared()
-        mbarrier.arrive(memory.do_full.index(stage), count=1)
+        mbarrier.arrive(memory.do_full.index(do_stage), count=1)
     else:
         cuts = _load_seen(
-            do_desc, b, h, start_m, memory.dos.index(stage), memory.do_full.index(stage), seen_lo, seen_hi, work.n_q,
+            do_desc, b, h, start_m, memory.dos.index(do_stage), memory.do_full.index(do_stage), seen_lo, seen_hi, work.n_q,
             memory.cut, cuts, BLOCK_M, D)  # fmt: skip
-    memory.deltas.index(stage).store(memory.kept.index(slot).load(ROWS))
-    mbarrier.arrive(memory.do_full.index(stage), count=1)
+    memory.deltas.index(do_stage).store(memory.kept.index(slot).load(ROWS))
+    mbarrier.arrive(memory.do_full.index(do_stage), count=1)
     return cuts
 
 
