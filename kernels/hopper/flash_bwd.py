@@ -34,6 +34,12 @@ def _slot(slots, i, like):
 
 
 @gluon.jit
+def _partial(slots, i, BLOCK_M: gl.constexpr, D: gl.constexpr):
+    """A slot as dQ^T in float32; as stores and loads of a product's layout meet no bank conflicts."""
+    return reinterpret(slots.index(i), gl.float32, [D, BLOCK_M], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+
+
+@gluon.jit
 def _load_seen(desc, b, h, start, buffer, full, seen_lo, seen_hi, n, cut, cuts, ROWS: gl.constexpr, D: gl.constexpr):
     """A tile of rows from `start` on by TMA, which arrives at `full`; its rows below n, but outside of [seen_lo, seen_hi), are
     zeroed first. Returns how many tiles came by `cut`."""
@@ -167,7 +173,7 @@ def _gather_tile(
     if fresh:
         dqt = gl.zeros([D, BLOCK_M], gl.float32, Q_LAYOUT)
     else:
-        dqt = memory.slots.index(slot).load(Q_LAYOUT)
+        dqt = _partial(memory.slots, slot, BLOCK_M, D).load(Q_LAYOUT)
     mbarrier.wait(memory.ds_full.index(place), phase)
     ds0 = memory.dss.index(2 * place).reshape([BLOCK_N, BLOCK_M])
     ds1 = memory.dss.index(2 * place + 1).reshape([BLOCK_N, BLOCK_M])
@@ -182,7 +188,7 @@ def _gather_tile(
         fence_async_shared()
         tma_store(dq_desc, [b, h, start_m, 0], dq)
     else:
-        memory.slots.index(slot).store(dqt)
+        _partial(memory.slots, slot, BLOCK_M, D).store(dqt)
 
 
 @gluon.jit
@@ -240,7 +246,8 @@ def flash_bwd(
     ks = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, BLOCK_N, D], k_desc.layout)
     vs = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, BLOCK_N, D], v_desc.layout)
     dss = gl.allocate_shared_memory(q_desc.dtype, [2 * RING, 1, 1, BLOCK_N, D], dk_desc.layout)
-    slots = gl.allocate_shared_memory(gl.float32, [TILES, D, BLOCK_M], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    # Twice a tile of 16 bits, not once one of 32: TMA wants the alignment that its own layout has.
+    slots = gl.allocate_shared_memory(q_desc.dtype, [TILES, 1, 1, 2 * BLOCK_M, D], o_desc.layout)
     lses = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     deltas = gl.allocate_shared_memory(gl.float32, [STAGES - 1, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     kept = gl.allocate_shared_memory(gl.float32, [TILES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
