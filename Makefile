@@ -6,7 +6,7 @@ WORKERS ?= auto
 # A mark that the environment is that of these files; any change to them installs anew.
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint gate mutants random gpu bench bench-suite install clean
+.PHONY: demo test test-slow lint gate mutants random gpu bench bench-suite install clean
 install: $(STAMP)
 
 $(STAMP): setup.py pyproject.toml constraints.txt
@@ -20,7 +20,11 @@ demo: $(STAMP)
 	$(BIN)/tfkern demo $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/pytest tests -q -n $(WORKERS) --dist worksteal $(ARGS)
+	$(BIN)/pytest tests -q -m "not slow" -n $(WORKERS) --dist worksteal $(ARGS)
+
+# What make test leaves out: of the simulated kernels the other type, and most lines that synchronise taken out one by one.
+test-slow: $(STAMP)
+	$(BIN)/pytest tests -q -m slow -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -68,6 +68,29 @@ def work(kernel: str, config, p: Problem) -> cost_model.Work:
     return cost_model.Work(programs, tuple(totals), loaded, TENSORS[kernel] * p.tensor, max(map(sum, each)))
 
 
+def work_of_blocks(p: Problem, step: int, block: int) -> cost_model.Work:
+    """Of the backward for Hopper in one launch: a program has a head, and goes for each block of keys through tiles of queries,
+    the first of which is masked. Its loops are, under a causal mask, for tiles cut on the left, whole tiles, cut ones."""
+    n, tiles = p.length, math.ceil(p.length / step)
+    cut_left = whole = cut = 0
+    for start in range(0, n, block):
+        if start + block > n:  # all are masked
+            cut += tiles - (start // step if p.causal else 0)
+        elif p.causal:
+            cut_left += block // step
+            whole += n // step - (start + block) // step
+            cut += int(n % step > 0)
+        else:
+            whole += n // step - 1
+            cut += 1 + int(n % step > 0)
+    row, heads = 2 * p.head_dim, p.batch * p.heads
+    passes = [cut_left, whole, cut] if p.causal else [whole, cut]
+    loaded = heads * row * (sum(passes) * 2 * step + 2 * math.ceil(n / block) * block + tiles * step)
+    return cost_model.Work(
+        heads, tuple(heads * x for x in passes), loaded, TENSORS["flash_bwd_one_pass"] * p.tensor, sum(passes)
+    )
+
+
 def floor(kernel: str, p: Problem, machine: cost_model.Machine = cost_model.H100) -> float:
     """Microseconds for one launch, of its own products, exponentials and bytes."""
     return cost_model.floor(2.0 * PRODUCTS[kernel] * p.scores * p.head_dim, p.scores, TENSORS[kernel] * p.tensor, machine)

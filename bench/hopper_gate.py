@@ -32,9 +32,10 @@ VARIANTS = {
     "several": {"LEFT", "RIGHT", "cu_q", "cu_k", "dropout", "softcap", "slopes", "sinks", "MOD"},
     "everything": {"LEFT", "RIGHT", "cu_q", "cu_k", "bias", "dropout", "softcap", "slopes", "sinks", "MOD"},
 }  # fmt: skip
-KERNELS = ["flash_fwd", "flash_fwd_short", "flash_bwd_dq", "flash_bwd_dkdv"]
+KERNELS = ["flash_fwd", "flash_fwd_short", "flash_bwd_dq", "flash_bwd_dkdv", "flash_bwd"]
 BACKWARD = [name for name, there in VARIANTS.items() if not there & {"mask", "bias"}]  # variants that its kernels have
 SHORT = ["full", "causal", "padded", "softcap", "slopes", "sinks", "score-mod"]  # that flash_fwd_short is chosen for
+ONE_PASS = ["full", "causal", "window", "padded"]  # that flash_bwd has
 SPILLED = 64  # such as the number of the program, which ptxas keeps in memory over the start of a partition
 
 
@@ -52,7 +53,7 @@ def source(name: str, dtype: str, dim: int, config, variant: str):
     mods = compile_gate.load("tfkern.kernels.score_mods")
     linear = not there & {"bias", "softcap", "slopes", "sinks", "MOD"}
     constants = dict(MOD=None, MOD_GRAD=None, DLSE=None, DSLOPES=None, LINEAR=linear, MASK_VEC=mask_vec, DIM=dim)
-    constants |= config.constants(dim, name == "flash_bwd_dkdv")
+    constants |= config.constants(dim, owns_keys=True) if name == "flash_bwd_dkdv" else config.constants(dim)
     constants |= {side: None for side in ("LEFT", "RIGHT") if side not in there}
     if "MOD" in there:
         constants |= dict(MOD=mods.signed_log, MOD_GRAD=mods.signed_log_derivative)
@@ -104,6 +105,8 @@ def configurations(kernel: str, dim: int, variant: str) -> list:
     """What the tables hold for a kernel in a variant, if it is in the kernel."""
     tiles = compile_gate.load("tfkern.tiles")
     heavy = compile_gate.HEAVY & VARIANTS[variant]
+    if kernel == "flash_bwd":
+        return list(tiles.HOPPER_ONE_PASS.get(dim, ())) if variant in ONE_PASS else []
     if kernel.startswith("flash_bwd"):
         found = tiles.HOPPER_BACKWARD[kernel].get(dim) if dim <= 64 or variant != "several" else None
         return ([found.heavy] if heavy else [found.usual, found.single]) if found and variant in BACKWARD else []
@@ -117,6 +120,10 @@ def configurations(kernel: str, dim: int, variant: str) -> list:
 
 def jobs(args):
     for kernel in args.kernel:
+        spills = compile_gate.load("tfkern.tiles").HOPPER_ONE_PASS_SPILLS
+        if kernel == "flash_bwd" and tuple(map(int, aot.triton.__version__.split(".")[:2])) >= spills:
+            print(f"{kernel}: not taken with Triton {spills[0]}.{spills[1]} and newer, which spill in its loops")
+            continue
         for dim in args.head_dim:
             for variant in args.variant:
                 for config in configurations(kernel, dim, variant):
@@ -140,7 +147,8 @@ def main() -> int:
         text, wrong = judge(binary, args.in_loops)
         failed += bool(wrong)
         tiles = f"{config.consumers} consumers x {config.block_n} s{config.stages}"
-        print(f"{kernel:14} {dtype} D{dim:<4} {variant:10} {tiles:20} {text} {'; '.join(wrong)}", flush=True)
+        tiles += f" {config.tiles} slots" if kernel == "flash_bwd" else ""
+        print(f"{kernel:14} {dtype} D{dim:<4} {variant:10} {tiles:28} {text} {'; '.join(wrong)}", flush=True)
     print(f"{failed} failed")
     return 1 if failed else 0
 

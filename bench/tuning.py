@@ -51,7 +51,9 @@ def time_hopper(case: tuple[str, Shape], config: tiles.HopperConfig, device: tor
         table, found = tiles.HOPPER, tiles.HOPPER[shape.head_dim].alone(config, kernel == "flash_fwd_short")
     else:
         table, found = tiles.HOPPER_BACKWARD[kernel], (config, config)
-    with mock.patch.dict(table, {shape.head_dim: found}), mock.patch.dict(call._problems, clear=True):  # which keep their plans
+    never_one = mock.patch.dict(tiles.HOPPER_ONE_PASS, clear=True)
+    # Problems keep their plans.
+    with never_one, mock.patch.dict(table, {shape.head_dim: found}), mock.patch.dict(call._problems, clear=True):
         yield from _time(kernel, shape, "hopper", vars(config), device, dry)
 
 

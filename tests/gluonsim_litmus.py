@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from tfkern.kernels.hopper.parts import named_barrier, tma_load, tma_store
+from tfkern.kernels.hopper.parts import named_barrier, reinterpret, tma_load, tma_store
 
 
 @gluon.jit
@@ -171,4 +171,29 @@ def scaled_relu(source_ptr, target_ptr, total_ptr, SIZE: gl.constexpr, BLOCK: gl
         half.store(x[None, :])
         fence_async_shared()
         tma_store(target, [0, block * BLOCK], half)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def two_types(source, target, FENCE: gl.constexpr, STORE_WAIT: gl.constexpr, SECOND: gl.constexpr):
+    """target = source + 1, of 16-bit numbers, in memory that then holds others, and SECOND: is read as the first again."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0])
+    slot = gl.allocate_shared_memory(gl.float32, [16, 32], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(full, count=1)
+    block = reinterpret(slot, source.dtype, source.block_shape, source.layout)
+    mbarrier.expect(full, source.block_type.nbytes)
+    tma_load(source, [0, 0], full, block)
+    mbarrier.wait(full, 0)
+    value = block.load(layout) + 1
+    slot.store(gl.zeros([16, 32], gl.float32, layout))
+    if SECOND:
+        value = block.load(layout)
+    block.store(value)
+    if FENCE:
+        fence_async_shared()
+    tma_store(target, [0, 0], block)
+    if STORE_WAIT:
+        tma.store_wait(0)
+    slot.store(gl.zeros([16, 32], gl.float32, layout))
     tma.store_wait(0)

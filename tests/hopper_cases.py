@@ -76,6 +76,16 @@ def built(case, dtype):
     return inputs, (problem, tensors)
 
 
+def mostly_slow(values: list[tuple], quick: int) -> list:
+    """Parameters of a test, of which `make test` runs one in `quick`."""
+    return [value if i % quick == 0 else pytest.param(*value, marks=pytest.mark.slow) for i, value in enumerate(values)]
+
+
+TYPES = pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=["bf16", "fp16"]
+)
+
+
 def forward(case, problem, tensors):
     """By the kernel, in the shapes of the public functions."""
     out, lse = hopper.forward(problem, tensors)

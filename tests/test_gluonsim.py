@@ -13,6 +13,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 import gluonsim_litmus as kernels
 from gluonsim import SCHEDULES, DeadlockError, HazardError, HazardKind, UnsupportedError, simulate
 from gluonsim import language as simulation_language
+from gluonsim.shared_memory import SharedAllocation, SharedView
 
 
 def descriptor(tensor, block_shape, **options):
@@ -31,6 +32,45 @@ def copy(source, target, corner=0, *, padding="zero", **broken):
     block = [16, 32]
     options = dict(WAIT=True, FENCE=True, STORE_WAIT=True, INIT=True, EXPECTED=16 * 32 * source.element_size())
     kernels.copy[(1,)](descriptor(source, block, padding=padding), descriptor(target, block), corner, **{**options, **broken})
+
+
+def two_types(source, target, **broken):
+    options = dict(FENCE=True, STORE_WAIT=True, SECOND=False) | broken
+    kernels.two_types[(1,)](descriptor(source, [16, 32]), descriptor(target, [16, 32]), **options)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_memory_read_as_another_type(schedule):
+    source, target = torch.randn(16, 32).bfloat16(), torch.zeros(16, 32).bfloat16()
+    with simulate(schedule):
+        two_types(source, target)
+    assert torch.equal(target, source + 1)
+
+
+@pytest.mark.parametrize(
+    ("broken", "kind"),
+    [
+        (dict(FENCE=False), HazardKind.PROXY),
+        (dict(STORE_WAIT=False), HazardKind.RACE),
+        (dict(SECOND=True), HazardKind.UNDEFINED),
+    ],
+    ids=str,
+)
+def test_hazards_are_found_across_types(broken, kind):
+    source, target = torch.randn(16, 32).bfloat16(), torch.zeros(16, 32).bfloat16()
+    assert kind in hazards_of(lambda: two_types(source, target, **broken), "lazy")
+
+
+def test_memory_is_read_as_another_type_only_where_it_is_in_one_piece():
+    allocation = SharedView.whole(SharedAllocation(None, gl.float32, [2, 16, 32], None, "slot"))
+    allocation.index(0).reinterpret(gl.bfloat16, [1, 16, 64], None)
+    for view, shape in (
+        (allocation.index(0), [17, 64]),
+        (allocation.index(0).permute((1, 0)), [16, 32]),
+        (allocation.index(0).reinterpret(gl.bfloat16, [16, 64], None), [16, 64]),
+    ):
+        with pytest.raises(UnsupportedError, match="seen as"):
+            view.reinterpret(gl.bfloat16, shape, None)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -23,10 +23,12 @@ from hopper_cases import (
     SCHEDULES,
     SHORT,
     SUPPORTED,
+    TYPES,
     built,
     faults,
     forward,
     lines,
+    mostly_slow,
     only,
     simulated,
     tight,
@@ -44,7 +46,7 @@ FORMS = [("flash_fwd", name) for name in SUPPORTED] + [("flash_fwd_short", name)
 
 
 @pytest.mark.parametrize(("form", "name"), FORMS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@TYPES
 def test_forward(form, name, dtype):
     inputs = built(CASES[name], dtype)[0]
     truth, plain = budget.truth(CASES[name], inputs), budget.plain(CASES[name], inputs)
@@ -146,7 +148,7 @@ def faults_found(form, kernel, monkeypatch) -> str | None:
     return None
 
 
-@pytest.mark.parametrize(("form", "part", "line"), FAULTS, ids=str)
+@pytest.mark.parametrize(("form", "part", "line"), mostly_slow(FAULTS, 8), ids=str)
 def test_every_missing_synchronisation_is_found(form, part, line, tmp_path, monkeypatch):
     text = lines(part)[line].strip()
     found = faults_found(form, without(form, part, line, tmp_path), monkeypatch)

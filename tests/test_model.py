@@ -273,6 +273,44 @@ def test_two_consumers_share_the_pipes():
     assert outside == 6 + 6 + 10 + 1 - 5  # the first tile is a pass more of the last loop
 
 
+def test_a_gatherer_works_beside_each_loop_of_the_consumers():
+    gather, whole, cut = [PRODUCT, WAIT], [PRODUCT, EXPONENTIAL, WAIT], [PRODUCT, EXPONENTIAL, "FADD R1, R1, R1", WAIT]
+    text = []
+    for body in (gather, whole, cut, whole, cut):
+        text += [*body, f"BRA 0x{16 * len(text):x}"]
+    loops, outside = hopper_model.loops_of(loop_of(*text, *["NOP"] * 50, "EXIT"), 2, gatherer=True, persistent=False)
+    assert [loop.busy["issue"] for loop in loops] == [11, 13]
+    assert [loop.busy["tensor"] for loop in loops] == [192, 192]
+    assert outside == (51 - 10) / 3
+
+
+def test_work_of_the_backward_in_one_launch():
+    """197 tokens are two blocks of 128 keys, of which the second is cut, and four tiles of 64 queries, the last cut."""
+    full, causal = (geometry.work_of_blocks(geometry.Problem(2, 3, 197, 64, c), 64, 128) for c in (False, True))
+    assert (full.programs, full.passes) == (6, (6 * 2, 6 * (2 + 4)))
+    assert causal.passes == (6 * 2, 6 * 1, 6 * (1 + 2))
+    whole = geometry.work_of_blocks(geometry.Problem(1, 1, 512, 64, True), 64, 128)
+    assert whole.passes == (8, 6 + 4 + 2, 0)
+    assert whole.longest == 20
+
+
+def test_the_hopper_backward_is_predicted_from_its_machine_code():
+    """In one launch it is nearer the floor than in two, and both are nearer than the portable kernels."""
+    done = subprocess.run(
+        [sys.executable, hopper_model.__file__, "--direction", "backward", "--length", "512", "1024"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"TRITON_INTERPRET": "0", "PATH": ""},
+    )
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
+    assert [row[6] == "-" for row in rows] == [False, False, True, True]
+    for row in rows:
+        floor, portable, two = float(row[2]), float(row[3]), sum(map(float, row[4].split(" + ")))
+        assert floor < two < portable, row
+        assert row[6] == "-" or floor < float(row[6]) < two, row
+
+
 def test_the_hopper_forward_is_predicted_from_its_machine_code():
     """Nearer the floor than the portable kernel, not below it, and near to what kernels of the same kind were measured at
     (FlashAttention-3 paper: 333 and 460 TFLOP/s at 512 and 2048 tokens, D = 64), which the model flatters. At 512 tokens most of

@@ -5,6 +5,7 @@ is kept as a Handle under all that a compiled kernel depends on, and further cal
 """
 
 import functools
+import importlib.metadata
 import importlib.util
 from typing import NamedTuple
 
@@ -45,6 +46,13 @@ def multiprocessors(device: torch.device) -> int:
     """How many a device has: what persistent kernels share their work out to. On a CPU, where they are simulated, so few that
     each has several items to do."""
     return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def triton_version() -> tuple[int, int]:
+    """Major and minor, of the Triton that is installed."""
+    major, minor = importlib.metadata.version("triton").split(".")[:2]
+    return int(major), int(minor)
 
 
 def unsupported(device: torch.device) -> list[str]:

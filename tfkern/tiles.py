@@ -246,3 +246,37 @@ HOPPER_BACKWARD = {
         ),
     },
 }
+
+
+@dataclass(frozen=True)
+class HopperOnePass:
+    """Of kernels/hopper/flash_bwd: shared memory for `tiles` tiles of queries of a key head, and for `ring` of dS; tiles are
+    prefetched to `stages` buffers; registers a thread of each of two consumers, and of the gatherer."""
+
+    tiles: int
+    ring: int
+    stages: int = 3
+    registers: int = 192
+    gatherer: int = 96
+    source: str = field(default=COMPILES, compare=False)
+
+    consumers = 2
+    block_n = HOPPER_QUERIES
+
+    def constants(self, block_d: int) -> dict:
+        """The kernel's compile-time constants that tell tiles."""
+        return {
+            "BLOCK_M": HOPPER_QUERIES, "BLOCK_N": self.block_n, "D": block_d, "STAGES": self.stages, "TILES": self.tiles,
+            "RING": self.ring, "REGISTERS": self.registers, "GATHERER": self.gatherer,
+        }  # fmt: skip
+
+    def options(self) -> dict:
+        """For the compiler. The producer's 4 warps are those of the launch."""
+        return dict(num_warps=4, enable_fp_fusion=True)
+
+
+# By head-dim class, those for few queries first.
+HOPPER_ONE_PASS = {64: (HopperOnePass(6, 2), HopperOnePass(8, 1))}
+HOPPER_ONE_PASS_SPILLS = (3, 8)  # with this Triton and newer ones, 144 bytes and more in its loops
+# Key heads of a batch from which on one pass is taken: leaving out 2 of 7 products, it may leave as many of 132 SMs idle.
+HOPPER_FULL_CHIP = 96

@@ -10,6 +10,8 @@ from .. import dropout, tile
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # of a partition's warps; renamed in Triton 3.7
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+_Memory = gl.shared_memory_descriptor
+reinterpret = _Memory.reinterpret if hasattr(_Memory, "reinterpret") else _Memory._reinterpret  # the first from 3.9 on
 
 TURN = gl.constexpr(8)  # the first named barrier that Triton leaves to kernels, and the next, are for taking turns
 PAIR = gl.constexpr(256)  # threads of two consumers

@@ -118,7 +118,7 @@ class Language(_Builtins):
     max, min, sum = _reduction(torch.amax), _reduction(torch.amin), _reduction(torch.sum)
 
     def where(self, condition, x, y):
-        return Tensor(torch.where(condition.data, *promote(x, y)))
+        return Tensor(torch.where(as_tensor(condition).data, *promote(x, y)))
 
     def cdiv(self, x, div):
         return (x + (div - 1)) // div
@@ -186,6 +186,11 @@ class Language(_Builtins):
         if value is not None:
             view.store(value)
         return view
+
+    def reinterpret(self, memory, dtype, shape, layout):
+        return memory.reinterpret(dtype, shape, layout)
+
+    _reinterpret = reinterpret  # its name until Triton 3.9
 
     def fence_async_shared(self, cluster=False):
         self._cta.begin_step().fence()

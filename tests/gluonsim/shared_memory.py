@@ -18,6 +18,12 @@ Box = tuple[tuple[int, int], ...]
 """A range of indices along every dimension of an allocation."""
 
 
+def _overlap(box: Box, other: Box) -> bool:
+    return all(
+        low < other_high and other_low < high for (low, high), (other_low, other_high) in zip(box, other, strict=False)
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Access:
     """An access to a box of shared memory: by whom, at which of its events, from where in the kernel."""
@@ -30,10 +36,7 @@ class Access:
     site: str
 
     def conflicts_with(self, other: Access) -> bool:
-        return (self.is_write or other.is_write) and all(
-            low < other_high and other_low < high
-            for (low, high), (other_low, other_high) in zip(self.box, other.box, strict=False)
-        )
+        return (self.is_write or other.is_write) and _overlap(self.box, other.box)
 
     def supersedes(self, prior: Access) -> bool:
         """Whether whatever races with the prior access, which is in this one's past, races with this one too."""
@@ -69,7 +72,27 @@ class SharedAllocation:
         self.name = name
         self.data = torch.empty(tuple(shape), dtype=torch_dtype(dtype))
         self.undefined = torch.ones(tuple(shape), dtype=torch.bool)
+        self._readings: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}  # by box and type: (data, undefined)
         self._accesses: list[Access] = []
+
+    def reading(self, box: Box, dtype: gl.dtype, shape: tuple[int, ...], layout: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """(data, what of it is undefined) of a box that is read and written as another type."""
+        data = torch.empty(shape, dtype=torch_dtype(dtype))
+        return self._readings.setdefault((box, dtype.name, shape, repr(layout)), (data, torch.ones(shape, dtype=torch.bool)))
+
+    def spoil(self, box: Box, written: torch.Tensor) -> None:
+        """A box was written of which `written` tells what is undefined: as another type, what it holds is undefined."""
+        everything = (tuple((0, size) for size in self.data.shape), self.undefined)
+        others = (
+            [everything, *((key[0], undefined) for key, (_, undefined) in self._readings.items())] if self._readings else []
+        )
+        for other, undefined in others:
+            if undefined.untyped_storage().data_ptr() == written.untyped_storage().data_ptr():
+                continue
+            if undefined is self.undefined:
+                undefined[tuple(slice(low, high) for low, high in box)] = True
+            elif _overlap(box, other):
+                undefined.fill_(True)
 
     def record(self, access: Access, past: Past) -> None:
         """Check an access against all earlier ones, carried out or still in flight."""
@@ -92,10 +115,18 @@ class SharedView:
 
     ``index``, ``slice``, ``permute``, ``load`` and ``store`` are the methods kernels call.  For asynchronous accesses,
     ``record`` does the checks when they are issued, ``read`` and ``write`` do the work when they are performed.
+
+    ``dims`` are the dimensions of the allocation that those of the view are; None where it is read as another type, so that
+    every access to a part of it counts as one to all of the box.
     """
 
     def __init__(
-        self, allocation: SharedAllocation, data: torch.Tensor, undefined: torch.Tensor, box: Box, dims: tuple[int, ...]
+        self,
+        allocation: SharedAllocation,
+        data: torch.Tensor,
+        undefined: torch.Tensor,
+        box: Box,
+        dims: tuple[int, ...] | None,
     ):
         self._allocation = allocation
         self._data = data
@@ -134,15 +165,16 @@ class SharedView:
 
     def index(self, index: Tensor | int) -> SharedView:
         row = self.slice(index, 1)
-        return SharedView(self._allocation, row._data[0], row._undefined[0], row._box, row._dims[1:])
+        return SharedView(self._allocation, row._data[0], row._undefined[0], row._box, row._dims and row._dims[1:])
 
     def slice(self, start: Tensor | int, length: int, dim: int = 0) -> SharedView:
         start = int(start)
         if not 0 <= start <= start + length <= self.shape[dim]:
             raise IndexError(f"[{start}, {start + length}) is outside dimension {dim} of shape {self.shape}")
         box = list(self._box)
-        low = box[self._dims[dim]][0] + start
-        box[self._dims[dim]] = (low, low + length)
+        if self._dims is not None:
+            low = box[self._dims[dim]][0] + start
+            box[self._dims[dim]] = (low, low + length)
         return SharedView(
             self._allocation,
             self._data.narrow(dim, start, length),
@@ -157,7 +189,7 @@ class SharedView:
             self._data.permute(*order),
             self._undefined.permute(*order),
             self._box,
-            tuple(self._dims[dim] for dim in order),
+            self._dims and tuple(self._dims[dim] for dim in order),
         )
 
     def reshape(self, shape: Sequence[int]) -> SharedView:
@@ -166,8 +198,18 @@ class SharedView:
         if dropped < 0 or self.shape != (1,) * dropped + tuple(shape):
             raise UnsupportedError(f"reshape of shared memory from {self.shape} to {tuple(shape)}")
         return SharedView(
-            self._allocation, self._data.view(shape), self._undefined.view(shape), self._box, self._dims[dropped:]
+            self._allocation, self._data.view(shape), self._undefined.view(shape), self._box, self._dims and self._dims[dropped:]
         )  # fmt: skip
+
+    def reinterpret(self, dtype: gl.dtype, shape: Sequence[int], layout: Any) -> SharedView:
+        """The memory as of another type, or in another layout: what is written as one is undefined as another."""
+        shape = tuple(map(int, shape))
+        data, undefined = self._allocation.reading(self._box, dtype, shape, layout)
+        if self._dims is None or not self._data.is_contiguous() or data.nbytes > self.nbytes:
+            raise UnsupportedError(
+                f"{data.nbytes} bytes of shared memory seen as {dtype}{shape} in {self.nbytes} of {self.label}"
+            )
+        return SharedView(self._allocation, data, undefined, self._box, None)
 
     def load(self, layout: Any = None) -> Tensor:
         self.record(self._allocation.machine.begin_step(), kernel_site(), is_write=False, is_async=False)
@@ -193,7 +235,9 @@ class SharedView:
             raise ValueError(f"cannot write {values.dtype}{tuple(values.shape)} to {self._data.dtype}{self.shape}")
         self._data.copy_(values)
         self._undefined.fill_(False)
+        self._allocation.spoil(self._box, self._undefined)
 
     def undefine(self) -> None:
         """Make the contents undefined."""
         self._undefined.fill_(True)
+        self._allocation.spoil(self._box, self._undefined)

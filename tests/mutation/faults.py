@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from mutants import Mutant, changed
 
+BUFFERS = {"slot": "TILES", "place": "RING", "do_stage": "(STAGES - 1)"}  # how many there are of what has such a number
 OPPOSITE = {"'sync'": "'arrive'", "'arrive'": "'sync'"}
 
 
@@ -64,7 +65,8 @@ def _wrong_arguments(call: ast.Call, name: str) -> Iterator[str]:
         yield _with(call, 2, "{} // 2")
     elif name.endswith(".index"):
         stage = isinstance(call.args[0], ast.Name) and call.args[0].id not in ("c", "i", "CONSUMER")
-        yield _with(call, 0, "({} + 1) % STAGES" if stage else "1 - {}")
+        number = BUFFERS.get(ast.unparse(call.args[0]), "STAGES")
+        yield _with(call, 0, f"({{}} + 1) % {number}" if stage else "1 - {}")
     for i, keyword in enumerate(call.keywords):
         if keyword.arg == "count":
             yield _with(call, i - len(call.keywords), "{} + 1")

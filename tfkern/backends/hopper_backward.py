@@ -4,7 +4,15 @@ import torch
 
 from tfkern import features, launch, layout, tma
 from tfkern.problem import Gradients, Problem, Tensors
-from tfkern.tiles import HOPPER_BACKWARD, HOPPER_QUERIES, HopperConfig
+from tfkern.tiles import (
+    HOPPER_BACKWARD,
+    HOPPER_FULL_CHIP,
+    HOPPER_ONE_PASS,
+    HOPPER_ONE_PASS_SPILLS,
+    HOPPER_QUERIES,
+    HopperConfig,
+    HopperOnePass,
+)
 
 # Which of each kernel's descriptors come past its programs, in tiles of block_n rows; of the others a consumer owns its part.
 STREAMED = {"flash_bwd_dq": (1, 2), "flash_bwd_dkdv": (0, 3)}
@@ -23,25 +31,58 @@ def limits(p: Problem) -> list[str]:
 
 
 def backward(problem: Problem, t: Tensors, out, lse, do, dlse, needed, into=None) -> Gradients:
-    """As portable.backward, within `limits`. delta comes of the kernel for dQ, so that it runs for any gradient."""
+    """As portable.backward, within `limits`. In one launch where that fits; of two, that for dQ runs for any gradient, as delta
+    comes of it."""
     p, t, need = problem, features.plain_memory(problem, t), Gradients(*needed)
     q, k, v, out, do = (tma.readable(x) for x in (*t[:3], out, do))
     dlse = None if dlse is None else dlse.resolve_neg().contiguous()
     wanted = into or tuple(layout.empty_in_order_of(x, x.shape[-1]) for x in t[:3])
     dq, dk, dv = (x if tma.ready(x) else torch.empty_like(x, memory_format=torch.contiguous_format) for x in wanted)
-    delta = torch.empty_like(lse)
-    dslopes = torch.empty_like(lse) if need.slopes else None
-    _run(p, "flash_bwd_dq", t, (q, k, v, out, do, dq), (dq, lse, dlse, delta, dslopes))
-    if need.k or need.v:
-        _run(p, "flash_bwd_dkdv", t, (q, k, v, do, dk, dv), (dk, dv, lse, delta))
+    dslopes, delta = torch.empty_like(lse) if need.slopes else None, None
+    if (need.k or need.v) and one_pass(p):
+        _run_one_pass(p, t, (q, k, v, out, do, dq, dk, dv), (lse, dlse))
     else:
-        dk = dv = None
+        delta = torch.empty_like(lse)
+        _run(p, "flash_bwd_dq", t, (q, k, v, out, do, dq), (dq, lse, dlse, delta, dslopes))
+        if need.k or need.v:
+            _run(p, "flash_bwd_dkdv", t, (q, k, v, do, dk, dv), (dk, dv, lse, delta))
+        else:
+            dk = dv = None
     made = zip((dq, dk, dv), wanted, strict=True)
     return Gradients(
         *(x if x is None or x is there else there.copy_(x) for x, there in made), None,
         features.slope_sums(p, t, dslopes) if need.slopes else None,
         features.sink_sums(t.sinks, lse, delta) if need.sinks else None,
     )  # fmt: skip
+
+
+def one_pass(p: Problem) -> HopperOnePass | None:
+    """The tiles of the backward in one launch, if it has memory for all queries of a key head; None too for what its kernel
+    does not have, and where there are fewer key heads than fill the chip, which two kernels divide further."""
+    if p.packed or p.heavy or p.has_sinks or (p.device.type != "cpu" and p.batch * p.kv_heads < HOPPER_FULL_CHIP):
+        return None
+    if launch.triton_version() >= HOPPER_ONE_PASS_SPILLS:
+        return None
+    tiles = p.group * -(-p.n_q // HOPPER_QUERIES)
+    fitting = (config for dim in HOPPER_ONE_PASS if p.head_dim <= dim for config in HOPPER_ONE_PASS[dim])
+    return next((config for config in fitting if tiles <= config.tiles), None)
+
+
+def _run_one_pass(p: Problem, t: Tensors, tensors: tuple, plain: tuple) -> None:
+    """The whole backward in one launch, from tensors that it takes by TMA and plain ones."""
+    config = one_pass(p)
+    dim = next(d for d, configs in HOPPER_ONE_PASS.items() if config in configs)
+    key = "flash_bwd", plain[1] is None
+    if key not in p.plans:
+        from tfkern.kernels.hopper import flash_bwd
+
+        items = p.batch * p.kv_heads
+        sizes = (p.heads, p.group, p.n_q, p.n_k, -(-p.n_q // HOPPER_QUERIES), items)
+        numbers = (*sizes, p.scale, int(p.lower_right), p.left, p.right)
+        programs = min(items, launch.multiprocessors(p.device))
+        p.plans[key] = launch.Launch(flash_bwd.flash_bwd, programs, p.device, numbers, config.constants(dim), config.options())
+    descriptors = (tma.descriptor(x, HOPPER_QUERIES, dim) for x in tensors)
+    p.plans[key]((*descriptors, *plain), *features.of(p, t))
 
 
 def _run(p: Problem, name: str, t: Tensors, tensors: tuple, plain: tuple) -> None:
