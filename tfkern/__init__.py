@@ -2,6 +2,14 @@
 
 from tfkern.backends import UnsupportedError
 from tfkern.functional import attention, attention_packed, attention_varlen, explain
+from tfkern.integrations.torch_sdpa import scaled_dot_product_attention
 
-__all__ = ["UnsupportedError", "attention", "attention_packed", "attention_varlen", "explain"]
+__all__ = [
+    "UnsupportedError",
+    "attention",
+    "attention_packed",
+    "attention_varlen",
+    "explain",
+    "scaled_dot_product_attention",
+]
 __version__ = "0.2.0"
