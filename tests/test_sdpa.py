@@ -286,7 +286,7 @@ ERRORS = {
     "mask shape": lambda f: f(Q, K, K, z(3, 5)),
     "mask shape, three dims": lambda f: f(Q[0], K[0], K[0], z(3, 5)),
     "mask of five dims": lambda f: f(Q, K, K, z(1, 2, 4, 3, 6)),
-    "mask of five dims, of one": lambda f: f(Q, K, K, z(1, 1, 1, 3, 6)),
+    "mask of five dims, of one": lambda f: f(Q, K, K, z(1, 1, 1, 1, 6)),
     "mask enlarges the batch": lambda f: f(Q[:1], K[:1], K[:1], z(2, 4, 3, 6)),
     "mask enlarges the heads": lambda f: f(Q[:, :1], K[:, :1], K[:, :1], z(1, 4, 3, 6)),
     "mask enlarges the queries": lambda f: f(Q[:, :, :1], K, K, z(3, 6)),
