@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import tfkern.nn
+import tfkern
 from tfkern.testing import budget
 
 sys.path.append(str(Path(__file__).resolve().parent))
@@ -165,6 +165,15 @@ def test_causal_hint(kind, pad, appended, batch_first):
         same_in_float64(layer, given | dict(attn_mask=mask, is_causal=True, need_weights=weights))
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_a_wrong_causal_hint_beside_padding(batch_first):
+    """As in PyTorch it's the mask that counts, where the lengths differ."""
+    layer = Theirs(E, H, batch_first=batch_first, dtype=torch.float64)
+    given = inputs_of("memory", batch_first, E, E) | masks("pad bool", L, S, True, "key_padding_mask")
+    lower_right = ~torch.ones(L, S, dtype=torch.bool).tril(S - L)
+    same_in_float64(layer, given | dict(attn_mask=lower_right, is_causal=True, need_weights=False))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_within_the_budget(dtype):
     """Errors against the float64 layer beside those of PyTorch's layer in the same dtype."""
@@ -311,6 +320,9 @@ def test_autocast(options):
     mask = torch.randn(L, S)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         want, found = (m(q, k, v, attn_mask=mask, need_weights=False)[0] for m in (layer, Ours.from_torch(layer)))
+        for m in (layer, Ours.from_torch(layer)):
+            with pytest.raises(RuntimeError):
+                m(q, k, v, attn_mask=mask.double(), need_weights=False)
     assert found.dtype == want.dtype
     torch.testing.assert_close(found, want, rtol=2e-2, atol=2e-2)
 

@@ -2,6 +2,7 @@
 
 from tfkern.backends import UnsupportedError
 from tfkern.functional import attention, attention_packed, attention_varlen, explain
+from tfkern.integrations.patching import patch, patched, unpatch
 from tfkern.integrations.torch_sdpa import scaled_dot_product_attention
 
 __all__ = [
@@ -10,6 +11,9 @@ __all__ = [
     "attention_packed",
     "attention_varlen",
     "explain",
+    "patch",
+    "patched",
     "scaled_dot_product_attention",
+    "unpatch",
 ]
 __version__ = "0.2.0"
