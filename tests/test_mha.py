@@ -256,16 +256,32 @@ def test_from_torch_shares_parameters():
         Ours.from_torch(nn.Linear(2, 2))
 
 
-def test_deepcopy_and_pickle():
-    layer = Ours(E, H, add_bias_kv=True)
-    x = torch.randn(L, N, E)
-    want = layer(x, x, x, need_weights=False)[0]
+LAYERS = {
+    "MultiheadAttention": lambda: Ours(E, H, add_bias_kv=True),
+    "SelfAttention": lambda: tfkern.nn.SelfAttention(E, H, is_causal=True),
+    "TransformerEncoderLayer": lambda: tfkern.nn.TransformerEncoderLayer(E, H, 8, dropout=0.0),
+    "TransformerEncoder": lambda: tfkern.nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, 8, dropout=0.0, batch_first=True), 1),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+@pytest.mark.parametrize("name", LAYERS)
+def test_deepcopy_and_pickle(name):
+    layer = LAYERS[name]()
+    x = torch.randn(N, L, E)
+    arguments = (x, x, x, None, False) if name == "MultiheadAttention" else (x,)
+
+    def out(layer):
+        y = layer(*arguments)
+        return y[0] if isinstance(y, tuple) else y
+
+    want = out(layer)
     stream = io.BytesIO()
     torch.save(layer, stream)
     stream.seek(0)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(stream, weights_only=False)):
-        assert type(other) is Ours
-        assert torch.equal(other(x, x, x, need_weights=False)[0], want)
+        assert type(other) is type(layer)
+        assert torch.equal(out(other), want)
         assert all(a is not b for a, b in zip(other.parameters(), layer.parameters(), strict=True))
 
 

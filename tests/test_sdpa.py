@@ -33,6 +33,7 @@ OP = next(
 )
 DTYPES = sorted(OP.supported_dtypes("cpu"), key=str)
 NAMES = ("query", "key", "value", "attn_mask")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def oracle(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, naive=reference.attention, **options):
@@ -61,14 +62,15 @@ def flash(dtype):
 
 def results(function, tensors: dict, options: dict, do: Tensor | None = None) -> dict[str, Tensor]:
     """out and the gradients of (out . do) by every floating-point tensor. Each call draws the same random bits."""
-    leaves = {n: x.detach().requires_grad_() if x.is_floating_point() else x for n, x in tensors.items()}
+    tensors = {n: x.detach().to(DEVICE) for n, x in tensors.items()}
+    leaves = {n: x.requires_grad_() if x.is_floating_point() else x for n, x in tensors.items()}
     differentiable = [n for n, x in leaves.items() if x.requires_grad]
     with torch.random.fork_rng():
         torch.manual_seed(1234)
         out = function(**leaves, **options)
     if do is None:
         do = torch.randn(out.shape, generator=torch.Generator().manual_seed(4321)).to(out.dtype)
-    grads = torch.autograd.grad(out, [leaves[n] for n in differentiable], do.to(out.dtype))
+    grads = torch.autograd.grad(out, [leaves[n] for n in differentiable], do.to(out))
     return {"out": out, **{f"d{n}": g for n, g in zip(differentiable, grads, strict=True)}}
 
 
