@@ -104,8 +104,8 @@ def results(function, tensors: dict, options: dict) -> dict:
 def test_against_the_oracle(name, dtype):
     """All options: out, lse and every gradient within the budget."""
     tensors, lengths = draw(name, dtype)
-    for option in OPTIONS:
-        options = OPTIONS[option] | lengths
+    for option, chosen in OPTIONS.items():
+        options = chosen | lengths
 
         def measured(tensors, options=options):
             wide = {n: x.double() for n, x in tensors.items()}

@@ -20,7 +20,6 @@ sys.path.append(str(Path(__file__).resolve().parent))
 import pytorch_samples
 
 Theirs, Ours = nn.MultiheadAttention, tfkern.nn.MultiheadAttention
-INFO = next(m for m in pytorch_samples.load("common_modules").module_db if m.module_cls is Theirs)
 TENSORS = ("query", "key", "value", "attn_mask", "key_padding_mask")
 
 
@@ -71,7 +70,8 @@ def same_in_float64(layer: Theirs, inputs: dict) -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_module_info(training):
     """All of PyTorch's own samples, with and without weights."""
-    samples = INFO.module_inputs_func(INFO, "cpu", torch.float64, requires_grad=True, training=training)
+    info = next(m for m in pytorch_samples.load("common_modules").module_db if m.module_cls is Theirs)
+    samples = info.module_inputs_func(info, "cpu", torch.float64, requires_grad=True, training=training)
     count = 0
     for sample in samples:
         torch.manual_seed(count)
