@@ -204,6 +204,7 @@ GRID = {
     "batch of one in keys": drawn([(2, 4, L, E), (1, 4, S, E), (1, 4, S, E)]),
     "one head in keys": drawn([(2, 4, L, E), (2, 1, S, E), (2, 1, S, E)]),
     "one head in keys, not in values": drawn([(2, 4, L, E), (2, 1, S, E), (2, 4, S, E)]),
+    "one head in values": drawn([(2, 4, L, E), (2, 4, S, E), (2, 1, S, E)]),
     "one head in queries": drawn([(2, 1, L, E), (2, 4, S, E), (2, 4, S, E)]),
     "queries of two dims": drawn([(L, E), (2, 4, S, E), (2, 4, S, E)]),
     "keys of two dims": drawn([(2, 4, L, E), (S, E), (S, E)]),
@@ -399,6 +400,17 @@ def test_gradcheck():
         with pytest.raises(NotImplementedError, match="second derivatives"):
             torch.autograd.grad(grads[0].sum(), tensors[0])
     print(f"gradcheck of {len(cases)} problems; their second derivatives raise")
+
+
+def test_transforms():
+    """torch.func.grad is right, what isn't built raises."""
+    q, k, v = (torch.randn(2, 3, 5, 8) for _ in range(3))
+    found = torch.func.grad(lambda q: ours(q, k[:1], v[:1], is_causal=True).square().sum())(q)
+    torch.testing.assert_close(found, torch.func.grad(lambda q: oracle(q, k[:1], v[:1], is_causal=True).square().sum())(q))
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(ours, (q, k, v), (q, k, v))
+    with pytest.raises(NotImplementedError, match="vmap"):
+        torch.vmap(ours)(q, k, v)
 
 
 def test_gradient_of_the_mask_alone():
