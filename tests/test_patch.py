@@ -265,6 +265,24 @@ def test_a_block_for_a_model():
     assert type(m.encoder) is nn.TransformerEncoder
 
 
+def test_an_adapter_of_another_library(monkeypatch):
+    """What such a file does: register a class, and why some instances stay."""
+    monkeypatch.setattr(adapters, "_adapters", dict(adapters._adapters))
+
+    class Fused(CausalSelfAttention):
+        pass
+
+    adapter = adapters.by_class(CausalSelfAttention, Fused, lambda module: "it says so" if hasattr(module, "stays") else None)
+    assert adapters.register(adapter) is adapter
+    m = model()
+    assert tfkern.patch(m).changed["other"].endswith("CausalSelfAttention -> " + adapter.becomes)
+    assert type(m.other) is Fused
+    tfkern.unpatch(m)
+    assert type(m.other) is CausalSelfAttention
+    m.other.stays = True
+    assert tfkern.patch(m).unchanged["other"] == "it says so"
+
+
 @pytest.mark.parametrize("after", [False, True])
 def test_a_failure_half_way(after, monkeypatch):
     m = model()
