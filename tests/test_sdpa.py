@@ -8,6 +8,7 @@ import functools
 import inspect
 import itertools
 import math
+import random
 import sys
 from pathlib import Path
 
@@ -275,6 +276,55 @@ def test_empty(name, options):
     for x, grad in zip(tensors, torch.autograd.grad(out.sum(), tensors), strict=True):
         assert grad.shape == x.shape
         assert grad.isfinite().all()
+
+
+def random_call(rng: random.Random) -> tuple[list[Tensor], dict]:
+    """Shapes and options that may or may not fit, none of them empty."""
+    full = [rng.choice([1, 2, 3, 4]) for _ in range(rng.choice([0, 1, 2, 2, 3]))]
+
+    def batch() -> list[int]:
+        some = [n if rng.random() < 0.75 else rng.choice([1, 2]) for n in full]
+        return some[rng.choice([0, 0, 0, 1, 2]) :]
+
+    n_q, n_k, dim = rng.choice([1, 3, 5]), rng.choice([1, 4]), rng.choice([1, 4])
+    own = batch()  # of key and value both: else a mask could broadcast along value's alone, which is refused there
+    shapes = [(*batch(), n_q, dim), (*own, n_k, dim), (*own, n_k, rng.choice([dim, 3]))]
+    options = {}
+    if rng.random() < 0.3:
+        options["is_causal"] = True
+    elif rng.random() < 0.6:
+        mask = [n if rng.random() < 0.7 else 1 for n in (*full, n_q, n_k)]
+        mask = torch.randn(mask[rng.randint(0, len(mask) - 2) :])
+        options["attn_mask"] = mask > 0 if rng.random() < 0.5 else mask
+    if rng.random() < 0.25:
+        options["enable_gqa"] = True
+    if rng.random() < 0.2:
+        options["scale"] = rng.choice([0, 0.5, -1.0])
+    return [torch.randn(shape) for shape in shapes], options
+
+
+def test_random_shapes():
+    """What PyTorch computes we compute, what it refuses we refuse by the same type of error."""
+    rng, computed, refused = random.Random(0), 0, 0
+    torch.manual_seed(0)
+    for _ in range(500):
+        tensors, options = random_call(rng)
+        about = [tuple(x.shape) for x in tensors], options
+        with sdpa_kernel(SDPBackend.MATH):
+            try:
+                want = theirs(*tensors, **options)
+            except (RuntimeError, IndexError) as error:
+                want = type(error)
+        if isinstance(want, type):
+            with pytest.raises(want) as found:
+                ours(*tensors, **options)
+            assert found.type is want, about
+            refused += 1
+        else:
+            torch.testing.assert_close(ours(*tensors, **options), want, msg=lambda m, about=about: f"{about}: {m}")
+            computed += 1
+    print(f"{computed} random calls computed alike, {refused} refused alike")
+    assert min(computed, refused) > 100
 
 
 def z(*shape, **kwargs):
