@@ -2,6 +2,18 @@
 
 from tfkern.backends import UnsupportedError
 from tfkern.functional import attention, attention_packed, attention_varlen, explain
+from tfkern.integrations.patching import patch, patched, unpatch
+from tfkern.integrations.torch_sdpa import scaled_dot_product_attention
 
-__all__ = ["UnsupportedError", "attention", "attention_packed", "attention_varlen", "explain"]
+__all__ = [
+    "UnsupportedError",
+    "attention",
+    "attention_packed",
+    "attention_varlen",
+    "explain",
+    "patch",
+    "patched",
+    "scaled_dot_product_attention",
+    "unpatch",
+]
 __version__ = "0.2.0"

@@ -1,4 +1,4 @@
-"""Attention layers."""
+"""A self-attention layer."""
 
 from collections.abc import Callable
 

@@ -1,0 +1,1 @@
+"""Other libraries' doors to tfkern, one file each."""

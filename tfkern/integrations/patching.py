@@ -1,0 +1,140 @@
+"""One line that makes a process, a block or a model use tfkern, and one that undoes it."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from tfkern.integrations import adapters, served, torch_modules  # noqa: F401  torch_modules registers PyTorch's layers
+
+MARK = "_tfkern_adapter"  # in a changed module's __dict__: the name of its adapter; copies and pickles keep it
+
+
+@dataclass
+class Report:
+    """What one call did, by name: of the function, or of the modules in the model ("" is the model itself)."""
+
+    changed: dict[str, str] = field(default_factory=dict)  # name: from what to what
+    already: dict[str, str] = field(default_factory=dict)  # name: what it was made before
+    unchanged: dict[str, str] = field(default_factory=dict)  # name: why not
+
+    def __str__(self) -> str:
+        parts = (("changed", self.changed), ("changed before", self.already), ("not changed", self.unchanged))
+        lines = []
+        for title, names in parts:
+            if names:
+                lines.append(f"{title} ({len(names)}):")
+                lines += [f"  {name or '(the model)'}: {text}" for name, text in names.items()]
+        return "\n".join(lines) or "nothing changed"
+
+
+def patch(model: nn.Module | None = None) -> Report:
+    """Make F.scaled_dot_product_attention tfkern's for the whole process, or change the attention layers of a model in place.
+
+    Without a model, `torch.nn.functional.scaled_dot_product_attention` and every name outside torch that was imported from it
+    lead to `tfkern.scaled_dot_product_attention`, in all threads, until `unpatch()`; a second call finds names imported since.
+    What torch.compile has compiled is compiled anew. Out of reach: functions that were kept otherwise (in a closure, a default
+    argument, a container), torch.jit.script, what PyTorch does in C++ itself, such as the inference of its encoder layers.
+
+    With a model, modules that an adapter knows become tfkern's: torch.nn.MultiheadAttention, TransformerEncoderLayer and
+    TransformerEncoder; subclasses of them do not. Parameters, buffers, hooks and names stay what they are, optimizers keep
+    working, nothing is copied. A second call changes what is new. If an error comes in between, the model is as it was.
+    (An nn.MultiheadAttention that is asked for its weights, which is its default, has PyTorch write them out.)
+
+    Returns:
+        A Report; print it. It also names modules that look like attention and were not changed, with the reason.
+
+    Raises TypeError if model is no torch.nn.Module.
+    """
+    if model is None:
+        names = served.serve(block=False)
+        return Report(changed={name: "torch -> tfkern.scaled_dot_product_attention" for name in names})
+    report, _ = _patch(model)
+    return report
+
+
+def unpatch(model: nn.Module | None = None) -> Report:
+    """Undo `patch` of the process, or of a model or a copy of it, exactly. Open `patched` blocks keep theirs until they end.
+    Without something to undo it does nothing. Returns a Report; raises as patch."""
+    if model is None:
+        return Report(changed={name: "tfkern -> torch" for name in served.stop(block=False)})
+    report = Report()
+    for name, module in _modules(model):
+        if adapter_name := vars(module).get(MARK):
+            adapter = adapters.named(adapter_name)
+            _revert(module, adapter)
+            report.changed[name] = f"{adapter.becomes} -> {adapter.name}"
+    return report
+
+
+@contextlib.contextmanager
+def patched(model: nn.Module | None = None) -> Iterator[Report]:
+    """`patch` for a block, or as a decorator for a function: undone at its end, come what may. Blocks nest. Without a model
+    the block is the whole process's: other threads (such as those of backward, where checkpointing recomputes) see it, too."""
+    if model is not None:
+        report, done = _patch(model)
+        try:
+            yield report
+        finally:
+            for module, adapter in reversed(done):
+                if vars(module).get(MARK) == adapter.name:
+                    _revert(module, adapter)
+        return
+    names = served.serve(block=True)
+    try:
+        yield Report(changed={name: "torch -> tfkern.scaled_dot_product_attention" for name in names})
+    finally:
+        served.stop(block=True)
+
+
+def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, or None for the process, but is {type(model).__name__}")
+    return list(model.named_modules())
+
+
+def _patch(model: nn.Module) -> tuple[Report, list[tuple[nn.Module, adapters.Adapter]]]:
+    """The report, and what was changed by which adapter; all or nothing."""
+    report, done = Report(), []
+    try:
+        for name, module in _modules(model):
+            adapter = adapters.of(module)
+            if MARK in vars(module):
+                report.already[name] = adapters.named(vars(module)[MARK]).becomes
+            elif adapter is None:
+                if reason := _why_not(module):
+                    report.unchanged[name] = reason
+            elif reason := adapter.unsupported(module):
+                report.unchanged[name] = reason
+            else:
+                done.append((module, adapter))
+                module.__dict__[MARK] = adapter.name
+                adapter.apply(module)
+                report.changed[name] = f"{adapter.name} -> {adapter.becomes}"
+    except BaseException:
+        for module, adapter in reversed(done):
+            _revert(module, adapter)
+        raise
+    return report, done
+
+
+def _revert(module: nn.Module, adapter: adapters.Adapter) -> None:
+    adapter.revert(module)
+    del module.__dict__[MARK]
+
+
+def _why_not(module: nn.Module) -> str | None:
+    """Why a module that looks like attention was left alone; None for those that don't."""
+    cls = type(module)
+    if cls.__module__.split(".")[0] == "tfkern":
+        return None
+    for base in cls.__mro__[1:]:
+        if base in (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder):
+            return f"{adapters.full_name(cls)} is a subclass of {adapters.full_name(base)} and may differ from it"
+    if "attention" in cls.__name__.lower():
+        return (
+            f"no adapter knows {adapters.full_name(cls)}; where it calls F.scaled_dot_product_attention, tfkern.patch() "
+            "without a model serves it"
+        )
+    return None

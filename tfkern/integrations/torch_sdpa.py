@@ -1,0 +1,218 @@
+"""PyTorch's scaled_dot_product_attention: its shapes, its broadcasting, its types of errors, around tfkern.attention."""
+
+import math
+import numbers
+import sys
+
+import torch
+from torch import Tensor
+
+from tfkern import call, checks
+from tfkern.dynamo import uncompiled
+from tfkern.functional import attention
+
+
+@uncompiled
+def scaled_dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, *, scale: float | Tensor | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """torch.nn.functional.scaled_dot_product_attention, computed by tfkern: the same arguments, results, gradients and types
+    of errors. `tfkern.attention` has more features and takes four dimensions.
+
+    Args:
+        query: (..., H, L, E) of two dimensions or more; float16, bfloat16, float32 or float64. What stands before L broadcasts
+            with key's and value's. Or nested, layout torch.jagged, (B, H, ragged, E), as then are those. Differentiable.
+        key: (..., H, S, E), dtype and device of query. Differentiable.
+        value: (..., H, S, Ev). Differentiable.
+        attn_mask: broadcasts to (..., H, L, S), which it doesn't enlarge. bool: True = attend. float32 or the dtype of query:
+            added to the scores, differentiable. Or a torch.nn.attention.bias.CausalBias.
+        dropout_p: probability in [0, 1] with which each weight is dropped whenever it is > 0; the bits are tfkern.attention's.
+        is_causal: query i sees keys j <= i, whatever L and S. Not with attn_mask.
+        scale: factor of the scores, a finite number or a tensor without dims that needs no grad; None means 1 / sqrt(E).
+        enable_gqa: lets key and value have fewer heads (dim -3), each a number that divides query's.
+
+    Under torch.autocast, inputs and float masks (but float64 ones) are first converted to the autocast dtype and may be mixed.
+
+    Returns:
+        (..., H, L, Ev) in query's dtype. It lies in memory in the order of query, as in PyTorch, where that has four dimensions
+        (PyTorch's is contiguous for other numbers, and for Ev != E). Queries that see no key give 0, with zero gradients.
+
+    Raises:
+        TypeError: an argument of the wrong kind, such as an is_causal that isn't a bool.
+        RuntimeError: shapes, dtypes, devices or a dropout_p that don't fit; attn_mask together with is_causal.
+        NotImplementedError: complex or 8-bit inputs; derivatives that tfkern.attention hasn't.
+        IndexError: enable_gqa without a dimension for heads.
+        ValueError: CausalBias together with is_causal; scale not finite.
+
+    Where PyTorch computes something from arguments that its documentation forbids, this raises: key and value of different
+    lengths (it reads past the end), attn_mask together with is_causal, a negative dropout_p, a scale that isn't finite.
+
+    Source: the documentation of PyTorch 2.13, and what it does.
+    """
+    _types(query, key, value, attn_mask, is_causal, enable_gqa)
+    dropout_p, scale = _number("dropout_p", dropout_p), None if scale is None else _number("scale", scale)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise RuntimeError(f"dropout_p must be a probability in [0, 1], but is {dropout_p}")
+    alignment = "upper_left"
+    if _is_causal_bias(attn_mask):
+        alignment, is_causal, attn_mask = _alignment(attn_mask, query, key, is_causal), True, None
+    elif is_causal and attn_mask is not None:
+        raise RuntimeError(
+            "attn_mask must be None with is_causal=True; tfkern.attention takes both, or put the triangle into the mask"
+        )
+    more = dict(causal_alignment=alignment)
+    if query.is_nested:
+        return attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **more)
+    query, key, value, attn_mask = call.autocast(query, key, value, attn_mask)
+    if _ordinary(query, key, value):
+        batch, q, k, v = query.shape[:2], query, key, value
+    else:  # PyTorch checks what comes with a lower-right CausalBias in Python
+        _operands(query, key, value, RuntimeError if alignment == "upper_left" else ValueError)
+        batch = _batch(query, key, value, enable_gqa)
+        q, k, v = _folded(query, key, value, batch)
+    if attn_mask is not None:
+        attn_mask = _folded_mask(attn_mask, query, (*batch, query.shape[-2], key.shape[-2]))
+    out = attention(q, k, v, attn_mask, dropout_p, is_causal, scale, k.shape[1] != q.shape[1], **more)
+    return out if len(batch) == 2 else out.reshape(*batch, *out.shape[-2:])
+
+
+def _types(query, key, value, attn_mask, is_causal, enable_gqa) -> None:
+    """TypeError for what isn't a tensor or a flag."""
+    for name, x in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
+        if not isinstance(x, Tensor) and not (name == "attn_mask" and x is None):
+            raise TypeError(f"{name} must be a torch.Tensor, but is {type(x).__name__}")
+    checks.flag("is_causal", is_causal)
+    checks.flag("enable_gqa", enable_gqa)
+
+
+def _number(name: str, x) -> float | Tensor:
+    """A number, or a tensor of one that a GPU has and nobody needs to wait for."""
+    if isinstance(x, Tensor) and x.dim() == 0 and not x.requires_grad and not x.is_complex():
+        return x if name == "scale" and x.device.type != "cpu" and x.is_floating_point() else float(x)
+    if not isinstance(x, numbers.Real):
+        given = f"a tensor {tuple(x.shape)}, requires_grad={x.requires_grad}" if isinstance(x, Tensor) else repr(x)
+        raise TypeError(f"{name} must be a number, or a tensor without dims that needs no grad, but is {given}")
+    return float(x)
+
+
+def _is_causal_bias(attn_mask) -> bool:
+    module = sys.modules.get("torch.nn.attention.bias")  # whoever made one has imported it; it brings Dynamo, we don't
+    return module is not None and isinstance(attn_mask, module.CausalBias)
+
+
+def _alignment(bias, query: Tensor, key: Tensor, is_causal: bool) -> str:
+    """Where the triangle of a CausalBias stands."""
+    if is_causal:
+        raise ValueError("is_causal must be False with a CausalBias as attn_mask, which tells where the triangle stands")
+    # As PyTorch: the sizes of a bias that it wouldn't write out are not looked at, and where they are equal it is upper-left.
+    if bias.variant.name == "UPPER_LEFT" or bias.seq_len_q == bias.seq_len_kv:
+        return "upper_left"
+    declared = (bias.seq_len_q, bias.seq_len_kv)
+    if not query.is_nested and min(query.dim(), key.dim()) > 1 and declared != (query.shape[-2], key.shape[-2]):
+        wanted = (query.shape[-2], key.shape[-2])
+        raise RuntimeError(f"attn_mask must be a CausalBias of the lengths of query and key, {wanted}, but is of {declared}")
+    return "lower_right"
+
+
+def _ordinary(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether there is nothing to fold and nothing wrong, as in most calls: to find out by less."""
+    if not query.dim() == key.dim() == value.dim() == 4:
+        return False
+    (b, h, _, d), (b_k, h_k, n_k, d_k), (b_v, h_v, n_v, _) = query.shape, key.shape, value.shape
+    fits = b == b_k == b_v and h == h_k == h_v and d == d_k and n_k == n_v
+    alike = query.dtype == key.dtype == value.dtype and query.device == key.device == value.device
+    return fits and alike and query.dtype in checks.DTYPES
+
+
+def _operands(query: Tensor, key: Tensor, value: Tensor, error: type[Exception]) -> None:
+    """The errors of PyTorch for tensors that don't fit each other, but for what broadcasts."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() < 2:
+            raise error(f"{name} must have at least 2 dimensions (..., length, head_dim), but has shape {tuple(x.shape)}")
+        if x.dtype != query.dtype:
+            raise error(f"{name} must have the dtype of query, {query.dtype}, but is {x.dtype}; convert one of them")
+        if x.device != query.device:
+            raise error(f"{name} must be on the device of query, {query.device}, but is on {x.device}; move one of them")
+    if query.dtype not in checks.DTYPES:
+        error = NotImplementedError if query.is_floating_point() or query.is_complex() else RuntimeError
+        wanted = ", ".join(map(str, checks.DTYPES))
+        raise error(f"query, key and value must be one of {wanted}, but are {query.dtype}; convert them with .to(dtype)")
+    if key.shape[-1] != query.shape[-1]:
+        raise RuntimeError(f"key must have the head dim of query, {query.shape[-1]}, but has shape {tuple(key.shape)}")
+    if value.shape[-2] != key.shape[-2]:
+        raise RuntimeError(f"value must have the length of key, {key.shape[-2]}, but has shape {tuple(value.shape)}")
+
+
+def _batch(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:
+    """All of the result's shape but the last two: (..., H), or nothing."""
+    shapes = [tuple(x.shape[:-2]) for x in (query, key, value)]
+    if enable_gqa:
+        if min(map(len, shapes)) < 1:
+            raise IndexError(
+                "query, key and value must have a dim of heads, (..., H, L, E), with enable_gqa=True, but have shapes "
+                f"{[tuple(x.shape) for x in (query, key, value)]}"
+            )
+        heads = shapes[0][-1]
+        if any(shape[-1] == 0 or heads % shape[-1] for shape in shapes[1:]):
+            raise RuntimeError(
+                f"key and value must have heads that divide query's {heads} with enable_gqa=True, but have "
+                f"{shapes[1][-1]} and {shapes[2][-1]}"
+            )
+        shapes = [(*shape[:-1], heads) for shape in shapes]
+    if shapes[0] == shapes[1] == shapes[2]:
+        return shapes[0]
+    try:
+        return tuple(torch.broadcast_shapes(*shapes))
+    except RuntimeError:
+        raise RuntimeError(
+            "query, key and value must broadcast in all but their last two dims, but have shapes "
+            f"{[tuple(x.shape) for x in (query, key, value)]}; enable_gqa=True lets key and value have fewer heads"
+        ) from None
+
+
+def _folded(query: Tensor, key: Tensor, value: Tensor, batch: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """query, key and value as (B, H, N, D), of which the last two may have fewer heads, but as many as each other."""
+    q, k, v = (_in_four(x, batch[:-1]) for x in (query, key, value))
+    heads = batch[-1] if batch else 1
+    if q.shape[1] != heads:
+        q = q.expand(-1, heads, -1, -1)
+    if k.shape[1] != v.shape[1] or not heads:
+        k, v = (_all_heads(x, heads) for x in (k, v))
+    return q, k, v
+
+
+def _all_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, H, N, D) of (B, a divisor of H, N, D), each head repeated; a view where it has one."""
+    if x.shape[1] == heads:
+        return x
+    return x.expand(-1, heads, -1, -1) if x.shape[1] == 1 else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def _in_four(x: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """x (..., h, n, d) with all before h broadcast to `lead` and made one; a view, unless only some of it broadcasts."""
+    batch = math.prod(lead)
+    if x.dim() == 4 and x.shape[0] == batch and len(lead) == 1:
+        return x
+    x = x[(None,) * (len(lead) + 3 - x.dim())]
+    if math.prod(x.shape[:-3]) == 1:
+        return x.reshape(1, *x.shape[-3:]).expand(batch, -1, -1, -1)
+    return x.expand(*lead, -1, -1, -1).reshape(batch, *x.shape[-3:])
+
+
+def _folded_mask(mask: Tensor, query: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The mask as tfkern.attention takes it, (B or 1, H or 1, L or 1, S or 1)."""
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise RuntimeError(
+            f"attn_mask must be bool (True = attend), torch.float32 or the dtype of query, {query.dtype}, but is {mask.dtype}; "
+            "convert it"
+        )
+    if mask.device != query.device:
+        raise RuntimeError(f"attn_mask must be on the device of query, {query.device}, but is on {mask.device}; move it")
+    given = (1,) * (len(shape) - mask.dim()) + tuple(mask.shape)
+    if len(given) > len(shape) or any(g not in (1, s) for g, s in zip(given, shape, strict=True)):
+        raise RuntimeError(f"attn_mask must broadcast to {shape} = (..., L, S), but has shape {tuple(mask.shape)}")
+    if len(shape) <= 4:
+        return mask
+    mask = mask.reshape(given)
+    return mask.reshape(1, *given[-3:]) if math.prod(given[:-3]) == 1 else _in_four(mask, shape[:-3])

@@ -1,0 +1,183 @@
+"""torch.nn.MultiheadAttention with tfkern's attention."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tfkern.functional import attention, attention_packed
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """torch.nn.MultiheadAttention: its arguments, parameters, state dict, results and types of errors.
+
+    With need_weights=False, tfkern attends: boolean masks stay boolean and are not expanded, the is_causal hint skips what it
+    hides, and self-attention reads its three projections from one tensor, without a copy. With need_weights=True (PyTorch's
+    default) the weights have to be written out, N x N of them for each head: that is left to PyTorch, and nothing is gained.
+
+    Dropout draws other random bits than PyTorch's, from the same generator. A query that sees no key gets an attention of 0
+    with need_weights=False, and NaN with weights, both as PyTorch's. Nested tensors work where they do in PyTorch: on the
+    fused inference path of torch.nn.MultiheadAttention.
+
+    `MultiheadAttention.from_torch(module)` makes one that shares the parameters of a torch.nn.MultiheadAttention.
+
+    Raises: AssertionError and RuntimeError where PyTorch does.
+
+    Source: Vaswani et al., "Attention Is All You Need" (2017); the contract is PyTorch 2.13's.
+    """
+
+    @classmethod
+    def from_torch(cls, module: nn.MultiheadAttention) -> "MultiheadAttention":
+        """A layer with the parameters, output projection, hooks and mode of `module`; parameters are shared, not copied.
+
+        Raises TypeError if it is none.
+        """
+        if not isinstance(module, nn.MultiheadAttention):
+            raise TypeError(f"module must be a torch.nn.MultiheadAttention, but is {type(module).__name__}")
+        new = cls.__new__(cls)
+        new.__dict__.update({name: x.copy() if isinstance(x, dict) else x for name, x in vars(module).items()})
+        return new
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None, need_weights: bool = True,
+        attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """(output, weights), the weights None unless need_weights. All as in torch.nn.MultiheadAttention.
+
+        Args:
+            query: (L, N, E), with batch_first (N, L, E), or without batch (L, E).
+            key: (S, N, kdim), (N, S, kdim) or (S, kdim).
+            value: (S, N, vdim), (N, S, vdim) or (S, vdim).
+            key_padding_mask: (N, S) or (S,). bool: True = ignore; float: added to the scores.
+            attn_mask: (L, S) or (N * num_heads, L, S). bool: True = ignore; float: added to the scores, differentiable.
+            is_causal: says that attn_mask, which must be there, is the causal mask: then it may not be looked at.
+        """
+        if need_weights or query.is_nested or key.is_nested or value.is_nested:
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        self._check(query, key, value)
+        self._check_masks(query, key, key_padding_mask, attn_mask, is_causal)
+        batched = query.dim() == 3
+        if not batched:
+            batches = {id(x): x.unsqueeze(0) for x in (query, key, value)}  # what was one tensor stays one
+            query, key, value = (batches[id(x)] for x in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        seq_first = batched and not self.batch_first
+        mask, is_causal = self._masked(attn_mask, key_padding_mask, is_causal, query, key, seq_first)
+        out = self._attended(query, key, value, mask, is_causal, seq_first)
+        out = F.linear(out, self.out_proj.weight, self.out_proj.bias)
+        return out if batched else out.squeeze(0), None
+
+    def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """PyTorch's errors for inputs that don't fit the layer or each other."""
+        if query.dim() not in (2, 3):
+            raise AssertionError(f"query must have 2 dimensions, or 3 with a batch, but has shape {tuple(query.shape)}")
+        own = not self._qkv_same_embed_dim
+        for name, x, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
+            if x.dim() != query.dim():
+                raise AssertionError(f"{name} must have {query.dim()} dimensions, as query, but has shape {tuple(x.shape)}")
+            if (own or name == "query") and x.shape[-1] != width:
+                raise AssertionError(f"{name}'s last dim must be {width}, what the layer was made for, but is {x.shape[-1]}")
+        until = -1 if own else None
+        if key.shape[:until] != value.shape[:until]:
+            raise AssertionError(f"value must fit key, {tuple(key.shape)}, but has shape {tuple(value.shape)}")
+
+    def _check_masks(self, query: Tensor, key: Tensor, key_padding_mask, attn_mask, is_causal: bool) -> None:
+        """PyTorch's errors for masks that can't be right whatever the batch."""
+        masks = (("key_padding_mask", key_padding_mask, (query.dim() - 1,)), ("attn_mask", attn_mask, (2, 3)))
+        for name, x, dims in masks:
+            if x is not None and x.dtype != torch.bool and not x.is_floating_point():
+                raise AssertionError(f"{name} must be bool (True = ignore) or floating-point, but is {x.dtype}; convert it")
+            if x is not None and x.dim() not in dims:
+                wanted = " or ".join(map(str, dims))
+                raise AssertionError(f"{name} must have {wanted} dims for a query of {query.dim()}, but is {tuple(x.shape)}")
+        unbatched = (self.num_heads, query.shape[0], key.shape[0])
+        if query.dim() == 2 and attn_mask is not None and attn_mask.dim() == 3 and tuple(attn_mask.shape) != unbatched:
+            raise AssertionError(f"attn_mask must be (num_heads, L, S), {unbatched}, but is {tuple(attn_mask.shape)}")
+        if is_causal and attn_mask is None:
+            raise RuntimeError("attn_mask must be the causal mask with is_causal=True, which is but a hint, and is None")
+
+    def _masked(self, attn_mask, key_padding_mask, is_causal: bool, query, key, seq_first: bool) -> tuple[Tensor | None, bool]:
+        """What tfkern.attention takes for the masks: (mask, is_causal)."""
+        batch, n_q, n_k = query.shape[seq_first], query.shape[1 - seq_first], key.shape[1 - seq_first]
+        appended = (self.bias_k is not None) + self.add_zero_attn
+        # The hint stands for the mask where PyTorch takes it so, and where there is padding if that changes nothing.
+        is_causal = is_causal and (key_padding_mask is None or (n_q == n_k and not appended and not attn_mask.requires_grad))
+        if is_causal:
+            attn_mask = None
+        mask = self._mask(attn_mask, key_padding_mask, (batch, n_q, n_k), query.dtype)
+        if mask is not None and appended:  # nobody hides what is appended
+            mask = F.pad(mask, (0, appended), value=mask.dtype == torch.bool)
+        return mask, is_causal
+
+    def _mask(self, attn_mask, key_padding_mask, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor | None:
+        """Both as one mask for tfkern.attention: bool (True = attend) if both are, else float."""
+        batch, n_q, n_k = shape
+        masks = []
+        if attn_mask is not None:
+            wanted = shape[1:] if attn_mask.dim() == 2 else (batch * self.num_heads, n_q, n_k)
+            if tuple(attn_mask.shape) != wanted:
+                raise RuntimeError(f"attn_mask must have shape {wanted}, but has {tuple(attn_mask.shape)}")
+            masks.append(attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.view(batch, self.num_heads, n_q, n_k))
+        if key_padding_mask is not None:
+            if tuple(key_padding_mask.shape) != (batch, n_k):
+                raise AssertionError(f"key_padding_mask must be (N, S), {(batch, n_k)}, but is {tuple(key_padding_mask.shape)}")
+            masks.append(key_padding_mask[:, None, None])
+        if not masks:
+            return None
+        if all(mask.dtype == torch.bool for mask in masks):
+            return ~(masks[0] if len(masks) == 1 else masks[0] | masks[1])
+        masks = [_added(mask, dtype) for mask in masks]
+        mask = masks[0] if len(masks) == 1 else masks[0] + masks[1]
+        cast = torch.is_autocast_enabled(mask.device.type) and mask.dtype != torch.float64
+        if mask.dtype not in (torch.float32, dtype) and not cast:
+            raise RuntimeError(f"attn_mask must be bool, torch.float32 or the dtype of query, {dtype}, but is {mask.dtype}")
+        return mask
+
+    def _attended(self, query, key, value, mask, is_causal: bool, seq_first: bool) -> Tensor:
+        """What the heads bring, side by side, (N, L, E) or (L, N, E)."""
+        dropout_p = self.dropout if self.training else 0.0
+        if query is key and key is value and self._qkv_same_embed_dim and self.bias_k is None and not self.add_zero_attn:
+            qkv = F.linear(query, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, self.head_dim))
+            out = attention_packed(qkv.transpose(0, 1) if seq_first else qkv, mask, dropout_p, is_causal)  # (N, L, H, D)
+        else:
+            q, k, v = self._projected(query, key, value, seq_first)
+            out = attention(q, *self._appended(k, v), mask, dropout_p, is_causal).transpose(1, 2)
+        return (out.transpose(0, 1) if seq_first else out).flatten(2)
+
+    def _projected(self, query, key, value, seq_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v (N, H, length, D), views of the projections."""
+        if query.shape[seq_first] != key.shape[seq_first]:
+            raise RuntimeError(
+                f"key must have the batch size of query, {query.shape[seq_first]}, but has shape {tuple(key.shape)}"
+            )
+        bias = self.in_proj_bias
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        if not self._qkv_same_embed_dim:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        else:
+            weights = self.in_proj_weight.chunk(3)
+        if key is value and self._qkv_same_embed_dim:
+            width = self.embed_dim
+            kv = F.linear(key, self.in_proj_weight[width:], None if bias is None else bias[width:])
+            projections = (F.linear(query, weights[0], biases[0]), *kv.chunk(2, -1))
+        else:
+            projections = (F.linear(*x) for x in zip((query, key, value), weights, biases, strict=True))
+        order = (1, 2, 0, 3) if seq_first else (0, 2, 1, 3)
+        return tuple(x.unflatten(-1, (self.num_heads, self.head_dim)).permute(order) for x in projections)
+
+    def _appended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v with bias_k and bias_v, and with a key and value of zeros, where the layer has them."""
+        if self.bias_k is not None:
+            biases = (
+                x.view(1, self.num_heads, 1, self.head_dim).expand(k.shape[0], -1, -1, -1) for x in (self.bias_k, self.bias_v)
+            )
+            k, v = (torch.cat([x, bias], 2) for x, bias in zip((k, v), biases, strict=True))
+        if self.add_zero_attn:
+            k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
+        return k, v
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask of what to ignore as one to add."""
+    return mask if mask.is_floating_point() else torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf)
