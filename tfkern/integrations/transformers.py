@@ -164,7 +164,7 @@ def _accepted(x: Tensor | None, query: Tensor) -> Tensor | None:
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor):
-    """The three in the autocast dtype, and a context without autocast, so that biases and sinks keep what precision they have."""
+    """The three in the autocast dtype, and a context without autocast, so that biases and sinks keep their precision."""
     kind = query.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or query.dtype == torch.float64:
         return query, key, value, contextlib.nullcontext()

@@ -1,8 +1,8 @@
-"""Hugging Face transformers' masks: which keys a query sees, told by a band instead of written out wherever that is possible."""
+"""Hugging Face transformers' masks: which keys a query sees, told by a band and only written out where that can't tell."""
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ class Band:
 
 
 class BandMask(Tensor):
-    """A bool mask (B, 1, Nq, Nk), True = attend, that has no elements: `band` tells them, and they are written out for the first
-    operation that wants them. A model may do with it what it does with any mask, and then has an ordinary one."""
+    """A bool mask (B, 1, Nq, Nk), True = attend, that has no elements: `band` tells them, and they are written out for the
+    first operation that wants them. A model may do with it what it does with any mask, and then has an ordinary one."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -119,30 +119,42 @@ def _same(a, b) -> bool:
 
 def _band(edges, batch: int, n_q: int, n_k: int, q_offset, kv_offset, attention_mask, device) -> Band | None:
     """The band, if one can tell where queries and keys stand and which keys are padding."""
-    left, right, packed = edges
     if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.dtype != torch.bool):
         return None
-    bounded = left is not None or right is not None
-    alignment, keys, key_lengths = "upper_left", None, None
-    if bounded and isinstance(q_offset, Tensor):  # a static cache: it knows alone how many keys are there
+    left, right, packed = edges
+    band = Band(left, right, packed=packed)
+    if left is not None or right is not None:
+        band = _aligned(band, batch, n_q, n_k, q_offset, kv_offset, device)
+    if band is None or attention_mask is None:
+        return band
+    padding = attention_mask[:, kv_offset : kv_offset + n_k].to(device)
+    padding = torch.nn.functional.pad(padding, (0, n_k - padding.shape[1]))[:, : band.keys]
+    return _padded(band, padding)
+
+
+def _aligned(band: Band, batch: int, n_q: int, n_k: int, q_offset, kv_offset: int, device) -> Band | None:
+    """The band with where it stands."""
+    if isinstance(q_offset, Tensor):  # a static cache: it alone knows how many keys are there
         if q_offset.numel() != 1 or kv_offset != 0:
             return None
-        alignment, key_lengths = "lower_right", (q_offset.reshape(1) + n_q).expand(batch).to(device)
-    elif bounded and q_offset != kv_offset:
-        keys = q_offset + n_q - kv_offset
-        if not 0 < keys <= n_k:
-            return None
-        alignment, keys = "lower_right", keys if keys < n_k else None
-    if attention_mask is None:
-        return Band(left, right, alignment, keys, key_lengths, None, packed)
-    padding = attention_mask[:, kv_offset : kv_offset + n_k].to(device)
-    padding = torch.nn.functional.pad(padding, (0, n_k - padding.shape[1]))[:, :keys]
+        lengths = (q_offset.reshape(1) + n_q).expand(batch).to(device)
+        return replace(band, alignment="lower_right", key_lengths=lengths)
+    if q_offset == kv_offset:
+        return band
+    keys = q_offset + n_q - kv_offset
+    if not 0 < keys <= n_k:
+        return None
+    return replace(band, alignment="lower_right", keys=keys if keys < n_k else None)
+
+
+def _padded(band: Band, padding: Tensor) -> Band:
+    """The band with the padding (B, Nk): nothing, lengths, or a mask."""
     there = padding.sum(-1)
-    tail = padding == (torch.arange(padding.shape[1], device=padding.device) < there[:, None])
-    ends = key_lengths if key_lengths is not None else padding.shape[1]
-    at_the_end, nowhere = torch.stack([tail.all(), (there == ends).all()]).tolist()  # one wait for the device, not two
-    if at_the_end and nowhere:
-        return Band(left, right, alignment, keys, key_lengths, None, packed)
-    if at_the_end and alignment == "upper_left":
-        return Band(left, right, alignment, keys, there, None, packed)
-    return Band(left, right, alignment, keys, key_lengths, padding[:, None, None], packed)
+    at_the_end = padding == (torch.arange(padding.shape[1], device=padding.device) < there[:, None])
+    whole = there == (padding.shape[1] if band.key_lengths is None else band.key_lengths)
+    at_the_end, whole = torch.stack([at_the_end.all(), whole.all()]).tolist()  # one wait for the device, not two
+    if at_the_end and whole:
+        return band
+    if at_the_end and band.alignment == "upper_left":
+        return replace(band, key_lengths=there)
+    return replace(band, padding=padding[:, None, None])
