@@ -40,6 +40,7 @@ class Model:
         import transformers
 
         config = getattr(transformers, self.config)(**{**self.options, **more})
+        config._experts_implementation = "eager"  # the one that knows float64
         model = getattr(transformers, self.cls)._from_config(config, attn_implementation=attn)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
