@@ -78,9 +78,7 @@ def judge(run) -> list[budget.Error]:
         truth, plains = _plain(run, seed)
         more.append({n: budget.compare(n, plains[0][n], truth[n], [p[n] for p in plains]).plain for n in truth})
     dtypes = {name: x.dtype for name, x in found.items()}
-    return [
-        e if e.ok else budget._with_plain(e, max(m[e.quantity] for m in more), dtypes[e.quantity]) for e in errors
-    ]
+    return [e if e.ok else budget._with_plain(e, max(m[e.quantity] for m in more), dtypes[e.quantity]) for e in errors]
 
 
 def _plain(run, seed: int):

@@ -81,9 +81,10 @@ def test_frozen_parameters(m):
     model_runs.assert_within(model_runs.judge(prepared(m, change=freeze)))
 
 
-def packed(model, inputs, lengths=(4, 1, 6), cu_seq_lens=False):
+def packed(inputs, cu_seq_lens, lengths=(4, 1, 6)):
     """One row in which sequences lie behind each other."""
-    inputs["input_ids"] = inputs["input_ids"][:1]
+    rows = inputs["input_ids"]
+    inputs["input_ids"] = torch.cat([row[:n] for row, n in zip(rows, lengths, strict=True)])[None]
     inputs["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
     if cu_seq_lens:
         starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
@@ -91,14 +92,24 @@ def packed(model, inputs, lengths=(4, 1, 6), cu_seq_lens=False):
     inputs["use_cache"] = False
 
 
-PACKING = [m for m in DECODERS if m.name != "OPT"]  # OPT counts positions from its mask
+def batched(inputs, lengths=(4, 1, 6)):
+    """The same sequences as rows with padding behind."""
+    inputs["input_ids"] = inputs["input_ids"][:, : max(lengths)]
+    inputs["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
 
 
-@pytest.mark.parametrize("cu_seq_lens", [False, True])
-@pytest.mark.parametrize("m", PACKING, ids=str)
+# These two don't look at positions when they make masks, with any attention: sequences have to be told by their starts.
+BLIND = (NAMED["OPT"], NAMED["gpt-oss"])
+PACKED = [(m, starts) for m in DECODERS for starts in (False, True) if starts or m not in BLIND]
+
+
+@pytest.mark.parametrize(("m", "cu_seq_lens"), PACKED, ids=str)
 def test_packed_sequences(m, cu_seq_lens, monkeypatch):
-    def change(model, inputs):  # eager attention doesn't know starts, and reads positions
-        packed(model, inputs, cu_seq_lens=cu_seq_lens and model.config._attn_implementation == "tfkern")
+    def change(model, inputs):
+        if model.config._attn_implementation == "tfkern":
+            packed(inputs, cu_seq_lens)
+        else:
+            batched(inputs)
 
     varlen = []
     real = integration.attention_varlen
@@ -148,7 +159,9 @@ def test_caches(m, side, static):
     model_runs.assert_within(model_runs.judge(lambda attn, dtype, seed: stepwise(m, attn, dtype, side, static)))
 
 
-@pytest.mark.parametrize("options", [{}, dict(cache_implementation="static"), dict(num_beams=2), dict(use_cache=False)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, dict(cache_implementation="static"), dict(num_beams=2), dict(use_cache=False)], ids=str
+)
 @pytest.mark.parametrize("m", CACHED, ids=str)
 def test_generate(m, options):
     """The same words from prompts padded on the left."""
@@ -176,17 +189,21 @@ def test_checkpointing_with_dropout(m):
     for attn, checkpointing in (("tfkern", False), ("tfkern", True), (model_runs.NAIVE, False), ("eager", False)):
         model = m.make(attn, **dropping(m)).train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
-        grads[attn, checkpointing] = model_runs.results(model, m.inputs())
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        inputs = m.inputs() | (dict(use_cache=False) if m.kind in ("decoder", "seq2seq") else {})
+        grads[attn, checkpointing] = model_runs.results(model, inputs)
         if attn == "tfkern":
-            assert integration.calls(model) == m.calls * (2 if checkpointing else 1)
+            assert (integration.calls(model) >= 2 * m.calls) if checkpointing else (integration.calls(model) == m.calls)
     once, replayed, naive, eager = grads.values()
     for name, want in once.items():
         assert torch.equal(replayed[name], want), name
     torch.testing.assert_close(once["out"], naive["out"], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(once["out"], eager["out"], rtol=1e-2, atol=1e-2)  # other bits: something was dropped
-    worst = max(((once[n] - x).abs().max() / x.abs().max().clamp(min=1e-3)).item() for n, x in naive.items())
-    assert worst < 1e-3
+    largest = max(x.abs().max() for x in naive.values()).item()
+    for name, want in naive.items():
+        torch.testing.assert_close(
+            once[name], want, rtol=1e-3, atol=1e-5 * largest, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("m", MODELS, ids=str)
@@ -245,15 +262,17 @@ def test_bands_tell_what_masks_tell():
         )  # fmt: skip
         mask = integration.transformers_masks.mask(**arguments, dtype=torch.float32, config=None)
         want = theirs.sdpa_mask(**arguments, allow_is_causal_skip=False)
-        assert type(mask) is BandMask
+        assert type(mask) is BandMask or (local_size == 2 and n_k == 9)  # what is behind the last query can't be cut off
         assert torch.equal(mask & True, want)
+        if type(mask) is not BandMask:
+            continue
         kinds.add((mask.band.alignment, mask.band.keys is None, mask.band.key_lengths is None, mask.band.padding is None))
         q, k, v = (torch.randn(2, 2, n, 4) for n in (n_q, n_k, n_k))
         module = nn.Identity()
         found, dense = (integration.attention_forward(module, q, k, v, m)[0] for m in (mask, want))
         torch.testing.assert_close(found, dense)
         count += 1
-    assert count == 168
+    assert count == 168 - 12
     assert len(kinds) > 6
 
 
@@ -446,7 +465,12 @@ def test_register_again_and_by_another_name():
     model = NAMED["BERT"].make("tfkern_too")
     model(**NAMED["BERT"].inputs())
     assert integration.calls(model) == 2
-    for name, message in (("flash_ours", "without 'flash'"), ("us/ours", "without 'flash'"), ("sdpa", "must be free"), (3, "string")):
+    for name, message in (
+        ("flash_ours", "without 'flash'"),
+        ("us/ours", "without 'flash'"),
+        ("sdpa", "must be free"),
+        (3, "string"),
+    ):
         with pytest.raises(ValueError, match=message):
             integration.register(name)
 

@@ -135,14 +135,14 @@ def _band(edges, batch: int, n_q: int, n_k: int, q_offset, kv_offset, attention_
 def _aligned(band: Band, batch: int, n_q: int, n_k: int, q_offset, kv_offset: int, device) -> Band | None:
     """The band with where it stands."""
     if isinstance(q_offset, Tensor):  # a static cache: it alone knows how many keys are there
-        if q_offset.numel() != 1 or kv_offset != 0:
+        if q_offset.numel() != 1 or kv_offset != 0 or band.right != 0:
             return None
         lengths = (q_offset.reshape(1) + n_q).expand(batch).to(device)
         return replace(band, alignment="lower_right", key_lengths=lengths)
     if q_offset == kv_offset:
         return band
     keys = q_offset + n_q - kv_offset
-    if not 0 < keys <= n_k:
+    if not 0 < keys <= n_k or (keys < n_k and band.right != 0):  # what is behind the last query can only be cut if unseen
         return None
     return replace(band, alignment="lower_right", keys=keys if keys < n_k else None)
 
