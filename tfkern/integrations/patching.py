@@ -38,9 +38,9 @@ def patch(model: nn.Module | None = None) -> Report:
     compiled before, and calls that PyTorch makes itself in C++, such as the inference of nn.MultiheadAttention.
 
     With a model, modules that an adapter knows become tfkern's: torch.nn.MultiheadAttention, TransformerEncoderLayer and
-    TransformerEncoder, not subclasses of them; models of transformers, which get attn_implementation="tfkern"; timm's Attention;
-    nanoGPT's and minGPT's CausalSelfAttention. Parameters, buffers, hooks and names stay what they are, optimizers keep
-    working, nothing is copied. A second call changes what is new. If an error comes in between, the model is as it was.
+    TransformerEncoder, not subclasses of them; models of transformers, which get attn_implementation="tfkern"; timm's
+    Attention; nanoGPT's and minGPT's CausalSelfAttention. Parameters, buffers, hooks and names stay what they are, optimizers
+    keep working, nothing is copied. A second call changes what is new. If an error comes in between, the model is as it was.
     (An nn.MultiheadAttention that is asked for its weights, which is its default, has PyTorch write them out.)
 
     Returns:

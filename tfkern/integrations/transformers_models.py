@@ -1,4 +1,4 @@
-"""Models of Hugging Face transformers, for tfkern.patch(model): they choose their attention by name. Imports no transformers."""
+"""Models of transformers, for tfkern.patch(model): they choose their attention by name. Imports no transformers."""
 
 import sys
 
@@ -21,8 +21,8 @@ def _unsupported(model) -> str | None:
 
 
 def _configs(model):
-    """Every config that a model's attention may ask, each with the path to it: of the models within it, which may have copies of
-    their own, and of the configs within those."""
+    """Every config that a model's attention may ask, each with the path to it: of the models within it, which may have copies
+    of their own, and of the configs within those."""
     for name, module in model.named_modules():
         if _is_model(module):
             yield from _within(module.config, name)
