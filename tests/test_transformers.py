@@ -269,8 +269,9 @@ def test_bands_tell_what_masks_tell():
         kinds.add((mask.band.alignment, mask.band.keys is None, mask.band.key_lengths is None, mask.band.padding is None))
         q, k, v = (torch.randn(2, 2, n, 4) for n in (n_q, n_k, n_k))
         module = nn.Identity()
-        found, dense = (integration.attention_forward(module, q, k, v, m)[0] for m in (mask, want))
-        torch.testing.assert_close(found, dense)
+        for more in ({}, dict(position_bias=torch.randn(1, 2, n_q, n_k))):
+            found, dense = (integration.attention_forward(module, q, k, v, m, **more)[0] for m in (mask, want))
+            torch.testing.assert_close(found, dense)
         count += 1
     assert count == 168 - 12
     assert len(kinds) > 6
@@ -442,14 +443,13 @@ def test_dropout_is_trainings():
 
 def test_autocast_keeps_the_bias():
     """T5's bias stays float32 beside queries in bfloat16."""
-    seen = []
-    real = integration.attention
+    torch.manual_seed(0)
     q, bias = torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 4)
-    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=BF16):
-        patch.setattr(integration, "attention", lambda *a, **k: (seen.append(a), real(*a, **k))[1])
-        out = integration.attention_forward(nn.Identity(), q, q, q.to(BF16), None, position_bias=bias)[0]
-    assert [x.dtype for x in seen[0]] == [BF16, BF16, BF16, torch.float32]
-    assert out.dtype == BF16
+    with torch.autocast("cpu", dtype=BF16):
+        found = integration.attention_forward(nn.Identity(), q, q, q.to(BF16), None, position_bias=bias, is_causal=False)[0]
+    wide, narrow = (tfkern.attention(*[q.to(BF16)] * 3, x).transpose(1, 2) for x in (bias, bias.to(BF16)))
+    assert torch.equal(found, wide)
+    assert not torch.equal(found, narrow)
 
 
 # Registering, and being told

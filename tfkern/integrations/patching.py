@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from tfkern.integrations import adapters, served, torch_modules, transformers_models  # noqa: F401  these register adapters
+from tfkern.integrations import adapters, nanogpt, served, timm, torch_modules, transformers_models  # noqa: F401  adapters
 
 MARK = "_tfkern_adapter"  # in a changed module's __dict__: the name of its adapter; copies and pickles keep it
 
