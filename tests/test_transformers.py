@@ -518,6 +518,7 @@ def test_patch_for_a_block_and_for_part_of_a_model():
     assert clip.text_model.config._attn_implementation == "tfkern"
     tfkern.unpatch(clip)
     assert {x.config._attn_implementation for x in (clip, clip.text_model, clip.vision_model)} == {"eager"}
+    assert not any(x._forward_hooks for x in clip.modules())  # never called, and watched no more
     chosen = m.make("tfkern")  # by its user
     tfkern.patch(chosen)
     tfkern.unpatch(chosen)

@@ -16,7 +16,7 @@ _MASKS = ("bias", "masked_bias")  # buffers with the causal mask, of some versio
 
 class CausalSelfAttention(nn.Module):
     """The causal self-attention of nanoGPT and minGPT with tfkern's attention: their names of parameters, `c_attn` and
-    `c_proj`, so that their state dicts load. The buffer `bias` that some of theirs hold, the causal mask, is ignored on loading.
+    `c_proj`, so that their state dicts load. The buffer `bias` that some of theirs hold, the causal mask, is not loaded.
 
     In nanoGPT's model.py: `from tfkern.integrations.nanogpt import CausalSelfAttention` in place of its own class.
 
