@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,9 @@ from torch.utils.checkpoint import checkpoint
 import tfkern
 from tfkern.integrations import nanogpt
 from tfkern.testing import budget
+
+sys.path.append(str(Path(__file__).resolve().parent))
+from readme import recipe
 
 NANO = SimpleNamespace(n_embd=24, n_head=3, dropout=0.0, bias=True, block_size=16)
 NANO_WITHOUT_BIAS = SimpleNamespace(n_embd=24, n_head=3, dropout=0.0, bias=False, block_size=16)
@@ -207,6 +212,12 @@ def test_what_only_looks_like_it(layer, reason):
     assert not report.changed
     assert reason in report.unchanged[""]
     assert set(tfkern.patch(changed()).changed) == {""}
+
+
+def test_the_recipe_in_the_readme(capsys):
+    run = dict(tfkern=tfkern, config=NANO, model=theirs(NANO))
+    exec(recipe("nanogpt"), run)
+    assert "changed (2)" in capsys.readouterr().out
 
 
 def test_errors():

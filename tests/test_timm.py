@@ -15,6 +15,7 @@ from tfkern.testing import budget
 
 sys.path.append(str(Path(__file__).resolve().parent))
 import torchvision_stub
+from readme import recipe
 
 TINY = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=5)
 MODELS = {  # name: (timm's name, options, layers that an adapter knows)
@@ -179,6 +180,13 @@ def test_other_layers_are_named(timm):
     report = tfkern.patch(model)
     assert not report.changed
     assert "EvaAttention" in report.unchanged["blocks.0.attn"] or "AttentionRope" in report.unchanged["blocks.0.attn"]
+
+
+def test_the_recipe_in_the_readme(timm, capsys):
+    run = dict(tfkern=tfkern)
+    exec(recipe("timm"), run)
+    assert type(run["model"].blocks[0].attn) is integration.Attention
+    assert "changed (12)" in capsys.readouterr().out
 
 
 def test_needs_no_timm(python_without):

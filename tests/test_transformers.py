@@ -20,6 +20,7 @@ from tfkern.integrations.transformers_masks import Band, BandMask
 
 sys.path.append(str(Path(__file__).resolve().parent))
 import model_runs
+from readme import recipe
 from zoo import DECODERS, IGNORING, MODELS, TEXT, padding
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -225,6 +226,32 @@ def test_patch(m):
         assert torch.equal(model(**inputs)[0], want)
     assert integration.calls(model) == m.calls
     assert pickle.dumps({n: vars(x) for n, x in model.named_modules() if not isinstance(x, nn.ModuleList)}) == before
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["Mistral", "T5"])
+def test_both_ways_of_checkpointing(name, reentrant):
+    """The older one takes the mask for a tensor among tensors, and then it is one; it adds T5's gradients up in another order."""
+    m, grads = NAMED[name], []
+    for checkpointing in (False, True):
+        model = m.make("tfkern", **{m.dropout: 0.4}).train()
+        if checkpointing:
+            model.activation_checkpointing_enable(dict(use_reentrant=reentrant))
+            model.enable_input_require_grads()
+        grads.append(model_runs.results(model, m.inputs(pad="left") | dict(use_cache=False)))
+    for found, want in zip(grads[1].values(), grads[0].values(), strict=True):
+        torch.testing.assert_close(found, want, **(dict(rtol=1e-4, atol=1e-3) if reentrant else dict(rtol=0, atol=0)))
+
+
+def test_compiled():
+    """With breaks in the graph, and masks that are written out."""
+    m = NAMED["Mistral"]
+    model, inputs = m.make("tfkern"), m.inputs(pad="left")
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager")(**inputs)[0]
+        torch.testing.assert_close(compiled, model(**inputs)[0])
+    assert integration.calls(model) == 2 * m.calls
+    torch._dynamo.reset()
 
 
 # Masks
@@ -529,6 +556,17 @@ def test_saved_models_know_nothing_of_it(tmp_path):
     model = NAMED["BERT"].make("eager")
     tfkern.patch(model)
     assert "tfkern" not in model.config.to_json_string()
+
+
+def test_the_recipe_in_the_readme(tmp_path, capsys):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=2)
+    LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, vocab_size=9, **small)).save_pretrained(tmp_path)
+    run = dict(path=tmp_path, tfkern=tfkern)
+    exec(recipe("transformers"), run)
+    assert run["model"].config._attn_implementation == "tfkern"
+    assert "(the model): transformers.PreTrainedModel -> attn_implementation" in capsys.readouterr().out
 
 
 def test_our_kernels_are_not_the_package_kernels(registered):

@@ -2,7 +2,7 @@
 
 import contextlib
 import enum
-import importlib.util
+import importlib
 import sys
 import types
 
@@ -27,10 +27,19 @@ class _Module(types.ModuleType):
         return _Modes if name == "InterpolationMode" else _Nothing
 
 
+def _there() -> bool:
+    try:
+        importlib.import_module("torchvision")
+    except Exception:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def installed():
-    """For a block, unless torchvision is there. Afterwards nobody finds it, and who has imported from it keeps what they have."""
-    if importlib.util.find_spec("torchvision") is not None:
+    """For a block, unless torchvision is there and can be imported (a CUDA build can't beside a CPU build of torch). Afterwards
+    nobody finds it, and who has imported from it keeps what they have."""
+    if _there():
         yield
         return
     for name in NAMES:
