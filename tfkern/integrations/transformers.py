@@ -33,6 +33,9 @@ def register(name: str = NAME) -> str:
     ask transformers' AttentionInterface, gets a UserWarning. For that, PreTrainedModel.get_correct_attn_implementation is
     wrapped. A second call with the same name does nothing.
 
+    What can't be honoured raises NotImplementedError in the forward pass: weights (output_attentions=True, except by GPT-2 and
+    OPT, which keep it to themselves and then return none, as with "sdpa"), and keywords that nobody here knows.
+
     Args:
         name: not one of transformers' own; without "flash", "/" or "|", which mean something else to it.
 
@@ -90,33 +93,32 @@ def attention_forward(
     """
     _calls[module] = _calls.get(module, 0) + 1
     _refuse(kwargs)
-    if query.shape[0] == 1 and key.shape[0] > 1:
-        query = query.expand(key.shape[0], -1, -1, -1)
     packed = cu_seq_lens_q is not None or cu_seq_lens_k is not None
     if isinstance(attention_mask, BandMask) and (attention_mask.band is None or (attention_mask.band.packed and not packed)):
         attention_mask = attention_mask.written()
-    if attention_mask is None:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        band, attention_mask = _unmasked(query.shape[2], key.shape[2], bool(causal), sliding_window, packed), None
-    elif isinstance(attention_mask, BandMask):
-        band, attention_mask = attention_mask.band, None
+    if isinstance(attention_mask, BandMask):
+        band, mask = attention_mask.band, attention_mask.band.padding
+    elif attention_mask is not None:
+        band, mask = Band(), attention_mask
     else:
-        band = Band()
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        band, mask = _unmasked(query.shape[2], key.shape[2], bool(causal), sliding_window, packed), None
+    if query.shape[0] == 1 and key.shape[0] > 1:
+        query = query.expand(key.shape[0], -1, -1, -1)
     if band.keys is not None:
         key, value = (x[:, :, : band.keys] for x in (key, value))
         position_bias = position_bias[..., : band.keys] if position_bias is not None else None
+    mask = _merged(mask, position_bias, query)
     options = dict(
         dropout_p=dropout if module.training else 0.0, scale=scaling, enable_gqa=key.shape[1] != query.shape[1],
         window=(band.left, band.right), causal_alignment=band.alignment, softcap=softcap, sinks=s_aux,
     )  # fmt: skip
-    mask = _merged(attention_mask if band.padding is None else band.padding, position_bias, query)
     query, key, value, plain = _autocast(query, key, value)
     with plain:
         if packed:
-            out = _packed(query, key, value, cu_seq_lens_q, cu_seq_lens_k, mask, band, options)
-        else:
-            out = attention(query, key, value, mask, key_lengths=band.key_lengths, **options).transpose(1, 2)
-    return out.contiguous(), None
+            return _packed(query, key, value, cu_seq_lens_q, cu_seq_lens_k, mask, band, options), None
+        out = attention(query, key, value, mask, key_lengths=band.key_lengths, **options)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _refuse(kwargs: dict) -> None:
@@ -183,7 +185,7 @@ def _packed(query, key, value, cu_q: Tensor | None, cu_k: Tensor | None, mask, b
             "attention_mask and position_bias must be None with cu_seq_lens_q, which tell what is seen; drop one of them"
         )
     query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    return attention_varlen(query, key, value, cu_q, cu_k, **options).unsqueeze(0)
+    return attention_varlen(query, key, value, cu_q, cu_k, **options).contiguous().unsqueeze(0)
 
 
 def _watching(original):

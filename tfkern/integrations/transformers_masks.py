@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import FunctionType
 
 import torch
 from torch import Tensor
@@ -111,10 +112,11 @@ def _same(a, b) -> bool:
         return False
     if isinstance(b, tuple):
         return len(a) == len(b) and all(map(_same, a, b))
-    if not callable(b) or not hasattr(b, "__code__"):
+    if not isinstance(b, FunctionType):
         return a is b or (isinstance(b, int) and a == b)
-    cells = [tuple(cell.cell_contents for cell in f.__closure__ or ()) for f in (a, b)]
-    return a.__code__ is b.__code__ and a.__defaults__ == b.__defaults__ and _same(*cells)
+    if a.__code__ is not b.__code__ or a.__defaults__ != b.__defaults__:
+        return False
+    return _same(*(tuple(cell.cell_contents for cell in f.__closure__ or ()) for f in (a, b)))
 
 
 def _band(edges, batch: int, n_q: int, n_k: int, q_offset, kv_offset, attention_mask, device) -> Band | None:
