@@ -169,6 +169,17 @@ def test_checkpointing_with_dropout():
     assert (attn.attn_dropout.p, attn.resid_dropout.p) == (0.5, 0.5)
 
 
+@pytest.mark.parametrize("name", ["attn_pdrop", "resid_pdrop"])
+def test_minigpts_two_probabilities(name):
+    config = SimpleNamespace(n_embd=24, n_head=3, **{name: 0.5})
+    torch.manual_seed(0)
+    layer, x = nanogpt.CausalSelfAttention(config), torch.randn(1, 6, 24)
+    assert ((layer(x) == 0).float().mean() > 0.2) == (name == "resid_pdrop")
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
 def changed(config=NANO, cls=Variant, **attributes):
     layer = cls(config, True)
     for name, x in attributes.items():

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -119,13 +120,14 @@ def test_autocast(timm, name):
 @pytest.mark.parametrize(
     "options", [dict(), dict(gated=True), dict(attn_head_dim=6, dim_out=20), dict(proj_bias=False)], ids=str
 )
+@pytest.mark.parametrize("normed", [False, True], ids=["in place", "normalised"])
 @pytest.mark.parametrize("masked", [None, "bool", "float", "causal"])
-def test_the_layer(timm, options, masked):
+def test_the_layer(timm, options, masked, normed):
     """Parameters by the same names, in the same order, from the same draws; masks; the gradient of a float one."""
     layers = []
     for cls in (timm.layers.Attention, integration.Attention):
         torch.manual_seed(0)
-        layers.append(cls(24, 4, qkv_bias=True, qk_norm=True, scale_norm=True, norm_layer=nn.LayerNorm, **options))
+        layers.append(cls(24, 4, qkv_bias=True, qk_norm=normed, scale_norm=normed, norm_layer=nn.LayerNorm, **options))
     theirs, ours = layers
     assert [(n, p.shape) for n, p in theirs.state_dict().items()] == [(n, p.shape) for n, p in ours.state_dict().items()]
     assert all(torch.equal(a, b) for a, b in zip(theirs.parameters(), ours.parameters(), strict=True))
@@ -153,9 +155,11 @@ def test_errors():
         integration.Attention(8, 4, qk_norm=True)
 
 
-def test_dropout_is_trainings():
+@pytest.mark.parametrize("where", ["attn_drop", "proj_drop"])
+def test_dropout_is_trainings(where):
     torch.manual_seed(0)
-    layer, x = integration.Attention(8, 2, attn_drop=0.5), torch.randn(1, 6, 8)
+    layer, x = integration.Attention(8, 2, **{where: 0.5}), torch.randn(1, 6, 8)
+    assert ((layer(x) == 0).float().mean() > 0.2) == (where == "proj_drop")
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     assert torch.equal(layer(x), layer(x))
@@ -189,8 +193,16 @@ def test_the_recipe_in_the_readme(timm, capsys):
     assert "changed (12)" in capsys.readouterr().out
 
 
-def test_needs_no_timm(python_without):
-    command = python_without("from tfkern.integrations.timm import Attention; print(Attention(8, 2))", "timm")
-    import subprocess
-
-    assert "Attention(" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_without_timm(timm, python_without, tmp_path):
+    """The layer needs none; to make timm's of a patched one again does."""
+    layer = timm.layers.Attention(8, 2)
+    tfkern.patch(layer)
+    torch.save(layer, tmp_path / "layer.pt")
+    code = (
+        "import torch, tfkern; from tfkern.integrations.timm import Attention; print(Attention(8, 2).proj)\n"
+        f"layer = torch.load({str(tmp_path / 'layer.pt')!r}, weights_only=False)\n"
+        "try: tfkern.unpatch(layer)\nexcept ImportError as error: print(error)"
+    )
+    done = subprocess.run(python_without("\n" + code, "timm"), capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Linear(in_features=8")
+    assert "pip install 'tfkern[timm]'" in done.stdout

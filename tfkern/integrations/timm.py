@@ -5,6 +5,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from tfkern.extras import require
 from tfkern.functional import attention, attention_packed
 from tfkern.integrations.adapters import Adapter, register
 
@@ -81,9 +82,9 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(y))
 
 
-def _theirs() -> type | None:
-    module = sys.modules.get("timm.layers.attention")  # whoever has such a layer has imported it
-    return None if module is None else module.Attention
+def _is_theirs(module: nn.Module) -> bool:
+    theirs = sys.modules.get("timm.layers.attention")  # whoever has such a layer has imported it
+    return theirs is not None and type(module) is theirs.Attention
 
 
 def _apply(module: nn.Module) -> None:
@@ -91,13 +92,13 @@ def _apply(module: nn.Module) -> None:
 
 
 def _revert(module: nn.Module) -> None:
-    module.__class__ = _theirs()
+    module.__class__ = require("timm.layers.attention", "timm").Attention  # a pickled one may have come without timm
 
 
 register(
     Adapter(
         name="timm.layers.Attention",
-        matches=lambda module: type(module) is _theirs(),
+        matches=_is_theirs,
         unsupported=lambda module: None,
         apply=_apply,
         revert=_revert,
