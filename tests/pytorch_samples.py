@@ -1,6 +1,7 @@
 """The samples with which PyTorch tests itself. Its testing modules want a package that only its own test classes use, and forbid
 what they forbid their own tests: the one is made up, the other undone."""
 
+import importlib
 import sys
 import types
 import unittest
@@ -11,10 +12,12 @@ import torch
 
 def load(module: str):
     """A module of torch.testing._internal."""
-    if "expecttest" not in sys.modules:
-        sys.modules["expecttest"] = types.SimpleNamespace(TestCase=unittest.TestCase)
+    made_up = types.SimpleNamespace(TestCase=unittest.TestCase)
+    known = sys.modules.setdefault("expecttest", made_up)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        __import__(f"torch.testing._internal.{module}")
+        loaded = importlib.import_module(f"torch.testing._internal.{module}")
+    if known is made_up:
+        del sys.modules["expecttest"]
     torch.backends.__allow_nonbracketed_mutation_flag = True
-    return sys.modules[f"torch.testing._internal.{module}"]
+    return loaded

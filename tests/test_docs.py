@@ -1,4 +1,4 @@
-"""The examples of docs/features.md and README.md run as they stand."""
+"""The examples of docs/ and README.md run as they stand."""
 
 import re
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("name", ["docs/features.md", "README.md"])
+@pytest.mark.parametrize("name", ["docs/features.md", "docs/drop-in.md", "README.md"])
 def test_examples(name, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S)
     assert len(blocks) > 1

@@ -176,6 +176,24 @@ def test_what_is_served():
         assert torch.equal(*grads)
 
 
+def test_compiled_code_follows():
+    """What was compiled before, within and after."""
+    q = x(2, 3, 5, 8)
+
+    @torch.compile(backend="eager")
+    def attend(q):
+        return F.scaled_dot_product_attention(q, q, q, is_causal=True) * 2.0
+
+    found = [attend(q)]
+    with tfkern.patched():
+        found.append(attend(q))
+        assert len(CALLS) == 1
+    found.append(attend(q))
+    assert len(CALLS) == 1
+    for y in found:
+        torch.testing.assert_close(y, 2.0 * pytorchs()(q, q, q, is_causal=True))
+
+
 class Own(nn.MultiheadAttention):
     """Someone's subclass."""
 
@@ -247,6 +265,24 @@ def test_a_block_for_a_model():
     assert type(m.encoder) is nn.TransformerEncoder
 
 
+def test_an_adapter_of_another_library(monkeypatch):
+    """What such a file does: register a class, and why some instances stay."""
+    monkeypatch.setattr(adapters, "_adapters", dict(adapters._adapters))
+
+    class Fused(CausalSelfAttention):
+        pass
+
+    adapter = adapters.by_class(CausalSelfAttention, Fused, lambda module: "it says so" if hasattr(module, "stays") else None)
+    assert adapters.register(adapter) is adapter
+    m = model()
+    assert tfkern.patch(m).changed["other"].endswith("CausalSelfAttention -> " + adapter.becomes)
+    assert type(m.other) is Fused
+    tfkern.unpatch(m)
+    assert type(m.other) is CausalSelfAttention
+    m.other.stays = True
+    assert tfkern.patch(m).unchanged["other"] == "it says so"
+
+
 @pytest.mark.parametrize("after", [False, True])
 def test_a_failure_half_way(after, monkeypatch):
     m = model()
@@ -312,6 +348,28 @@ def test_encoder(training, padded, causal, monkeypatch):
     assert len(count) == 2
     seen = ~pad if padded else slice(None)  # PyTorch's fused inference leaves 0 in padding
     torch.testing.assert_close(found[seen], want[seen])
+
+
+def test_transformer():
+    """Encoder and decoder, a causal target, padding: outputs and the gradient of every parameter."""
+    torch.manual_seed(0)
+    m = nn.Transformer(8, 2, 1, 2, 16, dropout=0.0, batch_first=True)
+    pad = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    options = dict(
+        tgt_mask=nn.Transformer.generate_square_subsequent_mask(4, dtype=torch.bool), tgt_is_causal=True,
+        src_key_padding_mask=pad, memory_key_padding_mask=pad,
+    )  # fmt: skip
+
+    def run():
+        out = m(x(2, 5, 8), x(2, 4, 8), **options)
+        return [out, *torch.autograd.grad(out.square().sum() + out[0, 0, 0], list(m.parameters()))]
+
+    want = run()
+    with tfkern.patched(m) as report:
+        assert len(report.changed) == 7
+        found = run()
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype stage")

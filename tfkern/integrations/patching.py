@@ -30,12 +30,12 @@ class Report:
 
 
 def patch(model: nn.Module | None = None) -> Report:
-    """Make F.scaled_dot_product_attention tfkern's for the whole process, or change the attention layers of one model in place.
+    """Make F.scaled_dot_product_attention tfkern's for the whole process, or change the attention layers of a model in place.
 
     Without a model, `torch.nn.functional.scaled_dot_product_attention` and every name outside torch that was imported from it
     lead to `tfkern.scaled_dot_product_attention`, in all threads, until `unpatch()`; a second call finds names imported since.
-    Out of reach are functions that were kept otherwise (in a closure, a default argument, a container), what torch.compile has
-    compiled before, and calls that PyTorch makes itself in C++, such as the inference of nn.MultiheadAttention.
+    What torch.compile has compiled is compiled anew. Out of reach: functions that were kept otherwise (in a closure, a default
+    argument, a container), torch.jit.script, what PyTorch does in C++ itself, such as the inference of its encoder layers.
 
     With a model, modules that an adapter knows become tfkern's: torch.nn.MultiheadAttention, TransformerEncoderLayer and
     TransformerEncoder, not subclasses of them; models of transformers, which get attn_implementation="tfkern"; timm's

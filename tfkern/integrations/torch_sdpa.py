@@ -65,12 +65,14 @@ def scaled_dot_product_attention(
     if query.is_nested:
         return attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **more)
     query, key, value, attn_mask = call.autocast(query, key, value, attn_mask)
-    # PyTorch checks what comes with a lower-right CausalBias in Python.
-    _operands(query, key, value, RuntimeError if alignment == "upper_left" else ValueError)
-    batch = _batch(query, key, value, enable_gqa)
+    if _ordinary(query, key, value):
+        batch, q, k, v = query.shape[:2], query, key, value
+    else:  # PyTorch checks what comes with a lower-right CausalBias in Python
+        _operands(query, key, value, RuntimeError if alignment == "upper_left" else ValueError)
+        batch = _batch(query, key, value, enable_gqa)
+        q, k, v = _folded(query, key, value, batch)
     if attn_mask is not None:
         attn_mask = _folded_mask(attn_mask, query, (*batch, query.shape[-2], key.shape[-2]))
-    q, k, v = _folded(query, key, value, batch)
     out = attention(q, k, v, attn_mask, dropout_p, is_causal, scale, k.shape[1] != q.shape[1], **more)
     return out if len(batch) == 2 else out.reshape(*batch, *out.shape[-2:])
 
@@ -111,6 +113,16 @@ def _alignment(bias, query: Tensor, key: Tensor, is_causal: bool) -> str:
         wanted = (query.shape[-2], key.shape[-2])
         raise RuntimeError(f"attn_mask must be a CausalBias of the lengths of query and key, {wanted}, but is of {declared}")
     return "lower_right"
+
+
+def _ordinary(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether there is nothing to fold and nothing wrong, as in most calls: to find out by less."""
+    if not query.dim() == key.dim() == value.dim() == 4:
+        return False
+    (b, h, _, d), (b_k, h_k, n_k, d_k), (b_v, h_v, n_v, _) = query.shape, key.shape, value.shape
+    fits = b == b_k == b_v and h == h_k == h_v and d == d_k and n_k == n_v
+    alike = query.dtype == key.dtype == value.dtype and query.device == key.device == value.device
+    return fits and alike and query.dtype in checks.DTYPES
 
 
 def _operands(query: Tensor, key: Tensor, value: Tensor, error: type[Exception]) -> None:
