@@ -16,6 +16,7 @@ class Adapter:
     apply: Callable[[nn.Module], None]
     revert: Callable[[nn.Module], None]
     becomes: str
+    whole: bool = False  # whether modules within, unless they have adapters of their own, are changed by it
 
 
 _adapters: dict[str, Adapter] = {}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from tfkern.integrations import adapters, served, torch_modules  # noqa: F401  torch_modules registers PyTorch's layers
+from tfkern.integrations import adapters, nanogpt, served, timm, torch_modules, transformers_models  # noqa: F401  adapters
 
 MARK = "_tfkern_adapter"  # in a changed module's __dict__: the name of its adapter; copies and pickles keep it
 
@@ -38,8 +38,9 @@ def patch(model: nn.Module | None = None) -> Report:
     argument, a container), torch.jit.script, what PyTorch does in C++ itself, such as the inference of its encoder layers.
 
     With a model, modules that an adapter knows become tfkern's: torch.nn.MultiheadAttention, TransformerEncoderLayer and
-    TransformerEncoder; subclasses of them do not. Parameters, buffers, hooks and names stay what they are, optimizers keep
-    working, nothing is copied. A second call changes what is new. If an error comes in between, the model is as it was.
+    TransformerEncoder, not subclasses of them; models of transformers, which get attn_implementation="tfkern"; timm's
+    Attention; nanoGPT's and minGPT's CausalSelfAttention. Parameters, buffers, hooks and names stay what they are, optimizers
+    keep working, nothing is copied. A second call changes what is new. If an error comes in between, the model is as it was.
     (An nn.MultiheadAttention that is asked for its weights, which is its default, has PyTorch write them out.)
 
     Returns:
@@ -103,7 +104,7 @@ def _patch(model: nn.Module) -> tuple[Report, list[tuple[nn.Module, adapters.Ada
             if MARK in vars(module):
                 report.already[name] = adapters.named(vars(module)[MARK]).becomes
             elif adapter is None:
-                if reason := _why_not(module):
+                if (reason := _why_not(module)) and not _within_changed(name, model):
                     report.unchanged[name] = reason
             elif reason := adapter.unsupported(module):
                 report.unchanged[name] = reason
@@ -122,6 +123,16 @@ def _patch(model: nn.Module) -> tuple[Report, list[tuple[nn.Module, adapters.Ada
 def _revert(module: nn.Module, adapter: adapters.Adapter) -> None:
     adapter.revert(module)
     del module.__dict__[MARK]
+
+
+def _within_changed(name: str, model: nn.Module) -> bool:
+    """Whether a module around this one was changed as a whole."""
+    while name:
+        name = name.rpartition(".")[0]
+        adapter_name = vars(model.get_submodule(name)).get(MARK)
+        if adapter_name and adapters.named(adapter_name).whole:
+            return True
+    return False
 
 
 def _why_not(module: nn.Module) -> str | None:

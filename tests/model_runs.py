@@ -1,0 +1,92 @@
+"""Forward and backward passes of whole models, judged by the rule of tfkern.testing.budget: against a float64 run, beside what
+eager attention errs."""
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from tfkern import reference
+from tfkern.testing import budget
+
+NAIVE = "naive"  # the flash backward written out, as an attention of transformers
+
+
+class Doubled(TorchFunctionMode):
+    """What models compute in float32 whatever their dtype (softmax, norms, rotations), in float64."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        def double(x):
+            return torch.float64 if x is torch.float32 else x
+
+        if func is Tensor.float:
+            func = Tensor.double
+        return func(*tree_map(double, args), **tree_map(double, kwargs or {}))
+
+
+def register_naive() -> str:
+    """tfkern.reference.flash as attn_implementation, with masks written out."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    def forward(module, query, key, value, mask, dropout=0.0, scaling=None, position_bias=None, softcap=None, s_aux=None,
+                is_causal=None, **kwargs):  # fmt: skip
+        bias = position_bias
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        if mask is not None and bias is not None:
+            mask, bias = torch.where(mask, bias, -torch.inf), None
+        dtype = value.dtype  # queries and keys may come in float32 under autocast
+        wide = [x.float() if dtype in (torch.bfloat16, torch.float16) else x for x in (query, key, value)]
+        with torch.autocast("cpu", enabled=False):
+            out = reference.flash(
+                *wide, bias if mask is None else mask, dropout if module.training else 0.0,
+                mask is None and causal and query.shape[2] > 1, scaling, softcap=softcap, sinks=s_aux, out_dtype=dtype,
+            )  # fmt: skip
+        return out.to(dtype).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(NAIVE, forward)
+    AttentionMaskInterface.register(NAIVE, sdpa_mask)
+    return NAIVE
+
+
+def results(model, inputs: dict, seen=None, autocast=None, seed: int = 7) -> dict[str, Tensor]:
+    """The rows of the first output that count, seen(output), and every parameter's gradient of a random sum of them."""
+    dtype = next(model.parameters()).dtype
+    inputs = {name: x.to(dtype) if name == "pixel_values" else x for name, x in inputs.items()}
+    torch.manual_seed(seed)
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        out = model(**inputs)[0]
+    out = out if seen is None else out[seen(out)]
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    model.zero_grad()
+    (out * weights.to(out.dtype)).sum().backward()
+    return {"out": out.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def judge(run) -> list[budget.Error]:
+    """The errors of run("tfkern", float32, seed) against run("eager", float64, seed), beside those of eager attention and of the
+    flash backward written out. What exceeds its budget is measured with the largest that these two err in several draws, since
+    no tensor of these models is of more than a few independent numbers (tfkern.testing.budget tells why)."""
+    found = run("tfkern", torch.float32, 0)
+    truth, plains = _plain(run, 0)
+    assert found.keys() == truth.keys() == plains[0].keys()
+    errors = budget.judge(found, truth, plains)
+    if all(e.ok for e in errors):
+        return errors
+    more = []
+    for seed in range(1, budget.DRAWS):
+        truth, plains = _plain(run, seed)
+        more.append({n: budget.compare(n, plains[0][n], truth[n], [p[n] for p in plains]).plain for n in truth})
+    dtypes = {name: x.dtype for name, x in found.items()}
+    return [e if e.ok else budget._with_plain(e, max(m[e.quantity] for m in more), dtypes[e.quantity]) for e in errors]
+
+
+def _plain(run, seed: int):
+    with Doubled():
+        truth = run("eager", torch.float64, seed)
+    return truth, [run("eager", torch.float32, seed), run(NAIVE, torch.float32, seed)]
+
+
+def assert_within(errors: list[budget.Error]) -> None:
+    bad = [str(e) for e in errors if not e.ok]
+    assert not bad, f"{len(bad)} of {len(errors)} quantities: " + "; ".join(bad[:8])

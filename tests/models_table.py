@@ -1,0 +1,142 @@
+"""Write docs/models.md, the table of models that work, from a run of their tests: python tests/models_table.py"""
+
+import importlib.metadata
+import importlib.util
+import itertools
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+TABLE = TESTS.parent / "docs" / "models.md"
+PACKAGES = ("torch", "transformers", "timm")
+COLUMNS = {
+    "test_transformers": {
+        "test_forward_and_gradients": "forward, gradients",
+        "test_padding": "padding",
+        "test_autocast": "autocast",
+        "test_frozen_parameters": "frozen parameters",
+        "test_packed_sequences": "packed",
+        "test_caches": "caches",
+        "test_generate": "generate",
+        "test_checkpointing_with_dropout": "checkpointing, dropout",
+        "test_patch": "patch",
+    },
+    "test_timm": {"test_models": "forward, gradients", "test_autocast": "autocast"},
+    "test_nanogpt": {"test_models": "forward, gradients, autocast"},
+}
+TITLES = {
+    "test_transformers": 'transformers, `attn_implementation="tfkern"`',
+    "test_timm": "timm, `attn_layer=tfkern.integrations.timm.Attention` and `tfkern.patch(model)`",
+    "test_nanogpt": "nanoGPT and minGPT, `tfkern.integrations.nanogpt.CausalSelfAttention` and `tfkern.patch(model)`",
+}
+IGNORING = ("test_transformers", "test_a_model_that_ignores_it_is_told")
+Cells = Counter  # {(module, test, model): cases that passed}
+
+
+def model_of(params: dict) -> str | None:
+    """The model that a test's parameters name."""
+    x = params.get("m", params.get("name"))
+    return None if x is None else str(x)
+
+
+def expected() -> Cells:
+    """The cases that there are, by the tests' own parameters."""
+    cells = Cells()
+    for module_name, tests in [*COLUMNS.items(), (IGNORING[0], {IGNORING[1]: ""})]:
+        spec = importlib.util.spec_from_file_location(f"{module_name}_of_the_table", TESTS / f"{module_name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        for test in tests:
+            sets = [_named(mark) for mark in getattr(module, test).pytestmark if mark.name == "parametrize"]
+            for chosen in itertools.product(*sets):
+                cells[module_name, test, model_of(dict(itertools.chain(*(x.items() for x in chosen))))] += 1
+    return cells
+
+
+def _named(mark) -> list[dict]:
+    """The sets of parameters of one parametrize."""
+    names = mark.args[0]
+    return [{names: x} if isinstance(names, str) else dict(zip(names, x, strict=True)) for x in mark.args[1]]
+
+
+class Collector:
+    """A plugin of pytest: counts, for each model and test, the cases that passed, and keeps those that didn't."""
+
+    def __init__(self):
+        self.cells, self.failed = Cells(), []
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item, call):
+        report = yield
+        if report.when == "call":
+            model = model_of(item.callspec.params) if hasattr(item, "callspec") else None
+            self.cells[item.path.stem, item.originalname, model] += report.passed
+        if not report.passed:
+            self.failed.append(item.nodeid)
+        return report
+
+
+def render(cells: Cells, versions: dict[str, str]) -> str:
+    """The page."""
+    lines = [
+        "# Models that work",
+        "",
+        "Written by `tests/models_table.py` from the results of the tests, with "
+        + ", ".join(f"{name} {version}" for name, version in versions.items()) + ", on a CPU.",
+        "Models are tiny, with random weights, and are compared with the library's own attention written out: the output and the",
+        "gradient of every parameter, by the rule in the README. ✓ and the number of cases that passed; nothing where there is nothing",
+        "to compare.",
+        "",
+    ]  # fmt: skip
+    for module, tests in COLUMNS.items():
+        lines += [f"## {TITLES[module]}", "", *_table(cells, module, tests), ""]
+    ignoring = sorted(model for module, test, model in cells if (module, test) == IGNORING)
+    lines += [
+        "Padding: on the right and on the left. Packed: by `position_ids` and by `cu_seq_lens`; OPT and gpt-oss by `cu_seq_lens` only,",
+        "as their own masks don't look at positions. Caches: dynamic and static, without padding and with either, in steps.",
+        "Generate: greedy, by beams, with a dynamic, a static and no cache.",
+        "",
+        "## Not by tfkern",
+        "",
+        f"{', '.join(ignoring)}: in transformers these don't ask for an attention implementation; what they compute stays their own.",
+        'With `attn_implementation="tfkern"` a warning says so at the first forward pass, `tfkern.patch(model)` in its report.',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(cells: Cells, module: str, tests: dict[str, str]) -> list[str]:
+    models = list(dict.fromkeys(model for m, test, model in cells if m == module and test in tests))
+    lines = ["| model | " + " | ".join(tests.values()) + " |", "| --- " * (len(tests) + 1) + "|"]
+    for model in models:
+        counts = [cells.get((module, test, model)) for test in tests]
+        lines.append(f"| {model} | " + " | ".join("" if n is None else f"✓ {n}" if n else "no" for n in counts) + " |")
+    return lines
+
+
+def pins() -> dict[str, str]:
+    """The versions that constraints.txt pins."""
+    lines = [line.split(";")[0].strip() for line in (TESTS.parent / "constraints.txt").read_text().splitlines()]
+    found = dict(line.split("==") for line in lines if "==" in line)
+    return {name: found[name] for name in PACKAGES}
+
+
+def main() -> int:
+    collector = Collector()
+    files = [str(TESTS / f"{module}.py") for module in COLUMNS]
+    pytest.main(["-q", "--no-header", "-c", str(TESTS.parent / "pyproject.toml"), *files], plugins=[collector])
+    kept = {(module, test) for module, tests in COLUMNS.items() for test in tests} | {IGNORING}
+    cells = Cells({key: n for key, n in collector.cells.items() if key[:2] in kept})
+    versions = {name: importlib.metadata.version(name).split("+")[0] for name in PACKAGES}
+    TABLE.write_text(render(cells, versions))
+    print(f"{TABLE.name}: {len({key[::2] for key in cells})} models, {math.fsum(cells.values()):.0f} cases passed")
+    for nodeid in collector.failed:
+        print("failed:", nodeid)
+    return len(collector.failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main() and 1)

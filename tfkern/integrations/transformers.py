@@ -1,0 +1,224 @@
+"""Hugging Face transformers: attn_implementation="tfkern"."""
+
+import contextlib
+import functools
+import warnings
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+from tfkern.dynamo import uncompiled
+from tfkern.extras import require
+from tfkern.functional import attention, attention_varlen
+from tfkern.integrations import transformers_masks
+from tfkern.integrations.transformers_masks import Band, BandMask
+
+NAME = "tfkern"
+# Keywords that reach attention and say nothing about its result; lengths and positions of packed sequences are in the mask.
+_SILENT = {
+    "cache_position", "deterministic", "max_length_k", "max_length_q", "num_items_in_batch", "output_hidden_states",
+    "output_router_logits", "position_ids", "return_dict", "seq_idx", "use_cache",
+}  # fmt: skip
+_names: set[str] = set()
+_calls: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()
+_told: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+def register(name: str = NAME) -> str:
+    """Make `attn_implementation=name` mean tfkern, for models made or loaded from now on and for model.set_attn_implementation.
+
+    Registers both the attention and the masks (without these, transformers would drop padding without a word). Calls are
+    counted: a model that has attention and that after its first forward pass has not called tfkern once, because it doesn't
+    ask transformers' AttentionInterface, gets a UserWarning. For that, PreTrainedModel.get_correct_attn_implementation is
+    wrapped. A second call with the same name does nothing.
+
+    What can't be honoured raises NotImplementedError in the forward pass: weights (output_attentions=True, except by GPT-2 and
+    OPT, which keep it to themselves and then return none, as with "sdpa"), and keywords that nobody here knows.
+
+    Args:
+        name: not one of transformers' own; without "flash", "/" or "|", which mean something else to it.
+
+    Returns name.
+
+    Raises:
+        ImportError: transformers is missing.
+        ValueError: a name that can't be had.
+
+    Source: the AttentionInterface of transformers 5.23.
+    """
+    modeling = require("transformers.modeling_utils", "transformers")
+    masking = require("transformers.masking_utils", "transformers")
+    if name in _names:
+        return name
+    if not isinstance(name, str) or not name or any(part in name for part in ("flash", "/", "|")):
+        raise ValueError(f"name must be a string without 'flash', '/' and '|', which transformers understands, but is {name!r}")
+    if name == "eager" or name in modeling.ALL_ATTENTION_FUNCTIONS or name in masking.ALL_MASK_ATTENTION_FUNCTIONS:
+        raise ValueError(f"name must be free, but transformers has a {name!r}; take another, such as {NAME!r}")
+    modeling.AttentionInterface.register(name, attention_forward)
+    masking.AttentionMaskInterface.register(name, transformers_masks.mask)
+    if not _names:
+        cls = modeling.PreTrainedModel
+        cls.get_correct_attn_implementation = _watching(cls.get_correct_attn_implementation)
+    _names.add(name)
+    return name
+
+
+def calls(model: nn.Module) -> int:
+    """How often the attention modules of `model` have called tfkern."""
+    return sum(_calls.get(module, 0) for module in model.modules())
+
+
+@uncompiled
+def attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
+    scaling: float | Tensor | None = None, is_causal: bool | None = None, position_bias: Tensor | None = None,
+    sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None, cu_seq_lens_k: Tensor | None = None, **kwargs,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """What transformers calls for attention. Not for users.
+
+    Args:
+        query, key, value: (B, H, Nq, D), (B, Hkv, Nk, D), (B, Hkv, Nk, Dv), any strides.
+        attention_mask: BandMask; bool (True = attend) or float (added), broadcasting to (B, H, Nq, Nk); or None: then
+            is_causal, or else the module's attribute (or else True), tells, for more than one query.
+        position_bias: broadcasts to (B, H, Nq, Nk), added, differentiable.
+        sliding_window: looked at without a mask only; masks have it in them.
+        s_aux: (H,), the sinks, differentiable.
+        cu_seq_lens_q, cu_seq_lens_k: (sequences + 1,), where packed sequences start, with B = 1.
+
+    Returns (out (B, Nq, H, Dv), contiguous, None).
+
+    Raises: NotImplementedError for other keywords that are neither None nor False; ValueError for what contradicts itself.
+    """
+    _calls[module] = _calls.get(module, 0) + 1
+    _refuse(kwargs)
+    packed = cu_seq_lens_q is not None or cu_seq_lens_k is not None
+    if isinstance(attention_mask, BandMask) and (attention_mask.band is None or (attention_mask.band.packed and not packed)):
+        attention_mask = attention_mask.written()
+    if isinstance(attention_mask, BandMask):
+        band, mask = attention_mask.band, attention_mask.band.padding
+    elif attention_mask is not None:
+        band, mask = Band(), attention_mask
+    else:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        band, mask = _unmasked(query.shape[2], key.shape[2], bool(causal), sliding_window, packed), None
+    if query.shape[0] == 1 and key.shape[0] > 1:
+        query = query.expand(key.shape[0], -1, -1, -1)
+    if band.keys is not None:
+        key, value = (x[:, :, : band.keys] for x in (key, value))
+        position_bias = position_bias[..., : band.keys] if position_bias is not None else None
+    mask = _merged(mask, position_bias, query)
+    options = dict(
+        dropout_p=dropout if module.training else 0.0, scale=scaling, enable_gqa=key.shape[1] != query.shape[1],
+        window=(band.left, band.right), causal_alignment=band.alignment, softcap=softcap, sinks=s_aux,
+    )  # fmt: skip
+    query, key, value, plain = _autocast(query, key, value)
+    with plain:
+        if packed:
+            return _packed(query, key, value, cu_seq_lens_q, cu_seq_lens_k, mask, band, options), None
+        out = attention(query, key, value, mask, key_lengths=band.key_lengths, **options)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse(kwargs: dict) -> None:
+    """Raise for what would change the result and isn't known."""
+    for name, value in kwargs.items():
+        if name in _SILENT or value is None or value is False:
+            continue
+        if name == "output_attentions":
+            raise NotImplementedError(
+                "output_attentions=True needs the weights, which fused attention never writes out; use "
+                'model.set_attn_implementation("eager") for them'
+            )
+        raise NotImplementedError(
+            f"{name} must be None: tfkern's attention doesn't know this keyword, and without it results might be wrong; use "
+            'another attn_implementation for this model, such as "eager"'
+        )
+
+
+def _unmasked(n_q: int, n_k: int, is_causal: bool, sliding_window: int | None, packed: bool) -> Band:
+    """What is seen where there is no mask."""
+    is_causal = is_causal and n_q > 1
+    if sliding_window is None or (sliding_window >= n_k and not packed):
+        return Band(right=0 if is_causal else None)
+    if n_q > 1 and n_q != n_k and not packed:
+        raise ValueError(
+            f"attention_mask must be given where a sliding_window ({sliding_window}) stands between {n_q} queries and {n_k} "
+            "keys: it tells how they are aligned"
+        )
+    return Band(sliding_window - 1, 0 if is_causal or n_q == 1 else sliding_window - 1, "lower_right")
+
+
+def _merged(mask: Tensor | None, bias: Tensor | None, query: Tensor) -> Tensor | None:
+    """Mask and bias as one tensor for tfkern.attention."""
+    mask, bias = (_accepted(x, query) for x in (mask, bias))
+    if mask is None or bias is None:
+        return bias if mask is None else mask
+    return torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else bias + mask
+
+
+def _accepted(x: Tensor | None, query: Tensor) -> Tensor | None:
+    """A float mask in a dtype that tfkern.attention takes: 16-bit ones that aren't query's become float32."""
+    if x is not None and x.dtype in (torch.float16, torch.bfloat16) and x.dtype != query.dtype:
+        return x.float()
+    return x
+
+
+def _autocast(query: Tensor, key: Tensor, value: Tensor):
+    """The three in the autocast dtype, and a context without autocast, so that biases and sinks keep their precision."""
+    kind = query.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or query.dtype == torch.float64:
+        return query, key, value, contextlib.nullcontext()
+    dtype = torch.get_autocast_dtype(kind)
+    return *(x.to(dtype) for x in (query, key, value)), torch.autocast(kind, enabled=False)
+
+
+def _packed(query, key, value, cu_q: Tensor | None, cu_k: Tensor | None, mask, band: Band, options: dict) -> Tensor:
+    """(1, total, H, Dv) of sequences that lie behind each other."""
+    if cu_q is None or cu_k is None:
+        raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be given together, but one is None")
+    if query.shape[0] != 1:
+        raise ValueError(f"query must have a batch of 1 with cu_seq_lens_q, but has shape {tuple(query.shape)}")
+    if mask is not None or band.key_lengths is not None or band.keys is not None:
+        raise ValueError(
+            "attention_mask and position_bias must be None with cu_seq_lens_q, which tell what is seen; drop one of them"
+        )
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    return attention_varlen(query, key, value, cu_q, cu_k, **options).contiguous().unsqueeze(0)
+
+
+def _watching(original):
+    """PreTrainedModel.get_correct_attn_implementation, through which every choice of an attention goes."""
+
+    @functools.wraps(original)
+    def get_correct_attn_implementation(self, *args, **kwargs):
+        chosen = original(self, *args, **kwargs)
+        if chosen in _names:
+            unwatch(self)
+            self.register_forward_hook(_tell_if_ignored)
+        return chosen
+
+    return get_correct_attn_implementation
+
+
+def unwatch(model: nn.Module) -> None:
+    """Take the hook away that looks whether tfkern was called."""
+    for key in [key for key, hook in model._forward_hooks.items() if hook is _tell_if_ignored]:
+        del model._forward_hooks[key]
+
+
+@uncompiled
+def _tell_if_ignored(model: nn.Module, args, output) -> None:
+    """After a model's first forward pass: a warning if it has attention and none of it was tfkern's."""
+    unwatch(model)
+    modules = list(model.modules())
+    if model.config._attn_implementation not in _names or any(m in _calls or m in _told for m in modules):
+        return
+    if any("attention" in type(m).__name__.lower() for m in modules):
+        _told.add(model)
+        warnings.warn(
+            f"{type(model).__name__} ignores attn_implementation={model.config._attn_implementation!r}: its attention doesn't "
+            "ask transformers' AttentionInterface, and no call reached tfkern; results are right, and not tfkern's",
+            stacklevel=2,
+        )

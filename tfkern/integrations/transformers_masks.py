@@ -1,0 +1,162 @@
+"""Hugging Face transformers' masks: which keys a query sees, told by a band and only written out where that can't tell."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import FunctionType
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from tfkern.extras import require
+
+
+@dataclass(frozen=True)
+class Band:
+    """What tfkern.attention takes for a mask. `keys`: only so many of the keys are there yet. `packed`: within each of the
+    sequences that lie behind each other, whose starts the band doesn't know."""
+
+    left: int | None = None
+    right: int | None = None
+    alignment: str = "upper_left"
+    keys: int | None = None
+    key_lengths: Tensor | None = None  # (B,)
+    padding: Tensor | None = None  # (B, 1, 1, Nk) bool, True = attend
+    packed: bool = False
+
+
+class BandMask(Tensor):
+    """A bool mask (B, 1, Nq, Nk), True = attend, that has no elements: `band` tells them, and they are written out for the
+    first operation that wants them. A model may do with it what it does with any mask, and then has an ordinary one."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, band: Band, shape: tuple[int, ...], device: torch.device, write: Callable[[], Tensor]):
+        mask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
+        mask.band, mask._write, mask._written = band, write, None
+        return mask
+
+    def written(self) -> Tensor:
+        """The mask as an ordinary tensor, made once."""
+        if self._written is None:
+            self._written = self._write()
+        return self._written
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        def write(mask: BandMask) -> Tensor:
+            if func._schema.is_mutable:
+                mask.band = None  # it tells no longer what is in the tensor
+            return mask.written()
+
+        args, kwargs = tree_map_only(BandMask, write, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __repr__(self, **kwargs) -> str:
+        return f"BandMask({tuple(self.shape)}, {self.band})"
+
+
+def mask(
+    batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0, mask_function=None,
+    attention_mask: Tensor | None = None, local_size: int | None = None, use_vmap: bool = False, device="cpu", **kwargs,
+) -> Tensor:  # fmt: skip
+    """What transformers calls to make a mask: a BandMask, or where no band can tell it, or under tracing, a bool tensor.
+
+    Args:
+        batch_size, q_length, kv_length: B, Nq, Nk; the result is (B, 1, Nq, Nk).
+        q_offset, kv_offset: positions of the first query and the first key. A static cache's q_offset is a tensor.
+        mask_function: tells from (b, h, position of the query, position of the key) whether it is seen.
+        attention_mask: (B, length) bool, False where positions are padding; what it doesn't reach is padding.
+        local_size: the sliding window or the size of chunks, if there is one.
+
+    Never None: then a module's `is_causal` would have to tell what is seen.
+    """
+    theirs = require("transformers.masking_utils", "transformers")
+    mask_function = theirs.causal_mask_function if mask_function is None else mask_function
+    if isinstance(q_offset, Tensor):
+        q_offset = q_offset.clone()  # the cache counts on in the same tensor
+    write = functools.partial(
+        theirs.sdpa_mask, batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,
+        **kwargs | dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False), use_vmap=use_vmap, device=device,
+    )  # fmt: skip
+    traced = require("transformers.utils.import_utils", "transformers").is_tracing(attention_mask)
+    found = None if traced or use_vmap else _edges(theirs, mask_function, local_size)
+    band = None if found is None else _band(found, batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device)
+    if band is None:
+        return write()
+    return BandMask(band, (batch_size, 1, q_length, kv_length), torch.device(device), write)
+
+
+def _edges(theirs, mask_function, local_size: int | None) -> tuple[int | None, int | None, bool] | None:
+    """(left, right, packed) of a function of positions, if it is one that a band can tell."""
+    forms = [(theirs.bidirectional_mask_function, None, None), (theirs.causal_mask_function, None, 0)]
+    if local_size is not None:
+        forms.append((theirs.sliding_window_causal_mask_function(local_size), local_size - 1, 0))
+        forms.append((theirs.sliding_window_bidirectional_mask_function(local_size), local_size, local_size))
+    anything = torch.empty(0)
+    for function, left, right in forms:
+        if _same(mask_function, function):
+            return left, right, False
+        if _same(mask_function, theirs.packed_sequence_compatibility_function(function, anything, anything)):
+            return left, right, True
+    return None
+
+
+def _same(a, b) -> bool:
+    """Whether two functions do the same because they have the same code and hold the same. b's tensors stand for any."""
+    if isinstance(b, Tensor):
+        return isinstance(a, Tensor)
+    if type(a) is not type(b):
+        return False
+    if isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if not isinstance(b, FunctionType):
+        return a is b or (isinstance(b, int) and a == b)
+    if a.__code__ is not b.__code__ or a.__defaults__ != b.__defaults__:
+        return False
+    return _same(*(tuple(cell.cell_contents for cell in f.__closure__ or ()) for f in (a, b)))
+
+
+def _band(edges, batch: int, n_q: int, n_k: int, q_offset, kv_offset, attention_mask, device) -> Band | None:
+    """The band, if one can tell where queries and keys stand and which keys are padding."""
+    if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.dtype != torch.bool):
+        return None
+    left, right, packed = edges
+    band = Band(left, right, packed=packed)
+    if left is not None or right is not None:
+        band = _aligned(band, batch, n_q, n_k, q_offset, kv_offset, device)
+    if band is None or attention_mask is None:
+        return band
+    padding = attention_mask[:, kv_offset : kv_offset + n_k].to(device)
+    padding = torch.nn.functional.pad(padding, (0, n_k - padding.shape[1]))[:, : band.keys]
+    return _padded(band, padding)
+
+
+def _aligned(band: Band, batch: int, n_q: int, n_k: int, q_offset, kv_offset: int, device) -> Band | None:
+    """The band with where it stands."""
+    if isinstance(q_offset, Tensor):  # a static cache: it alone knows how many keys are there
+        if q_offset.numel() != 1 or kv_offset != 0 or band.right != 0:
+            return None
+        lengths = (q_offset.reshape(1) + n_q).expand(batch).to(device)
+        return replace(band, alignment="lower_right", key_lengths=lengths)
+    if q_offset == kv_offset:
+        return band
+    keys = q_offset + n_q - kv_offset
+    if not 0 < keys <= n_k or (keys < n_k and band.right != 0):  # what is behind the last query can only be cut if unseen
+        return None
+    return replace(band, alignment="lower_right", keys=keys if keys < n_k else None)
+
+
+def _padded(band: Band, padding: Tensor) -> Band:
+    """The band with the padding (B, Nk): nothing, lengths, or a mask."""
+    there = padding.sum(-1)
+    at_the_end = padding == (torch.arange(padding.shape[1], device=padding.device) < there[:, None])
+    whole = there == (padding.shape[1] if band.key_lengths is None else band.key_lengths)
+    at_the_end, whole = torch.stack([at_the_end.all(), whole.all()]).tolist()  # one wait for the device, not two
+    if at_the_end and whole:
+        return band
+    if at_the_end and band.alignment == "upper_left":
+        return replace(band, key_lengths=there)
+    return replace(band, padding=padding[:, None, None])
