@@ -189,8 +189,8 @@ OF_TWO = ["several-tiles-causal", "window-of-many-tiles", "cut-inside", "packed-
 OF_ONE = ["window-of-many-tiles", "groups", "many-items", "dead-queries-first", "all-slots-again"]
 # Problems that go through all of a kernel.
 THROUGH = {"flash_bwd": OF_ONE, "flash_bwd_dq": OF_TWO, "flash_bwd_dkdv": OF_TWO}
-# Files with what synchronises: (kernel that it is part of, what of it the kernel calls)
-PARTS = {name: (name, name) for name in THROUGH} | {"flash_bwd_consume": ("flash_bwd", "consume")}
+# Files with what synchronises, and the kernel that each is part of.
+PARTS = {name: name for name in THROUGH} | {"flash_bwd_consume": "flash_bwd"}
 FAULTS = [(file, line) for file in PARTS for line in faults(file)]
 
 
@@ -205,10 +205,9 @@ def expected(name):
     return [x.transpose(0, 1).unsqueeze(0) for x in found] if CASES[name].lengths else found
 
 
-def faults_found(file: str, part, monkeypatch) -> str | None:
-    """What shows that a kernel is broken, one part of it, on problems that go through all of it."""
-    name, called = PARTS[file]
-    monkeypatch.setattr(importlib.import_module(f"tfkern.kernels.hopper.{name}"), called, part)
+def faults_found(name: str, kernel, monkeypatch) -> str | None:
+    """What shows that a kernel is broken, on problems that go through all of it."""
+    monkeypatch.setattr(importlib.import_module(f"tfkern.kernels.hopper.{name}"), name, kernel)
     monkeypatch.setattr(call, "_problems", {})  # they keep launches of the kernel as it was
     for case in THROUGH[name]:
         for schedule, seed in SCHEDULES:
@@ -226,7 +225,8 @@ def faults_found(file: str, part, monkeypatch) -> str | None:
 @pytest.mark.parametrize(("name", "line"), mostly_slow(FAULTS, 8), ids=str)
 def test_every_missing_synchronisation_is_found(name, line, tmp_path, monkeypatch):
     text = lines(name)[line].strip()
-    found = faults_found(name, getattr(without(name, line, tmp_path), PARTS[name][1]), monkeypatch)
+    kernel = PARTS[name]
+    found = faults_found(kernel, without(kernel, name, line, tmp_path), monkeypatch)
     assert found or text in HARMLESS, text
     assert not (found and text in HARMLESS), f"{text} does harm after all: {found}"
 
