@@ -52,7 +52,16 @@ FIRST = {
     "softmax.py": ["full", "strided", "sinks", "bnhd", "padded"],
     "tile.py": ["test_addresses.py", "full", "strided", "window-narrow", "packed"],
 }
-FIRST_HOPPER = ["many-heads", "several-tiles-causal", "window-of-many-tiles", "cut-inside", "padded-causal"]
+FIRST_HOPPER = [
+    "many-heads",
+    "groups",
+    "all-slots-again",
+    "several-tiles-causal",
+    "packed-long",
+    "window-of-many-tiles",
+    "cut-inside",
+    "padded-causal",
+]
 LAST = HERE / "last.json"
 EQUIVALENT = HERE / "equivalent.json"
 LIMIT_S = 40  # of processor time for a test; none takes a fourth of that
@@ -108,7 +117,7 @@ def _run_tests(files: list[str], selected: str, first: list[str], kernels: Path,
     def rank(item) -> int:
         for place, name in enumerate(first):
             if name in (Path(item.fspath).name, item.originalname) or re.match(
-                rf"test_small\[{name}-|.*\[bf16-(flash_\w+-)?{name}\]", item.name
+                rf"test_small\[{name}-|.*\[bf16-(flash_\w+-)?{name}(-\w+ launch(es)?)?\]", item.name
             ):
                 return place
         return len(first)
