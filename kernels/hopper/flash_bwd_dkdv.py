@@ -181,7 +181,8 @@ def _sum(
                 MOD, MOD_GRAD, LINEAR, BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, False, True)  # fmt: skip
     last, _ = stage_of(total - 1, STAGES)
     dk = warpgroup_mma(ds, qs.index(last).reshape([BLOCK_M, D]), dk, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
-    return warpgroup_mma_wait(0, deps=(dk,)), dv
+    dk = warpgroup_mma_wait(0, deps=(dk,))
+    return dk, dv
 
 
 @gluon.jit

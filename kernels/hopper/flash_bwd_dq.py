@@ -128,7 +128,8 @@ def _sum(
             MOD, MOD_GRAD, LINEAR, BLOCK_M, BLOCK_N, D, STAGES, False, True)  # fmt: skip
     last, _ = stage_of(n_tiles - 1, STAGES)
     dq = warpgroup_mma(ds, ks.index(last).reshape([BLOCK_N, D]), dq, is_async=True)  # [BLOCK_M, BLOCK_N] @ [BLOCK_N, D]
-    return warpgroup_mma_wait(0, deps=(dq,)), dslope
+    dq = warpgroup_mma_wait(0, deps=(dq,))
+    return dq, dslope
 
 
 @gluon.jit
