@@ -36,24 +36,38 @@ def time_one(case: tuple[str, Shape], config: configs.TileConfig, device: torch.
         yield from _time(kernel, shape, "portable", vars(config), device, dry)
 
 
-def hopper_cases(first_only: bool = False) -> Iterator[tuple[tuple[str, Shape], tiles.HopperConfig]]:
+def hopper_cases(
+    first_only: bool = False,
+) -> Iterator[tuple[tuple[str, Shape], tiles.HopperConfig | tiles.HopperOnePass]]:
     """The same of the kernels for Hopper."""
     for kernel, found in candidates.HOPPER.items():
         for shape in SHAPES[:1] if first_only else SHAPES:
             for config in found[:1] if first_only else found:
-                yield (kernel, shape), tiles.HopperConfig(*config)
+                yield (kernel, shape), (tiles.HopperOnePass if kernel == "flash_bwd" else tiles.HopperConfig)(*config)
 
 
-def time_hopper(case: tuple[str, Shape], config: tiles.HopperConfig, device: torch.device, dry: bool) -> Iterator[dict]:
+def time_hopper(
+    case: tuple[str, Shape], config: tiles.HopperConfig | tiles.HopperOnePass, device: torch.device, dry: bool
+) -> Iterator[dict]:
     """As time_one, of a kernel for Hopper."""
     kernel, shape = case
-    if kernel.startswith("flash_fwd"):
+    one = {}  # the backward in one launch is taken only where it is what is timed
+    if kernel == "flash_bwd":
+        table, found = one, (config,)
+        if shape.head_dim > 64 or -(-shape.length // tiles.HOPPER_QUERIES) > config.tiles:
+            yield dict(
+                kernel=kernel, backend="hopper", shape=shape.name, **vars(config), skipped="has no memory for the queries"
+            )
+            return
+    elif kernel.startswith("flash_fwd"):
         table, found = tiles.HOPPER, tiles.HOPPER[shape.head_dim].alone(config, kernel == "flash_fwd_short")
     else:
-        table, found = tiles.HOPPER_BACKWARD[kernel], (config, config)
-    never_one = mock.patch.dict(tiles.HOPPER_ONE_PASS, clear=True)
-    # Problems keep their plans.
-    with never_one, mock.patch.dict(table, {shape.head_dim: found}), mock.patch.dict(call._problems, clear=True):
+        table, found = tiles.HOPPER_BACKWARD[kernel], tiles.HopperBackwardTiles(config, config, config)
+    with (
+        mock.patch.dict(table, {shape.head_dim: found}),
+        mock.patch.dict(tiles.HOPPER_ONE_PASS, one, clear=True),
+        mock.patch.dict(call._problems, clear=True),  # they keep their plans
+    ):
         yield from _time(kernel, shape, "hopper", vars(config), device, dry)
 
 

@@ -1,6 +1,8 @@
 """The benchmark's machinery: nothing wrong is timed, nobody is left out in silence, results can be drawn again."""
 
 import json
+import os
+import subprocess
 import sys
 import types
 
@@ -9,7 +11,7 @@ import torch
 
 import tfkern
 from tfkern import cli, reference
-from tfkern.bench import plots, providers, runner
+from tfkern.bench import candidates, plots, providers, runner
 from tfkern.bench.shapes import Shape
 
 TINY = Shape("tiny", 2, 3, 40, 16, is_causal=True)
@@ -85,3 +87,19 @@ def test_flash_attn_packages_get_their_layout(monkeypatch):
     torch.testing.assert_close(run(q, k, v), tfkern.attention(q, k, v, is_causal=True))
     with pytest.raises(providers.UnavailableError, match="does not import"):
         providers.PROVIDERS["flash-attn 4"](TINY, torch.float32, types.SimpleNamespace(type="cuda"))
+
+
+def test_what_is_tuned_gets_as_far_as_the_launch():
+    """On a GPU that is not there. A candidate that fails is passed over, which must not hide that all do."""
+    script = """
+import torch
+from tfkern.bench import candidates, tuning
+for cases, time in ((tuning.hopper_cases, tuning.time_hopper), (tuning.cases, tuning.time_one)):
+    for case, config in cases(first_only=True):
+        for row in time(case, config, torch.device("cpu"), True):
+            print(row["kernel"], row.get("skipped", "launched"))
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, env=environment, check=False)
+    kernels = [*candidates.HOPPER, "flash_fwd", "flash_bwd_dq", "flash_bwd_dkdv"]
+    assert done.stdout.splitlines() == [f"{kernel} launched" for kernel in kernels], done.stdout + done.stderr[-2000:]
