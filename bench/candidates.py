@@ -16,7 +16,7 @@ HOPPER = {
     ],
     "flash_fwd_short": [(64, 11, 3, False, 160, 1), (64, 9, 3, False, 160, 1)],
     "flash_bwd_dq": [(64, 3, 2, False, 216, 1), (64, 4, 2, False, 216, 1), (64, 3, 1, False, 240, 1)],
-    "flash_bwd": [(6, 2), (8, 1), (4, 3)],  # as HopperOnePass: slots for tiles of queries, buffers of dS
+    "flash_bwd": [(6, 2), (8, 1), (6, 1)],  # as HopperOnePass: slots for tiles of queries, buffers of dS
     "flash_bwd_dkdv": [(64, 3, 2, False, 232, 1), (64, 4, 2, False, 232, 1), (64, 3, 1, False, 240, 1)],
 }  # fmt: skip
 
