@@ -33,7 +33,8 @@ VARIANTS = {
     "everything": {"LEFT", "RIGHT", "cu_q", "cu_k", "bias", "dropout", "softcap", "slopes", "sinks", "MOD"},
 }  # fmt: skip
 KERNELS = ["flash_fwd", "flash_fwd_short", "flash_bwd_dq", "flash_bwd_dkdv", "flash_bwd"]
-BACKWARD = [name for name, there in VARIANTS.items() if not there & {"mask", "bias"}]  # variants that its kernels have
+# Variants that its kernels have.
+BACKWARD = [name for name, there in VARIANTS.items() if name != "several" and not there & {"mask", "bias"}]
 SHORT = ["full", "causal", "padded", "softcap", "slopes", "sinks", "score-mod"]  # that flash_fwd_short is chosen for
 ONE_PASS = ["full", "causal", "window", "padded"]  # that flash_bwd has
 SPILLED = 64  # such as the number of the program, which ptxas keeps in memory over the start of a partition
@@ -108,14 +109,15 @@ def configurations(kernel: str, dim: int, variant: str) -> list:
     if kernel == "flash_bwd":
         return list(tiles.HOPPER_ONE_PASS.get(dim, ())) if variant in ONE_PASS else []
     if kernel.startswith("flash_bwd"):
-        found = tiles.HOPPER_BACKWARD[kernel].get(dim) if dim <= 64 or variant != "several" else None
+        found = tiles.HOPPER_BACKWARD[kernel].get(dim)
         return ([found.heavy] if heavy else [found.usual, found.single]) if found and variant in BACKWARD else []
     found = tiles.HOPPER[dim]
     if kernel == "flash_fwd_short":
         return [found.short] if found.short and variant in SHORT else []
     if {"mask", "bias"} & VARIANTS[variant]:
         return [found.masked] if found.masked else []
-    return list(dict.fromkeys([*(found.heavy if heavy else found.usual), found.single]))
+    fitting = found.heavy[:1] if variant == "several" else found.heavy if heavy else found.usual
+    return list(dict.fromkeys([*fitting, found.single]))
 
 
 def jobs(args):

@@ -106,7 +106,7 @@ def predict(problem: geometry.Problem, dtype: str) -> cost_model.Prediction:
     """Of the forward's launch, of a problem for more queries than one consumer owns and without heavy features."""
     tiles, p = compile_gate.load("tfkern.tiles"), problem
     load = tiles.HopperLoad(p.batch * p.heads, 1, p.length, p.length, p.causal, cost_model.H100.sms)
-    config, short = tiles.HOPPER[p.head_dim].fastest(load, heavy=False, resident=True)
+    config, short = tiles.HOPPER[p.head_dim].fastest(load)
     return predict_with(config, short, problem, dtype)
 
 

@@ -89,6 +89,11 @@ class Problem:
         return bool(self.mask or self.bias or self.dropout_p or self.softcap or self.has_slopes or self.score_mod)
 
     @property
+    def several(self) -> bool:
+        """Whether more than one of those is there that take registers in every score, masks aside."""
+        return sum(map(bool, (self.dropout_p, self.softcap, self.has_slopes, self.score_mod))) > 1
+
+    @property
     def linear(self) -> bool:
         """Whether logits are products of queries and keys, scaled, and nothing else."""
         return not (self.bias or self.softcap or self.has_slopes or self.has_sinks or self.score_mod)

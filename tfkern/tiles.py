@@ -169,7 +169,7 @@ class HopperTiles(NamedTuple):
     """Of one head-dim class. Of several that a problem could have it takes those that are predicted fastest."""
 
     usual: tuple[HopperConfig, ...]
-    heavy: tuple[HopperConfig, ...]  # more than scale and band between a product and its logit: that takes registers
+    heavy: tuple[HopperConfig, ...]  # more than scale and band between a product and its logit; the first fits several features
     short: HopperConfig | None  # of flash_fwd_short, K and V resident
     single: HopperConfig  # one consumer: for no more queries than it owns
     masked: HopperConfig | None  # one consumer, which changes V where a mask hides keys; its addresses take registers
@@ -180,9 +180,13 @@ class HopperTiles(NamedTuple):
             return self._replace(usual=(), heavy=(), short=config)
         return self._replace(usual=(config,), heavy=(config,), short=None)
 
-    def fastest(self, load: HopperLoad, heavy: bool, resident: bool) -> tuple[HopperConfig, bool]:
-        """(the tiles for a problem, whether they are `short`); resident: whether K and V may stay if they fit."""
-        found = [(config, False) for config in (self.heavy if heavy else self.usual)]
+    def fastest(
+        self, load: HopperLoad, heavy: bool = False, several: bool = False, resident: bool = True
+    ) -> tuple[HopperConfig, bool]:
+        """(the tiles for a problem, whether they are `short`); resident: whether K and V may stay if they fit. heavy and
+        several as Problem has them."""
+        fitting = self.heavy[:1] if several else self.heavy if heavy else self.usual
+        found = [(config, False) for config in fitting]
         if resident and self.short and load.n_k <= self.short.stages * self.short.block_n:
             found.append((self.short, True))
         return min(found, key=lambda candidate: load.cycles(*candidate))

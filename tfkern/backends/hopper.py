@@ -86,5 +86,6 @@ def _config(p: Problem) -> tuple[int, HopperConfig, bool]:
     if p.n_q <= HOPPER_QUERIES:
         return dim, tiles.single, False
     load = HopperLoad(p.batch * p.heads, p.group, p.n_q, p.n_k, p.right is not None, launch.multiprocessors(p.device))
-    # Dropout spills in three consumers that keep K and V.
-    return dim, *tiles.fastest(load, p.heavy, resident=not (p.packed or p.left is not None or p.dropout_p))
+    # Dropout, and several features, spill in three consumers that keep K and V.
+    resident = not (p.packed or p.left is not None or p.dropout_p or p.several)
+    return dim, *tiles.fastest(load, p.heavy, p.several, resident)

@@ -23,9 +23,7 @@ def limits(p: Problem) -> list[str]:
     there = {
         "a mask": p.mask, "an additive mask": p.bias,
         "head dims beyond 128": p.head_dim > max(HOPPER_BACKWARD["flash_bwd_dq"]),
-        # They spill.
-        "several of dropout, softcap, ALiBi and score_mod, with a head dim beyond 64": p.head_dim > 64
-        and sum(map(bool, (p.dropout_p, p.softcap, p.has_slopes, p.score_mod))) > 1,
+        "several of dropout, softcap, ALiBi and score_mod": p.several,  # they spill
     }  # fmt: skip
     return [f"{name}: not in the backward's kernels" for name, given in there.items() if given]
 
