@@ -116,6 +116,8 @@ def configurations(kernel: str, dim: int, variant: str) -> list:
         return [found.short] if found.short and variant in SHORT else []
     if {"mask", "bias"} & VARIANTS[variant]:
         return [found.masked] if found.masked else []
+    if variant == "several" and dim > 128:  # declined
+        return []
     fitting = found.heavy[:1] if variant == "several" else found.heavy if heavy else found.usual
     return list(dict.fromkeys([*fitting, found.single]))
 

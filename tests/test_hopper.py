@@ -201,6 +201,8 @@ def test_it_declines_with_reasons():
     text = tfkern.explain(h, h, h, scale=-1.0, backend="hopper")
     assert "sm_90" in text
     assert "scale must be a number > 0" in text
+    wide = torch.randn(1, 2, 8, 256).bfloat16()
+    assert "several" in tfkern.explain(wide, wide, wide, softcap=2.0, dropout_p=0.1, backend="hopper")
     assert "hopper" not in tfkern.explain(h, h, h)  # not by default, until a GPU has shown it right and faster
 
 

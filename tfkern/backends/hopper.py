@@ -7,6 +7,8 @@ from tfkern import features, launch, layout, tma
 from tfkern.problem import Problem, Tensors
 from tfkern.tiles import HOPPER, HOPPER_QUERIES, HopperConfig, HopperLoad, HopperTiles
 
+SEVERAL = 128  # the largest head dim with which several features at once spill nothing in loops
+
 
 def unsupported(problem: Problem) -> list[str]:
     """The reasons why this kernel can't do the problem here."""
@@ -27,6 +29,8 @@ def limits(p: Problem) -> list[str]:
         )
     elif (p.mask or p.bias) and _tiles(p)[1].masked is None:
         reasons.append(f"a mask takes too many registers with head dim {p.head_dim}")
+    elif p.several and p.head_dim > SEVERAL:
+        reasons.append(f"several of dropout, softcap, ALiBi and score_mod take too many registers with head dim {p.head_dim}")
     if p.scale is None or not p.scale > 0:
         reasons.append("scale must be a number > 0")
     if 0 in (p.batch, p.heads, p.n_q, p.n_k):
