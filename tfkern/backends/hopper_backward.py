@@ -37,8 +37,8 @@ def backward(problem: Problem, t: Tensors, out, lse, do, dlse, needed, into=None
     wanted = into or tuple(layout.empty_in_order_of(x, x.shape[-1]) for x in t[:3])
     dq, dk, dv = (x if tma.ready(x) else torch.empty_like(x, memory_format=torch.contiguous_format) for x in wanted)
     dslopes, delta = torch.empty_like(lse) if need.slopes else None, None
-    if (need.k or need.v) and one_pass(p):
-        _run_one_pass(p, t, (q, k, v, out, do, dq, dk, dv), (lse, dlse))
+    if (need.k or need.v) and (config := one_pass(p)):
+        _run_one_pass(p, config, t, (q, k, v, out, do, dq, dk, dv), (lse, dlse))
     else:
         delta = torch.empty_like(lse)
         _run(p, "flash_bwd_dq", t, (q, k, v, out, do, dq), (dq, lse, dlse, delta, dslopes))
@@ -66,10 +66,9 @@ def one_pass(p: Problem) -> HopperOnePass | None:
     return next((config for config in fitting if tiles <= config.tiles), None)
 
 
-def _run_one_pass(p: Problem, t: Tensors, tensors: tuple, plain: tuple) -> None:
+def _run_one_pass(p: Problem, config: HopperOnePass, t: Tensors, tensors: tuple, plain: tuple) -> None:
     """The whole backward in one launch, from tensors that it takes by TMA and plain ones."""
-    config = one_pass(p)
-    dim = next(d for d, configs in HOPPER_ONE_PASS.items() if config in configs)
+    dim = min(d for d in HOPPER_ONE_PASS if p.head_dim <= d)
     key = "flash_bwd", plain[1] is None
     if key not in p.plans:
         from tfkern.kernels.hopper import flash_bwd
