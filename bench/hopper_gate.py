@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """The compile gate of the Gluon kernels: for sm_90, without a GPU, they spill nothing and overlap what they are meant to.
 
-usage: hopper_gate.py [--kernel flash_fwd …] [--head-dim 64 …] [--dtype bf16 …] [--variant full …] [--in-loops N]
+usage: hopper_gate.py [--kernel flash_fwd …] [--head-dim 64 …] [--dtype bf16 …] [--variant full …]
 
-Compiles every configuration of tfkern/tiles.py and checks: nothing is spilled in the loops over tiles, and outside of them no
-more than SPILLED bytes a thread; ptxas serialises no wgmma (its advisories C7510 to C7515); every exponential in a loop has a
+Compiles every configuration of tfkern/tiles.py and checks: nothing is spilled in the loops over tiles, and no more than SPILLED
+bytes a thread in all, but for RECORDED; ptxas serialises no wgmma (its advisories C7510 to C7515); every exponential in a loop has a
 wgmma in flight; no instruction writes a register from which a wgmma in flight reads. Needs Triton alone.
 """
 
@@ -38,6 +38,12 @@ BACKWARD = [name for name, there in VARIANTS.items() if name != "several" and no
 SHORT = ["full", "causal", "padded", "softcap", "slopes", "sinks", "score-mod"]  # that flash_fwd_short is chosen for
 ONE_PASS = ["full", "causal", "window", "padded"]  # that flash_bwd has
 SPILLED = 64  # such as the number of the program, which ptxas keeps in memory over the start of a partition
+# What newer Tritons than the pinned one spill beyond that, which may only fall: (bytes, instructions in loops).
+RECORDED = {
+    ("3.9", "flash_fwd", 64, "packed"): (SPILLED, 8), ("3.9", "flash_fwd", 128, "full"): (SPILLED, 8),
+    ("3.9", "flash_fwd", 128, "packed"): (112, 12), ("3.9", "flash_fwd", 128, "several"): (SPILLED, 6),
+    ("3.9", "flash_bwd_dkdv", 128, "causal"): (SPILLED, 4),
+}  # fmt: skip
 
 
 def descriptor(dtype: str, rows: int, dim: int) -> str:
@@ -84,13 +90,13 @@ def advisories(ptx: str) -> list[str]:
     return [line for line in (done.stdout + done.stderr).splitlines() if "C75" in line]
 
 
-def judge(binary, in_loops: int = 0) -> tuple[str, list[str]]:
-    """(what was found, what is wrong)."""
+def judge(binary, spilled: int = SPILLED, in_loops: int = 0) -> tuple[str, list[str]]:
+    """(what was found, what is wrong); spilled: bytes that may be, in_loops: instructions of loops that may store or load them."""
     found = aot.resources(binary, "sm_90")
     loops = machine_code.loops(sweep.code_of(binary, "sm_90"), sass.MULTIPLY)
     exponentials = sum(x.opcode == "MUFU.EX2" for body in loops for x in body)
     exposed = sum(sass.exposed(body) for body in loops)
-    wrong = [f"spills {found.spilled} bytes, {SPILLED} allowed"] if found.spilled > SPILLED else []
+    wrong = [f"spills {found.spilled} bytes, {spilled} allowed"] if found.spilled > spilled else []
     spills = sum(x.name in ("LDL", "STL") for body in loops for x in body)
     wrong += [f"{spills} spills in loops, {in_loops} allowed"] if spills > in_loops else []
     wrong += advisories(binary.asm["ptx"])
@@ -141,14 +147,14 @@ def main() -> int:
     parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128, 256])
     parser.add_argument("--dtype", nargs="+", default=["bf16"])
     parser.add_argument("--variant", nargs="+", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--in-loops", type=int, default=0, help="instructions of loops that may store or load what was spilled")
     args = parser.parse_args()
     failed = 0
     print(f"Triton {aot.triton.__version__}")
+    version = ".".join(aot.triton.__version__.split(".")[:2])
     for kernel, dtype, dim, config, variant in jobs(args):
         compiled = source(kernel, dtype, dim, config, variant)
         binary = aot.triton.compile(compiled, target=aot.TARGETS["sm_90"], options=config.options())
-        text, wrong = judge(binary, args.in_loops)
+        text, wrong = judge(binary, *RECORDED.get((version, kernel, dim, variant), ()))
         failed += bool(wrong)
         tiles = f"{config.consumers} consumers x {config.block_n} s{config.stages}"
         tiles += f" {config.tiles} slots" if kernel == "flash_bwd" else ""
