@@ -15,7 +15,7 @@ def attention(problem: Problem, backend, tensors: Tensors, qkv: Tensor | None = 
         tensors = tensors._replace(q=qkv, k=None, v=None)
     if not _transformed() and not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:6])):
         return Attention.forward(problem, backend, *tensors)
-    return _apply(Attention, problem, backend, *tensors)
+    return apply(Attention, problem, backend, *tensors)
 
 
 def _transformed() -> bool:
@@ -23,7 +23,7 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _apply(function, *args):
+def apply(function, *args):
     """function.apply for 3 microseconds, not 27: PyTorch's own first binds the arguments to the signature of forward, for the
     sake of transforms, which are the only ones to need it."""
     if _transformed():
@@ -31,12 +31,19 @@ def _apply(function, *args):
     return super(torch.autograd.Function, function).apply(*args)
 
 
-def _unpacked(t: Tensors) -> Tensors:
-    """The tensors with q, k and v, where q was the packed qkv."""
-    if t.k is not None:
-        return t
-    q, k, v = call.unpack(t.q)
-    return t._replace(q=q, k=k, v=v)
+def forward(problem, backend, t: Tensors) -> tuple[Tensor, Tensor]:
+    """(out, lse), without derivatives; q may be the packed qkv."""
+    return backend.forward(problem, t if backend.takes_packed else call.unpacked(t))
+
+
+def backward(problem, backend, needed, do, dlse, out, lse, t: Tensors) -> tuple[Tensor | None, ...]:
+    """The gradients, without derivatives; q may be the packed qkv, whose gradient is one tensor then."""
+    if t.k is not None or backend.takes_packed:
+        return tuple(backend.backward(problem, t, out, lse, do, dlse, needed))
+    qkv = torch.empty_like(t.q)
+    needed = (needed[0],) * 3 + needed[3:]
+    grads = backend.backward(problem, call.unpacked(t), out, lse, do, dlse, needed, into=call.unpack(qkv))
+    return qkv, None, None, *grads[3:]
 
 
 class Attention(torch.autograd.Function):
@@ -44,7 +51,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(problem, backend, *tensors):
-        return backend.forward(problem, _unpacked(Tensors(*tensors)))
+        return forward(problem, backend, Tensors(*tensors))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -63,7 +70,7 @@ class Attention(torch.autograd.Function):
         # Where nobody will differentiate the gradients, as in most backwards, their Function has nothing to record.
         arguments = (ctx.problem, ctx.backend, needed, do, dlse, out, lse, *tensors)
         if torch.is_grad_enabled() or _transformed():
-            grads = _apply(AttentionBackward, *arguments)
+            grads = apply(AttentionBackward, *arguments)
         else:
             grads = AttentionBackward.forward(*arguments)
         return None, None, *grads, *(None,) * (len(tensors) - len(grads))
@@ -82,13 +89,7 @@ class AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(problem, backend, needed, do, dlse, out, lse, *tensors):
-        t = Tensors(*tensors)
-        if t.k is not None:
-            return tuple(backend.backward(problem, t, out, lse, do, dlse, needed))
-        qkv = torch.empty_like(t.q)
-        needed = (needed[0],) * 3 + needed[3:]
-        grads = backend.backward(problem, _unpacked(t), out, lse, do, dlse, needed, into=call.unpack(qkv))
-        return qkv, None, None, *grads[3:]
+        return backward(problem, backend, needed, do, dlse, out, lse, Tensors(*tensors))
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from tfkern import call, checks
-from tfkern.dynamo import uncompiled
 from tfkern.functional import attention
 
 
-@uncompiled
 def scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, *, scale: float | Tensor | None = None, enable_gqa: bool = False,
