@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from tfkern import call
@@ -23,22 +24,46 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def apply(function, *args):
+def refuse_tangents(tensors) -> None:
+    """NotImplementedError for tensors of forward-mode AD, where no Function would be asked for their derivatives."""
+    if forward_ad._current_level >= 0 and any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        Attention.jvp(None)
+
+
+def refuse_second() -> None:
+    raise NotImplementedError("second derivatives of tfkern.attention are not built yet; tfkern.reference.attention has them")
+
+
+def one_by_one(function, count: int, in_dims, args) -> tuple[tuple, tuple]:
+    """What torch.vmap wants: `function` of each of `count` slices along a mapped dim, stacked. For every feature that way, sinks
+    and packed sequences too; who wants one launch folds the dim into the batch."""
+    slices = (
+        function(*(x.select(d, n) if isinstance(d, int) else x for x, d in zip(args, in_dims, strict=True)))
+        for n in range(count)
+    )
+    stacked = tuple(None if some[0] is None else torch.stack(some) for some in zip(*slices, strict=True))
+    return stacked, tuple(None if x is None else 0 for x in stacked)
+
+
+def apply(function, problem, backend, *args):
     """function.apply for 3 microseconds, not 27: PyTorch's own first binds the arguments to the signature of forward, for the
-    sake of transforms, which are the only ones to need it."""
-    if _transformed():
-        return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)
+    sake of transforms, which are the only ones to need it. (Those of an op come to the op, whose kernel applies the Function.)"""
+    if not _transformed():
+        return super(torch.autograd.Function, function).apply(problem, backend, *args)
+    if not backend.recorded or function is AttentionBackward:
+        return function.apply(problem, backend, *args)
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(problem, backend, *args)
 
 
 def forward(problem, backend, t: Tensors) -> tuple[Tensor, Tensor]:
     """(out, lse), without derivatives; q may be the packed qkv."""
-    return backend.forward(problem, t if backend.takes_packed else call.unpacked(t))
+    return backend.forward(problem, t if backend.recorded else call.unpacked(t))
 
 
 def backward(problem, backend, needed, do, dlse, out, lse, t: Tensors) -> tuple[Tensor | None, ...]:
     """The gradients, without derivatives; q may be the packed qkv, whose gradient is one tensor then."""
-    if t.k is not None or backend.takes_packed:
+    if t.k is not None or backend.recorded:
         return tuple(backend.backward(problem, t, out, lse, do, dlse, needed))
     qkv = torch.empty_like(t.q)
     needed = (needed[0],) * 3 + needed[3:]
@@ -81,7 +106,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        raise NotImplementedError("torch.vmap over tfkern.attention is not built yet; fold the mapped dimension into the batch")
+        return one_by_one(Attention.apply, info.batch_size, in_dims, args)
 
 
 class AttentionBackward(torch.autograd.Function):
@@ -97,9 +122,10 @@ class AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        raise NotImplementedError(
-            "second derivatives of tfkern.attention are not built yet; tfkern.reference.attention has them"
-        )
+        refuse_second()
 
     jvp = Attention.jvp
-    vmap = Attention.vmap
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return one_by_one(AttentionBackward.apply, info.batch_size, in_dims, args)

@@ -37,12 +37,17 @@ _library.define(
 )
 
 
-def attention(
+def attention(*arguments, **options) -> tuple[Tensor, Tensor]:
+    """(out, lse) by `tfkern::attention`, of what op_arguments takes; for Dynamo to trace."""
+    return torch.ops.tfkern.attention(*op_arguments(*arguments, **options))
+
+
+def op_arguments(
     backend: str | None, qkv: Tensor | None, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
     enable_gqa=False, *, cu_seqlens_q=None, cu_seqlens_k=None, causal_alignment="upper_left", window=None, key_lengths=None,
     softcap=None, alibi_slopes=None, sinks=None, score_mod=None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(out, lse) as `tfkern::attention`, of what call.build takes; for Dynamo to trace."""
+) -> tuple:  # fmt: skip
+    """What the op takes, of what call.build takes."""
     query, key, value, attn_mask, alibi_slopes, sinks = call.autocast(query, key, value, attn_mask, alibi_slopes, sinks)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     call.fit(query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k, enable_gqa)
@@ -59,9 +64,7 @@ def attention(
     checks.flag("is_causal", is_causal)
     left, right = checks.sides(window)
     name = None if score_mod is None else score_mods.name_of(*score_mod)
-    return torch.ops.tfkern.attention(
-        *tensors, dropout_p, is_causal, scale, enable_gqa, causal_alignment, left, right, softcap, name, backend
-    )
+    return *tensors, dropout_p, is_causal, scale, enable_gqa, causal_alignment, left, right, softcap, name, backend
 
 
 def _understood(tensors: tuple, options: tuple) -> tuple[Problem, Backend, Tensors]:
@@ -116,26 +119,73 @@ def _backward_fake(do, dlse, out, lse, needed, *arguments):
 
 
 def _recorded_forward(options: tuple, t: Tensors):
-    return torch.ops.tfkern.attention_forward(*t, *options)
+    with torch._C._AutoDispatchBelowAutograd():  # of this level; transforms further out meet the Autograd kernel again
+        return torch.ops.tfkern.attention_forward(*t, *options)
 
 
 def _recorded_backward(options: tuple, t: Tensors, out, lse, do, dlse, needed):
-    grads = iter(torch.ops.tfkern.attention_backward(do, dlse, out, lse, needed, *t, *options))
+    with torch._C._AutoDispatchBelowAutograd():
+        grads = iter(torch.ops.tfkern.attention_backward(do, dlse, out, lse, needed, *t, *options))
     return [next(grads) if need else None for need in needed]
 
 
 # In the place of a backend: the ops, for a trace to have them and not what they do. Its problem are the options of a call.
-_RECORDED = Backend(lambda options: [], _recorded_forward, _recorded_backward, takes_packed=True)
+_RECORDED = Backend(lambda options: [], _recorded_forward, _recorded_backward, recorded=True)
 
 
 def _differentiable(*arguments):
+    """The Autograd kernel of `tfkern::attention`."""
     return autograd.apply(autograd.Attention, arguments[_COUNT:], _RECORDED, *arguments[:_COUNT])
+
+
+def _differentiable_forward(*arguments):
+    """That of `tfkern::attention_forward`, which torch.export leaves when it decomposes."""
+    autograd.refuse_tangents(arguments[:_COUNT])
+    if not _wanted(arguments[:_COUNT]):
+        return _recorded_forward(arguments[_COUNT:], arguments[:_COUNT])
+    if torch._C._are_functorch_transforms_active():  # a derivative of what a transform further in has differentiated
+        autograd.refuse_second()
+    return _differentiable(*arguments)
+
+
+def _refused_backward(do, dlse, out, lse, needed, *arguments):
+    """That of `tfkern::attention_backward`."""
+    tensors = (do, dlse, out, lse, *arguments[:_COUNT])
+    autograd.refuse_tangents(tensors)
+    if _wanted(tensors):
+        autograd.refuse_second()
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.tfkern.attention_backward(do, dlse, out, lse, needed, *arguments)
+
+
+def _wanted(tensors) -> bool:
+    """Whether somebody wants derivatives with respect to one of them. (Transforms turn grad mode off for those further out.)"""
+    able = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+    return able and any(x is not None and x.requires_grad for x in tensors)
 
 
 _library.impl("attention", _forward, "CompositeExplicitAutograd")
 _library.impl("attention", _differentiable, "Autograd")
 _library.impl("attention_forward", _forward, "CompositeExplicitAutograd")
+_library.impl("attention_forward", _differentiable_forward, "Autograd")
 _library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+_library.impl("attention_backward", _refused_backward, "Autograd")
 torch.library.register_fake("tfkern::attention", _forward_fake)
 torch.library.register_fake("tfkern::attention_forward", _forward_fake)
 torch.library.register_fake("tfkern::attention_backward", _backward_fake)
+
+
+def _mapped(name: str, as_list: bool = False) -> None:
+    """Let torch.vmap take an op."""
+    op = getattr(torch.ops.tfkern, name)
+
+    def vmap(info, in_dims, *args):
+        out, dims = autograd.one_by_one(op, info.batch_size, in_dims, args)
+        return (list(out), list(dims)) if as_list else (out, dims)
+
+    torch.library.register_vmap(f"tfkern::{name}", vmap)
+
+
+_mapped("attention")
+_mapped("attention_forward")
+_mapped("attention_backward", as_list=True)

@@ -20,7 +20,7 @@ class Backend(NamedTuple):
     unsupported: Callable
     forward: Callable
     backward: Callable
-    takes_packed: bool = False  # whether it wants the packed qkv as it is, in the place of q
+    recorded: bool = False  # whether it is an op of ops.py, which takes the packed qkv as it is, in the place of q
 
 
 def _hopper_backward(problem: Problem, *arguments) -> Gradients:
