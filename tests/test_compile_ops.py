@@ -110,6 +110,16 @@ def test_each_function(f, mode):
         same([c(**QKV)], [wanted])
 
 
+def test_scale_as_a_tensor():
+    """Eager makes a number of it, a graph can't."""
+
+    def f(q, k, v):
+        return sdpa(q, k, v, scale=torch.tensor(0.2))
+
+    for x, y in zip(results(compiled(f), QKV), results(f, QKV), strict=True):
+        torch.testing.assert_close(x, y)
+
+
 def test_patched_process():
     def f(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=0.3)

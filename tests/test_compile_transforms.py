@@ -155,7 +155,7 @@ NOT_BUILT = {
     "dual": (forward_mode, "jvp"),
     "second": (second, "second derivatives"),
     "forward-over-reverse": (lambda q, k, v: torch.func.jvp(lambda x: torch.func.grad(loss)(x, k, v), (q,), (q,))[1], "jvp"),
-    "hessian": (lambda q, k, v: torch.func.hessian(loss)(q, k, v), "jvp"),
+    "hessian": (torch.func.hessian(loss), "jvp"),
 }
 
 

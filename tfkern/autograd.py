@@ -35,8 +35,8 @@ def refuse_second() -> None:
 
 
 def one_by_one(function, count: int, in_dims, args) -> tuple[tuple, tuple]:
-    """What torch.vmap wants: `function` of each of `count` slices along a mapped dim, stacked. For every feature that way, sinks
-    and packed sequences too; who wants one launch folds the dim into the batch."""
+    """What torch.vmap wants: `function` of each of `count` slices along a mapped dim, stacked. That way it has every feature,
+    sinks and packed sequences too; who wants one launch folds the dim into the batch."""
     slices = (
         function(*(x.select(d, n) if isinstance(d, int) else x for x, d in zip(args, in_dims, strict=True)))
         for n in range(count)
@@ -47,7 +47,7 @@ def one_by_one(function, count: int, in_dims, args) -> tuple[tuple, tuple]:
 
 def apply(function, problem, backend, *args):
     """function.apply for 3 microseconds, not 27: PyTorch's own first binds the arguments to the signature of forward, for the
-    sake of transforms, which are the only ones to need it. (Those of an op come to the op, whose kernel applies the Function.)"""
+    sake of transforms, which are the only ones to need it. (An op has met them before its kernel applies the Function.)"""
     if not _transformed():
         return super(torch.autograd.Function, function).apply(problem, backend, *args)
     if not backend.recorded or function is AttentionBackward:
