@@ -4,8 +4,8 @@
 usage: hopper_gate.py [--kernel flash_fwd …] [--head-dim 64 …] [--dtype bf16 …] [--variant full …]
 
 Compiles every configuration of tfkern/tiles.py and checks: nothing is spilled in the loops over tiles, and no more than SPILLED
-bytes a thread in all, but for RECORDED; ptxas serialises no wgmma (its advisories C7510 to C7515); every exponential in a loop has a
-wgmma in flight; no instruction writes a register from which a wgmma in flight reads. Needs Triton alone.
+bytes a thread in all, but for RECORDED; ptxas serialises no wgmma (its advisories C7510 to C7515); every exponential in a loop
+has a wgmma in flight; no instruction writes a register from which a wgmma in flight reads. Needs Triton alone.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def advisories(ptx: str) -> list[str]:
 
 
 def judge(binary, spilled: int = SPILLED, in_loops: int = 0) -> tuple[str, list[str]]:
-    """(what was found, what is wrong); spilled: bytes that may be, in_loops: instructions of loops that may store or load them."""
+    """(what was found, what is wrong); spilled: bytes allowed, in_loops: stores and loads of them allowed in loops."""
     found = aot.resources(binary, "sm_90")
     loops = machine_code.loops(sweep.code_of(binary, "sm_90"), sass.MULTIPLY)
     exponentials = sum(x.opcode == "MUFU.EX2" for body in loops for x in body)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from tfkern import call
@@ -15,7 +16,7 @@ def attention(problem: Problem, backend, tensors: Tensors, qkv: Tensor | None = 
         tensors = tensors._replace(q=qkv, k=None, v=None)
     if not _transformed() and not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:6])):
         return Attention.forward(problem, backend, *tensors)
-    return _apply(Attention, problem, backend, *tensors)
+    return apply(Attention, problem, backend, *tensors)
 
 
 def _transformed() -> bool:
@@ -23,20 +24,51 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _apply(function, *args):
+def refuse_tangents(tensors) -> None:
+    """NotImplementedError for tensors of forward-mode AD, where no Function would be asked for their derivatives."""
+    if forward_ad._current_level >= 0 and any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        Attention.jvp(None)
+
+
+def refuse_second() -> None:
+    raise NotImplementedError("second derivatives of tfkern.attention are not built yet; tfkern.reference.attention has them")
+
+
+def one_by_one(function, count: int, in_dims, args) -> tuple[tuple, tuple]:
+    """What torch.vmap wants: `function` of each of `count` slices along a mapped dim, stacked. That way it has every feature,
+    sinks and packed sequences too; who wants one launch folds the dim into the batch."""
+    slices = (
+        function(*(x.select(d, n) if isinstance(d, int) else x for x, d in zip(args, in_dims, strict=True)))
+        for n in range(count)
+    )
+    stacked = tuple(None if some[0] is None else torch.stack(some) for some in zip(*slices, strict=True))
+    return stacked, tuple(None if x is None else 0 for x in stacked)
+
+
+def apply(function, problem, backend, *args):
     """function.apply for 3 microseconds, not 27: PyTorch's own first binds the arguments to the signature of forward, for the
-    sake of transforms, which are the only ones to need it."""
-    if _transformed():
-        return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)
+    sake of transforms, which are the only ones to need it. (An op has met them before its kernel applies the Function.)"""
+    if not _transformed():
+        return super(torch.autograd.Function, function).apply(problem, backend, *args)
+    if not backend.recorded or function is AttentionBackward:
+        return function.apply(problem, backend, *args)
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(problem, backend, *args)
 
 
-def _unpacked(t: Tensors) -> Tensors:
-    """The tensors with q, k and v, where q was the packed qkv."""
-    if t.k is not None:
-        return t
-    q, k, v = call.unpack(t.q)
-    return t._replace(q=q, k=k, v=v)
+def forward(problem, backend, t: Tensors) -> tuple[Tensor, Tensor]:
+    """(out, lse), without derivatives; q may be the packed qkv."""
+    return backend.forward(problem, t if backend.recorded else call.unpacked(t))
+
+
+def backward(problem, backend, needed, do, dlse, out, lse, t: Tensors) -> tuple[Tensor | None, ...]:
+    """The gradients, without derivatives; q may be the packed qkv, whose gradient is one tensor then."""
+    if t.k is not None or backend.recorded:
+        return tuple(backend.backward(problem, t, out, lse, do, dlse, needed))
+    qkv = torch.empty_like(t.q)
+    needed = (needed[0],) * 3 + needed[3:]
+    grads = backend.backward(problem, call.unpacked(t), out, lse, do, dlse, needed, into=call.unpack(qkv))
+    return qkv, None, None, *grads[3:]
 
 
 class Attention(torch.autograd.Function):
@@ -44,7 +76,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(problem, backend, *tensors):
-        return backend.forward(problem, _unpacked(Tensors(*tensors)))
+        return forward(problem, backend, Tensors(*tensors))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -63,7 +95,7 @@ class Attention(torch.autograd.Function):
         # Where nobody will differentiate the gradients, as in most backwards, their Function has nothing to record.
         arguments = (ctx.problem, ctx.backend, needed, do, dlse, out, lse, *tensors)
         if torch.is_grad_enabled() or _transformed():
-            grads = _apply(AttentionBackward, *arguments)
+            grads = apply(AttentionBackward, *arguments)
         else:
             grads = AttentionBackward.forward(*arguments)
         return None, None, *grads, *(None,) * (len(tensors) - len(grads))
@@ -74,7 +106,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        raise NotImplementedError("torch.vmap over tfkern.attention is not built yet; fold the mapped dimension into the batch")
+        return one_by_one(Attention.apply, info.batch_size, in_dims, args)
 
 
 class AttentionBackward(torch.autograd.Function):
@@ -82,13 +114,7 @@ class AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(problem, backend, needed, do, dlse, out, lse, *tensors):
-        t = Tensors(*tensors)
-        if t.k is not None:
-            return tuple(backend.backward(problem, t, out, lse, do, dlse, needed))
-        qkv = torch.empty_like(t.q)
-        needed = (needed[0],) * 3 + needed[3:]
-        grads = backend.backward(problem, _unpacked(t), out, lse, do, dlse, needed, into=call.unpack(qkv))
-        return qkv, None, None, *grads[3:]
+        return backward(problem, backend, needed, do, dlse, out, lse, Tensors(*tensors))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -96,9 +122,10 @@ class AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        raise NotImplementedError(
-            "second derivatives of tfkern.attention are not built yet; tfkern.reference.attention has them"
-        )
+        refuse_second()
 
     jvp = Attention.jvp
-    vmap = Attention.vmap
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return one_by_one(AttentionBackward.apply, info.batch_size, in_dims, args)

@@ -4,15 +4,13 @@ import torch
 from torch import Tensor
 
 from tfkern import checks
-from tfkern.dynamo import uncompiled
-from tfkern.problem import Problem, Tensors
+from tfkern.problem import Problem, Tensors, lse_dtype
 
 # What a call is, by all that its checks look at, so that the next call like it needs none of them.
 _problems: dict[tuple, Problem] = {}
 MANY_PROBLEMS = 4096
 
 
-@uncompiled
 def build(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *,
     cu_seqlens_q=None, cu_seqlens_k=None, causal_alignment="upper_left", window=None, key_lengths=None, softcap=None,
@@ -25,6 +23,14 @@ def build(
     query, key, value, attn_mask, alibi_slopes, sinks = autocast(query, key, value, attn_mask, alibi_slopes, sinks)
     tensors = query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k
     options = dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap, score_mod
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    return describe(tensors, options), collect(packed, *tensors, scale)
+
+
+def describe(tensors: tuple, options: tuple) -> Problem:
+    """The problem of (query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k) and
+    (dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap, score_mod); every check, or a look into what
+    is known of the same call."""
     signature = _signature(tensors, options)
     problem = None if signature is None else _problems.get(signature)
     if problem is None:
@@ -33,7 +39,7 @@ def build(
             if len(_problems) >= MANY_PROBLEMS:
                 _problems.clear()
             _problems[signature] = problem
-    return problem, _collect(problem, *tensors, scale)
+    return problem
 
 
 def _signature(tensors: tuple, options: tuple) -> tuple | None:
@@ -56,19 +62,42 @@ def _describe(
     dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap, score_mod,
 ) -> Problem:  # fmt: skip
     """Every check, and what is to be computed."""
+    batch, heads, kv_heads, n_q, n_k, head_dim, v_head_dim = fit(
+        query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k, enable_gqa
+    )
+    checks.flag("is_causal", is_causal)
+    checks.alignment(causal_alignment)
+    left, right = checks.band(window, is_causal, n_q + n_k)
+    scale = _number(checks.scale(scale, head_dim, query), query)
+    dropout_p = checks.dropout_p(dropout_p)
+    mask, bias = None, None
+    if attn_mask is not None:
+        shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
+        mask, bias = (shape, None) if attn_mask.dtype == torch.bool else (None, shape)
+    return Problem(
+        batch, heads, kv_heads, n_q, n_k, head_dim, v_head_dim, query.dtype, query.device, scale, left, right,
+        causal_alignment == "lower_right", cu_seqlens_q is not None, key_lengths is not None, mask, bias, dropout_p,
+        checks.softcap(softcap), alibi_slopes is not None, sinks is not None, checks.score_mod(score_mod),
+    )  # fmt: skip
+
+
+def fit(
+    query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k, enable_gqa
+) -> tuple[int, ...]:
+    """The checks of the tensors. Returns (batch, heads, kv_heads, n_q, n_k, head_dim, v_head_dim), symbols where torch.compile
+    has symbols."""
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     checks.operands(query, key, value, packed)
-    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
-        checks.flag(name, flag)
+    checks.flag("enable_gqa", enable_gqa)
     longest = None
     if packed:
         if key_lengths is not None:
             raise ValueError("key_lengths can't be given with cu_seqlens, which tell the lengths; drop one of them")
         checks.both_cu_seqlens(cu_seqlens_q, cu_seqlens_k)
         checks.cu_seqlens("cu_seqlens_q", cu_seqlens_q, query.shape[0], query.device)
-        checks.cu_seqlens("cu_seqlens_k", cu_seqlens_k, key.shape[0], query.device, len(cu_seqlens_q))
-        batch = len(cu_seqlens_q) - 1
-        if query.device.type == "cpu" and attn_mask is not None and batch:
+        checks.cu_seqlens("cu_seqlens_k", cu_seqlens_k, key.shape[0], query.device, cu_seqlens_q.shape[0])
+        batch = cu_seqlens_q.shape[0] - 1
+        if attn_mask is not None and checks.readable(cu_seqlens_q) and batch:
             longest = (int(cu_seqlens_q.diff().max()), int(cu_seqlens_k.diff().max()))
     else:
         batch = query.shape[0]
@@ -77,40 +106,36 @@ def _describe(
     checks.heads(heads, kv_heads, enable_gqa)
     if key_lengths is not None:
         checks.key_lengths(key_lengths, batch, n_k, query.device)
-    checks.alignment(causal_alignment)
-    left, right = checks.band(window, is_causal, n_q + n_k)
-    scale = _number(checks.scale(scale, head_dim, query), query)
-    dropout_p = checks.dropout_p(dropout_p)
-    mask, bias = None, None
     if attn_mask is not None:
         checks.mask(attn_mask, query, (batch, heads, n_q, n_k), packed, longest)
-        shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
-        mask, bias = (shape, None) if attn_mask.dtype == torch.bool else (None, shape)
     if alibi_slopes is not None:
         checks.slopes(alibi_slopes, query, batch, heads)
     if sinks is not None:
         checks.sinks(sinks, query, heads)
-    return Problem(
-        batch, heads, kv_heads, n_q, n_k, head_dim, v_head_dim, query.dtype, query.device, scale, left, right,
-        causal_alignment == "lower_right", packed, key_lengths is not None, mask, bias, dropout_p, checks.softcap(softcap),
-        alibi_slopes is not None, sinks is not None, checks.score_mod(score_mod),
-    )  # fmt: skip
+    return batch, heads, kv_heads, n_q, n_k, head_dim, v_head_dim
 
 
-def _collect(p: Problem, query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, cu_q, cu_k, scale) -> Tensors:
+def collect(packed: bool, query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, cu_q, cu_k, scale) -> Tensors:
     """The tensors of a call, as views of the shapes that backends want."""
-    if p.packed:
+    if packed:
         query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    mask, bias = None, None
     if attn_mask is not None:
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+        mask, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
     if alibi_slopes is not None and alibi_slopes.dim() == 1:
         alibi_slopes = alibi_slopes[None]
-    if p.scale is None:
-        scale = scale.reshape(()).to(p.lse_dtype)
     return Tensors(
-        query, key, value, attn_mask if p.bias else None, alibi_slopes, _contiguous(sinks), attn_mask if p.mask else None,
-        _contiguous(key_lengths), _contiguous(cu_q), _contiguous(cu_k), None, scale if p.scale is None else None,
+        query, key, value, bias, alibi_slopes, _contiguous(sinks), mask, _contiguous(key_lengths), _contiguous(cu_q),
+        _contiguous(cu_k), None, on_device(scale, query),
     )  # fmt: skip
+
+
+def on_device(scale, query: Tensor) -> Tensor | None:
+    """A scale that only the device of query knows, as backends want it; None where it is, or can be, a number."""
+    if not isinstance(scale, Tensor) or scale.device != query.device:
+        return None
+    return scale.reshape(()).to(lse_dtype(query.dtype))
 
 
 def unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,6 +143,14 @@ def unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if qkv.dim() == 4:
         qkv = qkv.unsqueeze(0)
     return tuple(qkv.permute(2, 0, 3, 1, 4))
+
+
+def unpacked(t: Tensors) -> Tensors:
+    """The tensors with q, k and v, where q was the packed qkv."""
+    if t.k is not None:
+        return t
+    q, k, v = unpack(t.q)
+    return t._replace(q=q, k=k, v=v)
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

@@ -6,6 +6,7 @@ import numbers
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 ALIGNMENTS = ("upper_left", "lower_right")
 LARGEST = torch.finfo(torch.float32).max  # what kernels compute in
@@ -77,8 +78,8 @@ def heads(heads: int, kv_heads: int, enable_gqa: bool) -> None:
 def key_lengths(key_lengths, batch: int, n_k: int, device: torch.device) -> None:
     """(batch,) integers in 0..n_k."""
     _integers("key_lengths", key_lengths, batch, "one length a batch", device)
-    # On a GPU a look at the values would stop the stream: there the kernels clamp them to 0..Nk instead.
-    if device.type == "cpu" and batch and not 0 <= int(key_lengths.min()) <= int(key_lengths.max()) <= n_k:
+    # Where the values are not looked at, kernels clamp them to 0..Nk instead.
+    if readable(key_lengths) and batch and not 0 <= int(key_lengths.min()) <= int(key_lengths.max()) <= n_k:
         raise ValueError(f"key_lengths must lie in 0..{n_k}, the length of key, but are {key_lengths.tolist()}")
 
 
@@ -87,8 +88,8 @@ def cu_seqlens(name: str, cu, total: int, device: torch.device, count: int | Non
     if isinstance(cu, Tensor) and (cu.dim() != 1 or cu.shape[0] < 1):
         raise ValueError(f"{name} must have shape (sequences + 1,), starting with 0, but has {tuple(cu.shape)}")
     _integers(name, cu, count, "as cu_seqlens_q has", device)
-    if device.type != "cpu":
-        return  # a look at the values would stop the stream; the kernels stay inside the tensors whatever stands there
+    if not readable(cu):
+        return  # the kernels stay inside the tensors whatever stands there
     values = cu.tolist()
     if values[0] != 0 or values != sorted(values) or values[-1] > total:
         raise ValueError(f"{name} must rise from 0 to at most {total}, the rows that there are, but is {values}")
@@ -171,9 +172,16 @@ def scale(scale, head_dim: int, query: Tensor) -> float | Tensor:
         raise ValueError("scale must not require grad, it gets no gradient; multiply query by it instead, or detach it")
     if scale.device.type != "cpu":
         _device("scale", scale, query.device)
-    elif not math.isfinite(scale):
+    elif readable(scale) and not math.isfinite(scale):
         raise ValueError(f"scale must be finite, but is {float(scale)}")
     return scale
+
+
+def readable(x: Tensor) -> bool:
+    """Whether values can be looked at: on a GPU that would stop the stream, and under torch.compile and vmap there are none."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not (isinstance(x, FakeTensor) or torch._C._functorch.is_batchedtensor(x))
 
 
 def flag(name: str, value) -> None:
@@ -194,13 +202,13 @@ def alignment(causal_alignment) -> None:
 
 def band(window, is_causal: bool, unbounded: int) -> tuple[int | None, int | None]:
     """(left, right) of window and is_causal together. A side of `unbounded` or more hides nothing: it becomes that number."""
-    left, right = _window(window)
+    left, right = sides(window)
     if is_causal:
         right = 0
     return tuple(None if side is None else min(side, unbounded) for side in (left, right))
 
 
-def _window(window) -> tuple[int | None, int | None]:
+def sides(window) -> tuple[int | None, int | None]:
     if window is None:
         return None, None
     if not isinstance(window, (tuple, list)) or len(window) != 2:
@@ -231,8 +239,8 @@ def _number(name: str, x, wanted: str) -> None:
 
 
 def _integers(name: str, x, count: int | None, what: str, device: torch.device) -> None:
-    number = "" if count is None else f"{count} "
     if not isinstance(x, Tensor):
+        number = "" if count is None else f"{count} "  # here: torch.compile takes a number that is written out as a constant
         raise TypeError(f"{name} must be a tensor of {number}integers, but is {type(x).__name__}; torch.tensor(…) makes one")
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, but is {x.dtype}")

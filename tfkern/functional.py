@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from tfkern import autograd, backends, call, checks, dropout, nested
+from tfkern import autograd, backends, call, checks, dropout, nested, ops
 from tfkern.dynamo import uncompiled
 
 ScoreMod = tuple[Callable, Callable]
@@ -73,11 +74,9 @@ def attention(
             alibi_slopes=alibi_slopes, sinks=sinks, score_mod=score_mod, return_lse=return_lse, backend=backend,
         )  # fmt: skip
     return _run(
-        call.build(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment=causal_alignment,
-            window=window, key_lengths=key_lengths, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-            score_mod=score_mod,
-        ), return_lse, backend,
+        return_lse, backend, None, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+        causal_alignment=causal_alignment, window=window, key_lengths=key_lengths, softcap=softcap, alibi_slopes=alibi_slopes,
+        sinks=sinks, score_mod=score_mod,
     )  # fmt: skip
 
 
@@ -112,12 +111,11 @@ def attention_varlen(
 
     Raises: as attention.
     """
-    built = call.build(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k, causal_alignment=causal_alignment, window=window, softcap=softcap,
+    return _run(
+        return_lse, backend, None, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, causal_alignment=causal_alignment, window=window, softcap=softcap,
         alibi_slopes=alibi_slopes, sinks=sinks, score_mod=score_mod,
     )  # fmt: skip
-    return _run(built, return_lse, backend)
 
 
 def attention_packed(
@@ -151,13 +149,13 @@ def attention_packed(
     if cu_seqlens is not None:
         query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         options |= dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
-    built = call.build(query, key, value, attn_mask, dropout_p, is_causal, scale, **options)
-    out = _run(built, return_lse, backend, qkv)
+    out = _run(return_lse, backend, qkv, query, key, value, attn_mask, dropout_p, is_causal, scale, **options)
     if cu_seqlens is not None:
         return out
     return (out[0].transpose(1, 2), out[1]) if return_lse else out.transpose(1, 2)
 
 
+@uncompiled
 def explain(query: Tensor, key: Tensor, value: Tensor, *args, return_lse=False, backend=None, **kwargs) -> str:
     """Which backend `attention` would use for these arguments, and why not the ones before it. Computes nothing. With
     cu_seqlens_q and cu_seqlens_k by name it answers for `attention_varlen`."""
@@ -165,13 +163,18 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *args, return_lse=False, 
     return backends.explain(problem, backend)
 
 
-@uncompiled
-def _run(built, return_lse: bool, backend: str | None, qkv: Tensor | None = None):
-    problem, tensors = built
-    chosen = backends.choose(problem, backend)
-    if problem.dropout_p:
-        tensors = tensors._replace(seed=dropout.draw_seed(problem.device))
-    out, lse = autograd.attention(problem, chosen, tensors, qkv)
-    if problem.packed:
+def _run(return_lse: bool, backend: str | None, qkv: Tensor | None, *arguments, **options):
+    """What call.build takes, attended; with qkv, of which query, key and value are views, its gradient is one tensor."""
+    if torch.compiler.is_compiling():
+        out, lse = ops.attention(backend, qkv, *arguments, **options)
+        packed = options.get("cu_seqlens_q") is not None
+    else:
+        problem, tensors = call.build(*arguments, **options)
+        chosen = backends.choose(problem, backend)
+        if problem.dropout_p:
+            tensors = tensors._replace(seed=dropout.draw_seed(problem.device))
+        out, lse = autograd.attention(problem, chosen, tensors, qkv)
+        packed = problem.packed
+    if packed:
         out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)
     return (out, lse) if return_lse else out

@@ -36,6 +36,11 @@ class Gradients(NamedTuple):
     sinks: Tensor | None = None
 
 
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """That of lse, for inputs of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True)
 class Problem:
     """One call of attention. Query i sees key j where i + shift - left <= j <= i + shift + right (None: unbounded side), j is
@@ -81,7 +86,7 @@ class Problem:
 
     @property
     def lse_dtype(self) -> torch.dtype:
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        return lse_dtype(self.dtype)
 
     @property
     def heavy(self) -> bool:

@@ -1,11 +1,14 @@
 """A user's change of scores, which is written for the kernels in Triton, on PyTorch tensors too: for the backend eager."""
 
 import functools
+import importlib
 import itertools
 import types
 
 import torch
 from torch import Tensor
+
+from tfkern import checks
 
 # Names of triton.language that a score_mod may use, and what they are on tensors.
 _OPERATIONS = {
@@ -16,6 +19,48 @@ _OPERATIONS = {
 
 def _tensor(x, like):
     return x if isinstance(x, torch.Tensor) else torch.as_tensor(x, dtype=like.dtype, device=like.device)
+
+
+_by_name: dict[str, tuple] = {}
+
+
+def name_of(*pair) -> str:
+    """A name for the pair of a score_mod, for a compiled graph to keep. Functions of a module's top level can be found by it
+    in another process, too."""
+    functions = checks.score_mod(pair)
+    name = ",".join(f"{f.fn.__module__}:{f.fn.__qualname__}" for f in functions)
+    if _imported(name) != functions:
+        name += f"#{next(i for i in itertools.count() if _by_name.get(f'{name}#{i}', functions) == functions)}"
+        _by_name[name] = functions
+    return name
+
+
+# For Dynamo: call it once, while tracing, and keep what it says (torch.compiler.assume_constant_result, which imports Dynamo).
+name_of._dynamo_marked_constant = True
+
+
+def named(name: str) -> tuple:
+    """The pair that name_of named.
+
+    Raises LookupError where this process doesn't know it.
+    """
+    if (pair := _by_name.get(name) or _imported(name)) is None:
+        raise LookupError(
+            f"score_mod {name} must be a pair of functions of a module's top level to be found in another process"
+        )
+    return pair
+
+
+@functools.lru_cache(maxsize=256)
+def _imported(name: str) -> tuple | None:
+    found = []
+    for one in name.split(","):
+        module, _, path = one.partition(":")
+        try:
+            found.append(functools.reduce(getattr, path.split("."), importlib.import_module(module)))
+        except (ImportError, AttributeError):
+            return None
+    return tuple(found)
 
 
 class _Language:

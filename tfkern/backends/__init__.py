@@ -20,6 +20,7 @@ class Backend(NamedTuple):
     unsupported: Callable
     forward: Callable
     backward: Callable
+    recorded: bool = False  # whether it is an op of ops.py, which takes the packed qkv as it is, in the place of q
 
 
 def _hopper_backward(problem: Problem, *arguments) -> Gradients:

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from tfkern import call, checks
-from tfkern.dynamo import uncompiled
 from tfkern.functional import attention
 
 
-@uncompiled
 def scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, *, scale: float | Tensor | None = None, enable_gqa: bool = False,
@@ -89,7 +87,8 @@ def _types(query, key, value, attn_mask, is_causal, enable_gqa) -> None:
 def _number(name: str, x) -> float | Tensor:
     """A number, or a tensor of one that a GPU has and nobody needs to wait for."""
     if isinstance(x, Tensor) and x.dim() == 0 and not x.requires_grad and not x.is_complex():
-        return x if name == "scale" and x.device.type != "cpu" and x.is_floating_point() else float(x)
+        kept = x.device.type != "cpu" or torch.compiler.is_compiling()
+        return x if name == "scale" and kept and x.is_floating_point() else float(x)
     if not isinstance(x, numbers.Real):
         given = f"a tensor {tuple(x.shape)}, requires_grad={x.requires_grad}" if isinstance(x, Tensor) else repr(x)
         raise TypeError(f"{name} must be a number, or a tensor without dims that needs no grad, but is {given}")

@@ -1,0 +1,191 @@
+"""The ops that torch.compile and torch.export see in the place of a call: `tfkern::attention`, differentiable, and what it
+becomes when it is differentiated, `tfkern::attention_forward` and `tfkern::attention_backward`.
+
+Eager calls never come here. The ops take a call's tensors as `Tensors` has them, and its options; what is to be done is worked
+out when they run, from the shapes that there are then, so that no length is built into a compiled graph. Their fakes tell the
+shapes, dtypes and strides of what they return.
+
+Source: of the ways to register an op, the one that also keeps torch.func and forward-mode AD from going wrong without a word:
+an Autograd kernel that applies the same autograd.Function as eager calls.
+"""
+
+import torch
+from torch import Tensor
+
+from tfkern import autograd, backends, call, checks, dropout, layout, score_mods
+from tfkern.backends import Backend
+from tfkern.problem import Problem, Tensors, lse_dtype
+
+# As Tensors; qkv in the place of q where k is missing. bias, slopes and masks as Tensors wants them.
+_TENSORS = (
+    "Tensor q, Tensor? k, Tensor? v, Tensor? bias, Tensor? slopes, Tensor? sinks, Tensor? mask, Tensor? key_lengths, "
+    "Tensor? cu_q, Tensor? cu_k, Tensor? seed, Tensor? scale_tensor"
+)
+_OPTIONS = (
+    "float dropout_p, bool is_causal, float? scale, bool enable_gqa, str causal_alignment, SymInt? left, SymInt? right, "
+    "float? softcap, str? score_mod, str? backend"
+)
+_COUNT = len(Tensors._fields)
+_library = torch.library.Library("tfkern", "FRAGMENT")
+# Strides decide which form of a kernel runs, and the fakes promise strides that follow from those of the inputs.
+_TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+_library.define(f"attention({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)", tags=_TAGS)
+_library.define(f"attention_forward({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)", tags=_TAGS)
+_library.define(
+    f"attention_backward(Tensor do, Tensor? dlse, Tensor out, Tensor lse, bool[] needed, {_TENSORS}, {_OPTIONS}) -> Tensor[]",
+    tags=_TAGS,
+)
+
+
+def attention(*arguments, **options) -> tuple[Tensor, Tensor]:
+    """(out, lse) by `tfkern::attention`, of what op_arguments takes; for Dynamo to trace."""
+    return torch.ops.tfkern.attention(*op_arguments(*arguments, **options))
+
+
+def op_arguments(
+    backend: str | None, qkv: Tensor | None, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+    enable_gqa=False, *, cu_seqlens_q=None, cu_seqlens_k=None, causal_alignment="upper_left", window=None, key_lengths=None,
+    softcap=None, alibi_slopes=None, sinks=None, score_mod=None,
+) -> tuple:  # fmt: skip
+    """What the op takes, of what call.build takes."""
+    query, key, value, attn_mask, alibi_slopes, sinks = call.autocast(query, key, value, attn_mask, alibi_slopes, sinks)
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    call.fit(query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k, enable_gqa)
+    tensors = call.collect(
+        packed, query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k, None
+    )
+    if qkv is not None:
+        tensors = tensors._replace(q=qkv, k=None, v=None)
+    if isinstance(scale, Tensor):
+        checks.scale(scale, 1, query)
+        tensors, scale = tensors._replace(scale=scale), None
+    if dropout_p:
+        tensors = tensors._replace(seed=dropout.draw_seed(query.device))
+    checks.flag("is_causal", is_causal)
+    left, right = checks.sides(window)
+    name = None if score_mod is None else score_mods.name_of(*score_mod)
+    return *tensors, dropout_p, is_causal, scale, enable_gqa, causal_alignment, left, right, softcap, name, backend
+
+
+def _understood(tensors: tuple, options: tuple) -> tuple[Problem, Backend, Tensors]:
+    """What an op is asked to do, by what, with what."""
+    given = Tensors(*tensors)
+    dropout_p, is_causal, scale, enable_gqa, alignment, left, right, softcap, score_mod, backend = options
+    query, key, value, slopes = *call.unpacked(given)[:3], given.slopes
+    if given.cu_q is not None:
+        query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    if slopes is not None and len(slopes) == 1:
+        slopes = slopes[0]
+    scale = scale if given.scale is None else given.scale
+    problem = call.describe(
+        (
+            query, key, value, given.mask if given.bias is None else given.bias, slopes, given.sinks, given.key_lengths,
+            given.cu_q, given.cu_k,
+        ),
+        (
+            dropout_p, is_causal, scale, enable_gqa, alignment, (left, right), softcap,
+            None if score_mod is None else score_mods.named(score_mod),
+        ),
+    )  # fmt: skip
+    given = given._replace(scale=call.on_device(given.scale, query))
+    return problem, backends.choose(problem, backend), given
+
+
+def _forward(*arguments):
+    problem, backend, tensors = _understood(arguments[:_COUNT], arguments[_COUNT:])
+    return autograd.forward(problem, backend, tensors)
+
+
+def _backward(do, dlse, out, lse, needed, *arguments):
+    problem, backend, tensors = _understood(arguments[:_COUNT], arguments[_COUNT:])
+    grads = autograd.backward(problem, backend, tuple(needed), do, dlse, out, lse, tensors)
+    return [grad for grad, need in zip(grads, needed, strict=True) if need]
+
+
+def _forward_fake(*arguments):
+    t = call.unpacked(Tensors(*arguments[:_COUNT]))
+    out = layout.empty_in_order_of(t.q, t.v.shape[-1])
+    return out, torch.empty(t.q.shape[:3], dtype=lse_dtype(t.q.dtype), device=t.q.device)
+
+
+def _backward_fake(do, dlse, out, lse, needed, *arguments):
+    t = Tensors(*arguments[:_COUNT])
+    if t.k is None:
+        likes = [torch.empty_like(t.q) if needed[0] else None, None, None]
+    else:
+        likes = [layout.empty_in_order_of(x, x.shape[-1]) if need else None for x, need in zip(t[:3], needed, strict=False)]
+    wanted = [x for x, need in zip(t[3:6], needed[3:], strict=True) if need]
+    return [x for x in likes if x is not None] + [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in wanted]
+
+
+def _recorded_forward(options: tuple, t: Tensors):
+    with torch._C._AutoDispatchBelowAutograd():  # of this level; transforms further out meet the Autograd kernel again
+        return torch.ops.tfkern.attention_forward(*t, *options)
+
+
+def _recorded_backward(options: tuple, t: Tensors, out, lse, do, dlse, needed):
+    with torch._C._AutoDispatchBelowAutograd():
+        grads = iter(torch.ops.tfkern.attention_backward(do, dlse, out, lse, needed, *t, *options))
+    return [next(grads) if need else None for need in needed]
+
+
+# In the place of a backend: the ops, for a trace to have them and not what they do. Its problem are the options of a call.
+_RECORDED = Backend(lambda options: [], _recorded_forward, _recorded_backward, recorded=True)
+
+
+def _differentiable(*arguments):
+    """The Autograd kernel of `tfkern::attention`."""
+    return autograd.apply(autograd.Attention, arguments[_COUNT:], _RECORDED, *arguments[:_COUNT])
+
+
+def _differentiable_forward(*arguments):
+    """That of `tfkern::attention_forward`, which torch.export leaves when it decomposes."""
+    autograd.refuse_tangents(arguments[:_COUNT])
+    if not _wanted(arguments[:_COUNT]):
+        return _recorded_forward(arguments[_COUNT:], arguments[:_COUNT])
+    if torch._C._are_functorch_transforms_active():  # a derivative of what a transform further in has differentiated
+        autograd.refuse_second()
+    return _differentiable(*arguments)
+
+
+def _refused_backward(do, dlse, out, lse, needed, *arguments):
+    """That of `tfkern::attention_backward`."""
+    tensors = (do, dlse, out, lse, *arguments[:_COUNT])
+    autograd.refuse_tangents(tensors)
+    if _wanted(tensors):
+        autograd.refuse_second()
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.tfkern.attention_backward(do, dlse, out, lse, needed, *arguments)
+
+
+def _wanted(tensors) -> bool:
+    """Whether somebody wants derivatives with respect to one of them. (Transforms turn grad mode off for those further out.)"""
+    able = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+    return able and any(x is not None and x.requires_grad for x in tensors)
+
+
+_library.impl("attention", _forward, "CompositeExplicitAutograd")
+_library.impl("attention", _differentiable, "Autograd")
+_library.impl("attention_forward", _forward, "CompositeExplicitAutograd")
+_library.impl("attention_forward", _differentiable_forward, "Autograd")
+_library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+_library.impl("attention_backward", _refused_backward, "Autograd")
+torch.library.register_fake("tfkern::attention", _forward_fake)
+torch.library.register_fake("tfkern::attention_forward", _forward_fake)
+torch.library.register_fake("tfkern::attention_backward", _backward_fake)
+
+
+def _mapped(name: str, as_list: bool = False) -> None:
+    """Let torch.vmap take an op."""
+    op = getattr(torch.ops.tfkern, name)
+
+    def vmap(info, in_dims, *args):
+        out, dims = autograd.one_by_one(op, info.batch_size, in_dims, args)
+        return (list(out), list(dims)) if as_list else (out, dims)
+
+    torch.library.register_vmap(f"tfkern::{name}", vmap)
+
+
+_mapped("attention")
+_mapped("attention_forward")
+_mapped("attention_backward", as_list=True)
