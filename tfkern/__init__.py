@@ -2,6 +2,7 @@
 
 from tfkern.backends import UnsupportedError
 from tfkern.functional import attention, attention_packed, attention_varlen, explain
+from tfkern.integrations import torch_flash  # noqa: F401  makes its name known to PyTorch
 from tfkern.integrations.patching import patch, patched, unpatch
 from tfkern.integrations.torch_sdpa import scaled_dot_product_attention
 

@@ -35,7 +35,8 @@ def patch(model: nn.Module | None = None) -> Report:
     Without a model, `torch.nn.functional.scaled_dot_product_attention` and every name outside torch that was imported from it
     lead to `tfkern.scaled_dot_product_attention`, in all threads, until `unpatch()`; a second call finds names imported since.
     What torch.compile has compiled is compiled anew. Out of reach: functions that were kept otherwise (in a closure, a default
-    argument, a container), torch.jit.script, what PyTorch does in C++ itself, such as the inference of its encoder layers.
+    argument, a container), torch.jit.script, what PyTorch does in C++ itself, such as the inference of its encoder layers: on a
+    GPU torch.nn.attention.activate_flash_attention_impl("tfkern") reaches those.
 
     With a model, modules that an adapter knows become tfkern's: torch.nn.MultiheadAttention, TransformerEncoderLayer and
     TransformerEncoder, not subclasses of them; models of transformers, which get attn_implementation="tfkern"; timm's
