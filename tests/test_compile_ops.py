@@ -2,6 +2,12 @@
 
 The backend aot_eager runs what was traced, fakes and all, without a compiler."""
 
+import copy
+import os
+import pickle
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +16,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 import tfkern
 from tfkern.integrations.flash_attn import flash_attn_func
+from tfkern.kernels import score_mods
 from tfkern.testing.cases import CASES, FEATURE_CASES
 from tfkern.testing.inputs import make_inputs
 
@@ -54,12 +61,61 @@ def test_each_feature(case, device):
     """Forward and every gradient, through lse too."""
     inputs = make_inputs(case, torch.float32, device)
     function = tfkern.attention_varlen if case.lengths else tfkern.attention
+    options = inputs.options
+    if "score_mod" in options:
+        options = options | dict(score_mod=tfkern.ScoreMod(*options["score_mod"]))
 
     def f(**tensors):
-        return function(**tensors, **inputs.options, enable_gqa=True, return_lse=True)
+        return function(**tensors, **options, enable_gqa=True, return_lse=True)
 
     gradients = (inputs.do, inputs.dlse)
     same(results(compiled(f), inputs.tensors, gradients), results(f, inputs.tensors, gradients))
+
+
+# Dynamo as on a machine with a GPU, where functions of Triton are kernels to it.
+SCORE_MOD = """
+import torch, torch.utils._triton
+torch.utils._triton.has_triton = lambda: True
+import tfkern
+from tfkern.kernels.score_mods import signed_log, signed_log_derivative
+pair = signed_log, signed_log_derivative
+q = torch.randn(1, 2, 16, 8, requires_grad=True)
+def run(function, score_mod):
+    return torch.autograd.grad(function(lambda q: tfkern.attention(q, q, q, score_mod=score_mod))(q).sum(), q)[0]
+whole = lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")
+named = tfkern.ScoreMod(*pair)
+assert torch.equal(run(whole, named), run(lambda f: f, pair))
+try:
+    run(whole, pair)
+except torch._dynamo.exc.TorchDynamoException:
+    print("a pair raises")
+"""
+
+
+def test_score_mod_where_dynamo_takes_functions_for_kernels():
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-P", "-c", SCORE_MOD], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.strip() == "a pair raises", done.stderr
+
+
+def test_score_mod_as_a_pair_without_a_gpu():
+    def f(q, score_mod):
+        return tfkern.attention(q, q, q, score_mod=score_mod)
+
+    pair = score_mods.signed_log, score_mods.signed_log_derivative
+    q = QKV["q"]
+    assert torch.equal(compiled(f)(q, pair), f(q, pair))
+    if torch.cuda.is_available():
+        with pytest.raises(Exception, match=r"must be a tfkern.ScoreMod"):
+            compiled(f)(q.cuda(), pair)
+
+
+def test_score_mod_copies():
+    named = tfkern.ScoreMod(score_mods.signed_log, score_mods.signed_log_derivative)
+    for copied in (copy.copy(named), pickle.loads(pickle.dumps(named))):
+        assert (copied, copied.name) == (named, named.name)
+    with pytest.raises(TypeError, match="score_mod must be a pair"):
+        tfkern.ScoreMod(score_mods.signed_log, 1)
 
 
 def test_every_case_named_is_there():

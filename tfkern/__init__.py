@@ -5,8 +5,10 @@ from tfkern.functional import attention, attention_packed, attention_varlen, exp
 from tfkern.integrations import torch_flash  # noqa: F401  makes its name known to PyTorch
 from tfkern.integrations.patching import patch, patched, unpatch
 from tfkern.integrations.torch_sdpa import scaled_dot_product_attention
+from tfkern.score_mods import ScoreMod
 
 __all__ = [
+    "ScoreMod",
     "UnsupportedError",
     "attention",
     "attention_packed",

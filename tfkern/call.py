@@ -9,6 +9,8 @@ from tfkern.problem import Problem, Tensors, lse_dtype
 # What a call is, by all that its checks look at, so that the next call like it needs none of them.
 _problems: dict[tuple, Problem] = {}
 MANY_PROBLEMS = 4096
+# Types of devices that have autocast. (Asked here, as Dynamo can't ask before PyTorch 2.12.)
+AUTOCAST = frozenset(x for x in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu") if torch.amp.is_autocast_available(x))
 
 
 def build(
@@ -176,7 +178,7 @@ def _number(scale, query: Tensor) -> float | None:
 def autocast(*tensors):
     """Floating-point tensors in the autocast dtype where autocast is on for their device; the rest is left for the checks."""
     kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if kind not in AUTOCAST or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     if isinstance(tensors[0], Tensor) and tensors[0].dtype == torch.float64:

@@ -8,7 +8,7 @@ from torch import Tensor
 from tfkern import autograd, backends, call, checks, dropout, nested, ops
 from tfkern.dynamo import uncompiled
 
-ScoreMod = tuple[Callable, Callable]
+Pair = tuple[Callable, Callable]  # as a tfkern.ScoreMod is
 
 
 def attention(
@@ -16,7 +16,7 @@ def attention(
     is_causal: bool = False, scale: float | Tensor | None = None, enable_gqa: bool = False, *,
     causal_alignment: str = "upper_left", window: tuple[int | None, int | None] | None = None,
     key_lengths: Tensor | None = None, softcap: float | None = None, alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None, score_mod: ScoreMod | None = None, return_lse: bool = False, backend: str | None = None,
+    sinks: Tensor | None = None, score_mod: Pair | None = None, return_lse: bool = False, backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """softmax(scale * Q K^T + mask) V, fused: the N x N scores are never stored, forward or backward.
 
@@ -45,7 +45,7 @@ def attention(
         alibi_slopes: (H,) or (B, H), float32 or the dtype of query: -slope * |i + shift - j| is added. Differentiable.
         sinks: (H,), float32 or the dtype of query: one more logit per head in the softmax's denominator. Differentiable.
         score_mod: (value, derivative), two @triton.jit functions of (score, b, h, i, j): value replaces the scaled and capped
-            score before ALiBi and attn_mask, derivative is d value / d score.
+            score before ALiBi and attn_mask, derivative is d value / d score. torch.compile on a GPU wants a tfkern.ScoreMod.
         return_lse: also return the log-sum-exp of the logits, with the sink's.
         backend: "hopper", "portable" or "eager"; None takes the first that can (`tfkern.explain` tells which), "hopper" only if
             TFKERN_BACKENDS names it.
@@ -84,7 +84,7 @@ def attention_varlen(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, attn_mask: Tensor | None = None,
     dropout_p: float = 0.0, is_causal: bool = False, scale: float | Tensor | None = None, enable_gqa: bool = False, *,
     causal_alignment: str = "upper_left", window: tuple[int | None, int | None] | None = None, softcap: float | None = None,
-    alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, score_mod: ScoreMod | None = None,
+    alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, score_mod: Pair | None = None,
     return_lse: bool = False, backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """`attention` of B sequences of any lengths that lie packed behind each other, without padding.
@@ -122,7 +122,7 @@ def attention_packed(
     qkv: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
     scale: float | Tensor | None = None, *, cu_seqlens: Tensor | None = None, causal_alignment: str = "upper_left",
     window: tuple[int | None, int | None] | None = None, key_lengths: Tensor | None = None, softcap: float | None = None,
-    alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, score_mod: ScoreMod | None = None,
+    alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, score_mod: Pair | None = None,
     return_lse: bool = False, backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """`attention` of queries, keys and values that lie in one tensor, as one projection makes them; nothing is copied.

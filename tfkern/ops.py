@@ -63,8 +63,20 @@ def op_arguments(
         tensors = tensors._replace(seed=dropout.draw_seed(query.device))
     checks.flag("is_causal", is_causal)
     left, right = checks.sides(window)
-    name = None if score_mod is None else score_mods.name_of(*score_mod)
+    name = None if score_mod is None else _name(score_mod, query)
     return *tensors, dropout_p, is_causal, scale, enable_gqa, causal_alignment, left, right, softcap, name, backend
+
+
+def _name(score_mod, query: Tensor) -> str:
+    """The name of a score_mod, found while tracing."""
+    if isinstance(score_mod, score_mods.ScoreMod):
+        return score_mod.name
+    if query.device.type != "cpu":
+        raise TypeError(
+            "score_mod must be a tfkern.ScoreMod(value, derivative) under torch.compile on a GPU, but is an ordinary pair: "
+            "Dynamo can't pass @triton.jit functions on; make one outside of what is compiled"
+        )
+    return score_mods.name_of(*score_mod)
 
 
 def _understood(tensors: tuple, options: tuple) -> tuple[Problem, Backend, Tensors]:

@@ -21,6 +21,26 @@ def _tensor(x, like):
     return x if isinstance(x, torch.Tensor) else torch.as_tensor(x, dtype=like.dtype, device=like.device)
 
 
+class ScoreMod(tuple):
+    """A score_mod by name: ScoreMod(value, derivative), wherever the pair may stand. torch.compile needs it on a machine with a
+    GPU, where Dynamo takes @triton.jit functions for kernels that are launched, and can't pass them on.
+
+    Raises TypeError as attention does for a pair.
+    """
+
+    def __new__(cls, value, derivative):
+        pair = super().__new__(cls, checks.score_mod((value, derivative)))
+        pair.name = name_of(value, derivative)
+        return pair
+
+    def __reduce__(self):  # Triton's functions can't be pickled
+        return _of_name, (self.name,)
+
+
+def _of_name(name: str) -> ScoreMod:
+    return ScoreMod(*named(name))
+
+
 _by_name: dict[str, tuple] = {}
 
 
