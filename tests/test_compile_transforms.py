@@ -61,7 +61,8 @@ def trained(model, x) -> list:
     return [out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))]
 
 
-@pytest.mark.filterwarnings("ignore:.*isinstance.treespec:FutureWarning")  # PyTorch about itself
+# PyTorch about itself, the second 2.11
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec:FutureWarning", "ignore:The given buffer is not writable:UserWarning")
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 def test_export(strict, training):
@@ -178,5 +179,6 @@ def test_derivatives_of_what_is_compiled_raise(qkv):
     (grad,) = torch.autograd.grad(compiled(loss)(x, *qkv[1:]), x, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):  # PyTorch's
         torch.autograd.grad(grad.sum(), x)
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="second derivatives"):
+    message = r"second derivatives|anomaly metadata"  # PyTorch 2.11 fails on its way there
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=message):
         compiled(lambda x: torch.func.grad(loss)(x, *qkv[1:]))(x)

@@ -11,6 +11,8 @@ right; rng_state holds the seed of dropout. The ops with "scaled_dot_product" in
 Source: the schemas of ATen's flash attention ops, and PyTorch's documentation of that hook, 2.11 to 2.13.
 """
 
+import warnings
+
 import torch
 from torch.nn.attention import register_flash_attention_impl
 
@@ -41,9 +43,11 @@ def implement(key: str) -> torch.library.Library:
         "_scaled_dot_product_flash_attention": _sdpa_forward,
         "_scaled_dot_product_flash_attention_backward": _sdpa_backward,
     }
-    for name, function in ops.items():
-        if hasattr(torch.ops.aten, name):  # the second is there from PyTorch 2.12 on
-            library.impl(name, function, key)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)  # that kernels are replaced
+        for name, function in ops.items():
+            if hasattr(torch.ops.aten, name):  # the second is not in PyTorch 2.11
+                library.impl(name, function, key)
     return library
 
 

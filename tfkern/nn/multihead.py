@@ -59,8 +59,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         self._check_masks(query, key, key_padding_mask, attn_mask, is_causal)
         batched = query.dim() == 3
         if not batched:
-            batches = {id(x): x.unsqueeze(0) for x in (query, key, value)}  # what was one tensor stays one
-            query, key, value = (batches[id(x)] for x in (query, key, value))
+            key_is_query, value_is_key = key is query, value is key  # what was one tensor stays one
+            query = query.unsqueeze(0)
+            key = query if key_is_query else key.unsqueeze(0)
+            value = key if value_is_key else value.unsqueeze(0)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         seq_first = batched and not self.batch_first
         mask, is_causal = self._masked(attn_mask, key_padding_mask, is_causal, query, key, seq_first)
