@@ -1,5 +1,8 @@
-"""The samples with which PyTorch tests itself. Its testing modules want a package that only its own test classes use, and forbid
-what they forbid their own tests: the one is made up, the other undone."""
+"""What PyTorch tells of its own contract: its errors, and the samples with which it tests itself.
+
+Its testing modules want a package that only its own test classes use, and forbid what they forbid their own tests: the one is
+made up, the other undone.
+"""
 
 import importlib
 import sys
@@ -7,7 +10,18 @@ import types
 import unittest
 import warnings
 
+import pytest
 import torch
+
+
+def assert_same_type_of_error(call, ours, theirs) -> None:
+    """call(theirs) raises, and call(ours) raises just that type."""
+    with pytest.raises(Exception) as wanted:  # noqa: PT011
+        call(theirs)
+    with pytest.raises(wanted.type) as found:
+        call(ours)
+    assert found.type is wanted.type
+    assert str(found.value)
 
 
 def load(module: str):

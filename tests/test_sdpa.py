@@ -389,12 +389,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors_are_of_the_same_type(name):
-    with pytest.raises(Exception) as wanted:  # noqa: PT011
-        ERRORS[name](theirs)
-    with pytest.raises(wanted.type) as found:
-        ERRORS[name](ours)
-    assert found.type is wanted.type
-    assert str(found.value)
+    pytorch_samples.assert_same_type_of_error(ERRORS[name], ours, theirs)
 
 
 # What PyTorch's documentation forbids and its fused paths compute, some of it from memory beside the tensors.
