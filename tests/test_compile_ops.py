@@ -5,6 +5,7 @@ The backend aot_eager runs what was traced, fakes and all, without a compiler.""
 import copy
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from torch.nn.attention.bias import causal_lower_right
 import tfkern
 from tfkern.integrations.flash_attn import flash_attn_func
 from tfkern.kernels import score_mods
+from tfkern.nn import SelfAttention
 from tfkern.testing.cases import CASES, FEATURE_CASES
 from tfkern.testing.inputs import make_inputs
 
@@ -70,6 +72,34 @@ def test_each_feature(case, device):
 
     gradients = (inputs.do, inputs.dlse)
     same(results(compiled(f), inputs.tensors, gradients), results(f, inputs.tensors, gradients))
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES + FEATURE_CASES if c.name in {"gqa-everything", "packed-bias-dropout"}], ids=str
+)
+def test_our_kernels(case, device):
+    """What is compiled launches them. (By default it is the backend eager on a CPU.)"""
+    inputs = make_inputs(case, torch.float32, device)
+    function = tfkern.attention_varlen if case.lengths else tfkern.attention
+
+    def f(**tensors):
+        return function(**tensors, **inputs.options, enable_gqa=True, return_lse=True, backend="portable")
+
+    gradients = (inputs.do, inputs.dlse)
+    same(results(compiled(f), inputs.tensors, gradients), results(f, inputs.tensors, gradients))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch's compiler wants g++ for the CPU")
+def test_pytorchs_own_compiler(device):
+    """inductor instead of aot_eager: what is around attention is compiled, too."""
+    torch.manual_seed(0)
+    layer = SelfAttention(64, 4, is_causal=True).to(device)
+    whole = torch.compile(layer, fullgraph=True, dynamic=True)
+    for length in (17, 40):
+        x = torch.randn(2, length, 64, device=device, requires_grad=True)
+        for found, wanted in zip(*(torch.autograd.grad(f(x).square().sum(), x) for f in (whole, layer)), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 # Dynamo as on a machine with a GPU, where functions of Triton are kernels to it.
