@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from tfkern.extras import require
-
 
 @dataclass(frozen=True)
 class Band:
@@ -73,7 +71,9 @@ def mask(
 
     Never None: then a module's `is_causal` would have to tell what is seen.
     """
-    theirs = require("transformers.masking_utils", "transformers")
+    from transformers import masking_utils as theirs
+    from transformers.utils.import_utils import is_tracing
+
     mask_function = theirs.causal_mask_function if mask_function is None else mask_function
     if isinstance(q_offset, Tensor):
         q_offset = q_offset.clone()  # the cache counts on in the same tensor
@@ -81,8 +81,7 @@ def mask(
         theirs.sdpa_mask, batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,
         **kwargs | dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False), use_vmap=use_vmap, device=device,
     )  # fmt: skip
-    traced = require("transformers.utils.import_utils", "transformers").is_tracing(attention_mask)
-    found = None if traced or use_vmap else _edges(theirs, mask_function, local_size)
+    found = None if is_tracing(attention_mask) or use_vmap else _edges(theirs, mask_function, local_size)
     band = None if found is None else _band(found, batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device)
     if band is None:
         return write()
