@@ -24,7 +24,7 @@ NEEDED = {
 }
 # Each with the padding that it knows, and a few without and through AOTAutograd.
 PADS = [(m, {"decoder": "left", "image": None}.get(m.kind, "right")) for m in MODELS]
-FEW = [NAMED[name] for name in ("BERT", "Mistral", "T5", "Swin")]
+FEW = [NAMED[name] for name in ("BERT", "T5", "Swin")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -105,7 +105,7 @@ def test_what_no_attention_compiles(name):
     with pytest.raises(torch._dynamo.exc.TorchDynamoException):
         model(**inputs)
     torch._dynamo.reset()
-    model = m.make("tfkern")
+    model = m.make("tfkern", num_hidden_layers=1)
     found, want = (f(**inputs)[0] for f in (torch.compile(model, backend="aot_eager"), model))
     seen = m.seen(inputs, want)
     torch.testing.assert_close(found[seen], want[seen], rtol=1e-4, atol=1e-5)
@@ -115,7 +115,7 @@ def test_what_no_attention_compiles(name):
 def test_new_lengths_compile_nothing(name, side):
     m = NAMED[name]
     model, eager = m.make("tfkern"), m.make("tfkern")
-    counter, counts = compiled(model, "aot_eager", dynamic=True), []
+    counter, counts = compiled(model, "aot_eager" if side else "eager", dynamic=True), []
     for length in (11, 17, 8):
         inputs = m.inputs(pad=side, length=length)
         found, want = (model_runs.results(x, inputs, lambda out, i=inputs: m.seen(i, out)) for x in (model, eager))

@@ -65,8 +65,8 @@ def register(name: str = NAME) -> str:
 
 
 def calls(model: nn.Module) -> int:
-    """How often the attention modules of `model` have called tfkern. What a graph of torch.compile does isn't counted: it would
-    have to leave the graph for that."""
+    """How often the attention modules of `model` have called tfkern, outside of graphs of torch.compile: a number that changes
+    with each call would be nothing to compile."""
     return sum(_calls.get(module, 0) for module in model.modules())
 
 
