@@ -279,6 +279,26 @@ def test_new_sequences_compile_nothing():
     assert lengths_of(f, tensors_of, [(20, 3), (33, 5), (64, 2), (100, 9)]) == 2
 
 
+@pytest.mark.parametrize("query_varies", [True, False])
+def test_a_length_that_varies_beside_one_that_does_not(query_varies):
+    """Sizes are compared as numbers, also where Dynamo has a symbol for one and a number for the other."""
+    fs = dict(
+        attn_mask=lambda q, x: tfkern.attention(q, q, q, x), alibi_slopes=lambda q, x: tfkern.attention(q, q, q, alibi_slopes=x),
+        sinks=lambda q, x: tfkern.attention(q, q, q, sinks=x),
+        key_lengths=lambda q, x: tfkern.attention(q, q, q, key_lengths=x),
+    )  # fmt: skip
+    others = dict(attn_mask=torch.zeros(3, 4, 11, 11), alibi_slopes=torch.ones(3, 4), sinks=torch.ones(4),
+                  key_lengths=torch.tensor([3, 0, 11]))  # fmt: skip
+    for name, f in fs.items():
+        torch._dynamo.reset()
+        q, other = torch.randn(3, 4, 11, 8), others[name].clone()
+        numbers, symbols = (other, q) if query_varies else (q, other)
+        torch._dynamo.mark_static(numbers)
+        for dim in range(symbols.dim() - (symbols is q)):
+            torch._dynamo.maybe_mark_dynamic(symbols, dim)
+        assert torch.equal(compiled(f)(q, other), f(q, other))
+
+
 def test_dropout_draws_anew_each_call():
     c = compiled(lambda q, k, v: tfkern.attention(q, k, v, dropout_p=0.5))
     torch.manual_seed(0)

@@ -243,17 +243,6 @@ def test_both_ways_of_checkpointing(name, reentrant):
         torch.testing.assert_close(found, want, **(dict(rtol=1e-4, atol=1e-3) if reentrant else dict(rtol=0, atol=0)))
 
 
-def test_compiled():
-    """With breaks in the graph, and masks that are written out."""
-    m = NAMED["Mistral"]
-    model, inputs = m.make("tfkern"), m.inputs(pad="left")
-    with torch.no_grad():
-        compiled = torch.compile(model, backend="eager")(**inputs)[0]
-        torch.testing.assert_close(compiled, model(**inputs)[0])
-    assert integration.calls(model) == 2 * m.calls
-    torch._dynamo.reset()
-
-
 # Masks
 
 

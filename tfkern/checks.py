@@ -105,16 +105,21 @@ def mask(attn_mask, query: Tensor, shape: tuple[int, int, int, int], packed: boo
         )
     _device("attn_mask", attn_mask, query.device)
     given = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
-    fits = attn_mask.dim() <= 4 and all(g in (1, s) for g, s in zip(given[:2], shape[:2], strict=True))
+    fits = attn_mask.dim() <= 4 and _broadcasts(given[:2], shape[:2])
     if packed:
         if longest is not None:
             fits = fits and all(g == 1 or g >= n for g, n in zip(given[2:], longest, strict=True))
         wanted = f"{shape[:2]} and at least the longest sequence of queries and of keys" + (f", {longest}" if longest else "")
     else:
-        fits = fits and all(g in (1, s) for g, s in zip(given[2:], shape[2:], strict=True))
+        fits = fits and _broadcasts(given[2:], shape[2:])
         wanted = f"{shape} = (B, H, Nq, Nk)"
     if not fits:
         raise ValueError(f"attn_mask must broadcast to {wanted}, but has shape {tuple(attn_mask.shape)}")
+
+
+def _broadcasts(given: tuple, shape: tuple) -> bool:
+    # Not `in (1, s)`: to Dynamo a number is in no tuple that has it as a symbol.
+    return all(g == 1 or g == s for g, s in zip(given, shape, strict=True))  # noqa: PLR1714
 
 
 def slopes(alibi_slopes, query: Tensor, batch: int, heads: int) -> None:
@@ -253,6 +258,6 @@ def _vector(name: str, x, query: Tensor, shapes: list[tuple[int, ...]]) -> None:
     _tensor(name, x)
     if x.dtype not in (torch.float32, query.dtype):
         raise TypeError(f"{name} must be torch.float32 or the dtype of query, {query.dtype}, but is {x.dtype}; convert it")
-    if tuple(x.shape) not in shapes:
+    if not any(tuple(x.shape) == shape for shape in shapes):  # for Dynamo, as in _broadcasts
         raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, but has {tuple(x.shape)}")
     _device(name, x, query.device)

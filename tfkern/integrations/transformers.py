@@ -8,7 +8,7 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from tfkern.dynamo import uncompiled
+from tfkern.call import AUTOCAST
 from tfkern.extras import require
 from tfkern.functional import attention, attention_varlen
 from tfkern.integrations import transformers_masks
@@ -22,7 +22,8 @@ _SILENT = {
 }  # fmt: skip
 _names: set[str] = set()
 _calls: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()
-_told: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+_traced: set[type[nn.Module]] = set()  # classes that torch.compile has seen call tfkern
+_told: "weakref.WeakSet[nn.Module | type[nn.Module]]" = weakref.WeakSet()
 
 
 def register(name: str = NAME) -> str:
@@ -65,11 +66,11 @@ def register(name: str = NAME) -> str:
 
 
 def calls(model: nn.Module) -> int:
-    """How often the attention modules of `model` have called tfkern."""
+    """How often the attention modules of `model` have called tfkern, outside of graphs of torch.compile: a number that changes
+    with each call would be nothing to compile."""
     return sum(_calls.get(module, 0) for module in model.modules())
 
 
-@uncompiled
 def attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
     scaling: float | Tensor | None = None, is_causal: bool | None = None, position_bias: Tensor | None = None,
@@ -91,7 +92,10 @@ def attention_forward(
 
     Raises: NotImplementedError for other keywords that are neither None nor False; ValueError for what contradicts itself.
     """
-    _calls[module] = _calls.get(module, 0) + 1
+    if torch.compiler.is_compiling():
+        _note_traced(type(module))
+    else:
+        _calls[module] = _calls.get(module, 0) + 1
     _refuse(kwargs)
     packed = cu_seq_lens_q is not None or cu_seq_lens_k is not None
     if isinstance(attention_mask, BandMask) and (attention_mask.band is None or (attention_mask.band.packed and not packed)):
@@ -168,7 +172,7 @@ def _accepted(x: Tensor | None, query: Tensor) -> Tensor | None:
 def _autocast(query: Tensor, key: Tensor, value: Tensor):
     """The three in the autocast dtype, and a context without autocast, so that biases and sinks keep their precision."""
     kind = query.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or query.dtype == torch.float64:
+    if kind not in AUTOCAST or not torch.is_autocast_enabled(kind) or query.dtype == torch.float64:
         return query, key, value, contextlib.nullcontext()
     dtype = torch.get_autocast_dtype(kind)
     return *(x.to(dtype) for x in (query, key, value)), torch.autocast(kind, enabled=False)
@@ -208,17 +212,43 @@ def unwatch(model: nn.Module) -> None:
         del model._forward_hooks[key]
 
 
-@uncompiled
 def _tell_if_ignored(model: nn.Module, args, output) -> None:
     """After a model's first forward pass: a warning if it has attention and none of it was tfkern's."""
+    chosen = model.config._attn_implementation
+    if torch.compiler.is_compiling():  # the hook stays: its leaving would be a change for each graph to look out for
+        _tell_while_tracing(chosen, *(type(m) for m in model.modules()))
+        return
     unwatch(model)
     modules = list(model.modules())
-    if model.config._attn_implementation not in _names or any(m in _calls or m in _told for m in modules):
-        return
-    if any("attention" in type(m).__name__.lower() for m in modules):
+    classes = [type(m) for m in modules]
+    if not any(m in _calls or m in _told for m in modules) and _ignored(chosen, classes):
         _told.add(model)
-        warnings.warn(
-            f"{type(model).__name__} ignores attn_implementation={model.config._attn_implementation!r}: its attention doesn't "
-            "ask transformers' AttentionInterface, and no call reached tfkern; results are right, and not tfkern's",
-            stacklevel=2,
-        )
+        _tell(chosen, classes)
+
+
+def _note_traced(module: type[nn.Module]) -> None:
+    """A graph serves all modules of a class, and what was traced for one of them holds for all."""
+    _traced.add(module)
+
+
+def _tell_while_tracing(chosen: str, *classes: type[nn.Module]) -> None:
+    """_tell_if_ignored by the classes of a model and of what is within it."""
+    if _told.isdisjoint(classes) and _ignored(chosen, classes):
+        _told.add(classes[0])
+        _tell(chosen, classes)
+
+
+# For Dynamo: call them while tracing, and not in the graph (torch.compiler.assume_constant_result, which imports Dynamo).
+_note_traced._dynamo_marked_constant = _tell_while_tracing._dynamo_marked_constant = True
+
+
+def _ignored(chosen: str, classes) -> bool:
+    return chosen in _names and _traced.isdisjoint(classes) and any("attention" in c.__name__.lower() for c in classes)
+
+
+def _tell(chosen: str, classes) -> None:
+    warnings.warn(
+        f"{classes[0].__name__} ignores attn_implementation={chosen!r}: its attention doesn't ask transformers' "
+        "AttentionInterface, and no call reached tfkern; results are right, and not tfkern's",
+        stacklevel=3,
+    )

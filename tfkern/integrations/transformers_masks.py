@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from tfkern.extras import require
-
 
 @dataclass(frozen=True)
 class Band:
@@ -62,7 +60,8 @@ def mask(
     batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0, mask_function=None,
     attention_mask: Tensor | None = None, local_size: int | None = None, use_vmap: bool = False, device="cpu", **kwargs,
 ) -> Tensor:  # fmt: skip
-    """What transformers calls to make a mask: a BandMask, or where no band can tell it, or under tracing, a bool tensor.
+    """What transformers calls to make a mask: a BandMask, or where no band can tell it, or under tracing, a bool tensor (in a
+    graph with no more elements than there are keys, where padding is all it tells).
 
     Args:
         batch_size, q_length, kv_length: B, Nq, Nk; the result is (B, 1, Nq, Nk).
@@ -73,7 +72,9 @@ def mask(
 
     Never None: then a module's `is_causal` would have to tell what is seen.
     """
-    theirs = require("transformers.masking_utils", "transformers")
+    from transformers import masking_utils as theirs
+    from transformers.utils.import_utils import is_tracing
+
     mask_function = theirs.causal_mask_function if mask_function is None else mask_function
     if isinstance(q_offset, Tensor):
         q_offset = q_offset.clone()  # the cache counts on in the same tensor
@@ -81,8 +82,9 @@ def mask(
         theirs.sdpa_mask, batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,
         **kwargs | dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False), use_vmap=use_vmap, device=device,
     )  # fmt: skip
-    traced = require("transformers.utils.import_utils", "transformers").is_tracing(attention_mask)
-    found = None if traced or use_vmap else _edges(theirs, mask_function, local_size)
+    if torch.compiler.is_compiling() and mask_function is theirs.bidirectional_mask_function and _plain(attention_mask):
+        return _for_all_queries(batch_size, q_length, kv_length, kv_offset, attention_mask, device)
+    found = None if is_tracing(attention_mask) or use_vmap else _edges(theirs, mask_function, local_size)
     band = None if found is None else _band(found, batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device)
     if band is None:
         return write()
@@ -121,7 +123,7 @@ def _same(a, b) -> bool:
 
 def _band(edges, batch: int, n_q: int, n_k: int, q_offset, kv_offset, attention_mask, device) -> Band | None:
     """The band, if one can tell where queries and keys stand and which keys are padding."""
-    if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.dtype != torch.bool):
+    if not _plain(attention_mask):
         return None
     left, right, packed = edges
     band = Band(left, right, packed=packed)
@@ -129,9 +131,24 @@ def _band(edges, batch: int, n_q: int, n_k: int, q_offset, kv_offset, attention_
         band = _aligned(band, batch, n_q, n_k, q_offset, kv_offset, device)
     if band is None or attention_mask is None:
         return band
+    return _padded(band, _padding(attention_mask, n_k, kv_offset, device)[:, : band.keys])
+
+
+def _for_all_queries(batch: int, n_q: int, n_k: int, kv_offset: int, attention_mask: Tensor | None, device) -> Tensor:
+    """The mask of a function that hides nothing, with nothing stored for each query."""
+    if attention_mask is None:
+        return torch.ones((), dtype=torch.bool, device=device).expand(batch, 1, n_q, n_k)
+    return _padding(attention_mask, n_k, kv_offset, device)[:, None, None].expand(batch, 1, n_q, n_k)
+
+
+def _plain(attention_mask: Tensor | None) -> bool:
+    return attention_mask is None or (attention_mask.dim() == 2 and attention_mask.dtype == torch.bool)
+
+
+def _padding(attention_mask: Tensor, n_k: int, kv_offset: int, device) -> Tensor:
+    """(B, Nk), False where a key is padding."""
     padding = attention_mask[:, kv_offset : kv_offset + n_k].to(device)
-    padding = torch.nn.functional.pad(padding, (0, n_k - padding.shape[1]))[:, : band.keys]
-    return _padded(band, padding)
+    return torch.nn.functional.pad(padding, (0, n_k - padding.shape[1]))
 
 
 def _aligned(band: Band, batch: int, n_q: int, n_k: int, q_offset, kv_offset: int, device) -> Band | None:
