@@ -1,5 +1,6 @@
 """Write docs/models.md, the table of models that work, from a run of their tests: python tests/models_table.py"""
 
+import functools
 import importlib.metadata
 import importlib.util
 import itertools
@@ -13,26 +14,29 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 TABLE = TESTS.parent / "docs" / "models.md"
 PACKAGES = ("torch", "transformers", "timm")
+# Of each section: {(file of tests, test): what its column is called}.
 COLUMNS = {
-    "test_transformers": {
-        "test_forward_and_gradients": "forward, gradients",
-        "test_padding": "padding",
-        "test_autocast": "autocast",
-        "test_frozen_parameters": "frozen parameters",
-        "test_packed_sequences": "packed",
-        "test_caches": "caches",
-        "test_generate": "generate",
-        "test_checkpointing_with_dropout": "checkpointing, dropout",
-        "test_patch": "patch",
+    "transformers": {
+        ("test_transformers", "test_forward_and_gradients"): "forward, gradients",
+        ("test_transformers", "test_padding"): "padding",
+        ("test_transformers", "test_autocast"): "autocast",
+        ("test_transformers", "test_frozen_parameters"): "frozen parameters",
+        ("test_transformers", "test_packed_sequences"): "packed",
+        ("test_transformers", "test_caches"): "caches",
+        ("test_transformers", "test_generate"): "generate",
+        ("test_transformers", "test_checkpointing_with_dropout"): "checkpointing, dropout",
+        ("test_transformers", "test_patch"): "patch",
+        ("test_transformers_compile", "test_forward_and_gradients"): "compiled",
     },
-    "test_timm": {"test_models": "forward, gradients", "test_autocast": "autocast"},
-    "test_nanogpt": {"test_models": "forward, gradients, autocast"},
+    "timm": {("test_timm", "test_models"): "forward, gradients", ("test_timm", "test_autocast"): "autocast"},
+    "nanogpt": {("test_nanogpt", "test_models"): "forward, gradients, autocast"},
 }
 TITLES = {
-    "test_transformers": 'transformers, `attn_implementation="tfkern"`',
-    "test_timm": "timm, `attn_layer=tfkern.integrations.timm.Attention` and `tfkern.patch(model)`",
-    "test_nanogpt": "nanoGPT and minGPT, `tfkern.integrations.nanogpt.CausalSelfAttention` and `tfkern.patch(model)`",
+    "transformers": 'transformers, `attn_implementation="tfkern"`',
+    "timm": "timm, `attn_layer=tfkern.integrations.timm.Attention` and `tfkern.patch(model)`",
+    "nanogpt": "nanoGPT and minGPT, `tfkern.integrations.nanogpt.CausalSelfAttention` and `tfkern.patch(model)`",
 }
+TESTED = [place for places in COLUMNS.values() for place in places]
 IGNORING = ("test_transformers", "test_a_model_that_ignores_it_is_told")
 Cells = Counter  # {(module, test, model): cases that passed}
 
@@ -46,15 +50,20 @@ def model_of(params: dict) -> str | None:
 def expected() -> Cells:
     """The cases that there are, by the tests' own parameters."""
     cells = Cells()
-    for module_name, tests in [*COLUMNS.items(), (IGNORING[0], {IGNORING[1]: ""})]:
-        spec = importlib.util.spec_from_file_location(f"{module_name}_of_the_table", TESTS / f"{module_name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        for test in tests:
-            sets = [_named(mark) for mark in getattr(module, test).pytestmark if mark.name == "parametrize"]
-            for chosen in itertools.product(*sets):
-                cells[module_name, test, model_of(dict(itertools.chain(*(x.items() for x in chosen))))] += 1
+    for module, test in [*TESTED, IGNORING]:
+        sets = [_named(mark) for mark in getattr(_loaded(module), test).pytestmark if mark.name == "parametrize"]
+        for chosen in itertools.product(*sets):
+            cells[module, test, model_of(dict(itertools.chain(*(x.items() for x in chosen))))] += 1
     return cells
+
+
+@functools.cache
+def _loaded(name: str):
+    """A module of tests, of our own."""
+    spec = importlib.util.spec_from_file_location(f"{name}_of_the_table", TESTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _named(mark) -> list[dict]:
@@ -92,13 +101,14 @@ def render(cells: Cells, versions: dict[str, str]) -> str:
         "to compare.",
         "",
     ]  # fmt: skip
-    for module, tests in COLUMNS.items():
-        lines += [f"## {TITLES[module]}", "", *_table(cells, module, tests), ""]
+    for section, places in COLUMNS.items():
+        lines += [f"## {TITLES[section]}", "", *_table(cells, places), ""]
     ignoring = sorted(model for module, test, model in cells if (module, test) == IGNORING)
     lines += [
         "Padding: on the right and on the left. Packed: by `position_ids` and by `cu_seq_lens`; OPT and gpt-oss by `cu_seq_lens` only,",
         "as their own masks don't look at positions. Caches: dynamic and static, without padding and with either, in steps.",
-        "Generate: greedy, by beams, with a dynamic, a static and no cache.",
+        "Generate: greedy, by beams, with a dynamic, a static and no cache. Compiled: forward and gradients by `torch.compile` with",
+        '`fullgraph=True`, gpt-oss with `_experts_implementation="batched_mm"`, as its other experts can\'t be, with any attention.',
         "",
         "## Not by tfkern",
         "",
@@ -108,11 +118,11 @@ def render(cells: Cells, versions: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _table(cells: Cells, module: str, tests: dict[str, str]) -> list[str]:
-    models = list(dict.fromkeys(model for m, test, model in cells if m == module and test in tests))
-    lines = ["| model | " + " | ".join(tests.values()) + " |", "| --- " * (len(tests) + 1) + "|"]
+def _table(cells: Cells, places: dict[tuple[str, str], str]) -> list[str]:
+    models = list(dict.fromkeys(model for *place, model in cells if tuple(place) in places))
+    lines = ["| model | " + " | ".join(places.values()) + " |", "| --- " * (len(places) + 1) + "|"]
     for model in models:
-        counts = [cells.get((module, test, model)) for test in tests]
+        counts = [cells.get((*place, model)) for place in places]
         lines.append(f"| {model} | " + " | ".join("" if n is None else f"✓ {n}" if n else "no" for n in counts) + " |")
     return lines
 
@@ -126,10 +136,9 @@ def pins() -> dict[str, str]:
 
 def main() -> int:
     collector = Collector()
-    files = [str(TESTS / f"{module}.py") for module in COLUMNS]
+    files = [str(TESTS / f"{module}.py") for module in dict.fromkeys(module for module, _ in TESTED)]
     pytest.main(["-q", "--no-header", "-c", str(TESTS.parent / "pyproject.toml"), *files], plugins=[collector])
-    kept = {(module, test) for module, tests in COLUMNS.items() for test in tests} | {IGNORING}
-    cells = Cells({key: n for key, n in collector.cells.items() if key[:2] in kept})
+    cells = Cells({key: n for key, n in collector.cells.items() if key[:2] in [*TESTED, IGNORING]})
     versions = {name: importlib.metadata.version(name).split("+")[0] for name in PACKAGES}
     TABLE.write_text(render(cells, versions))
     print(f"{TABLE.name}: {len({key[::2] for key in cells})} models, {math.fsum(cells.values()):.0f} cases passed")

@@ -90,11 +90,13 @@ def test_forward_and_gradients(m, side):
     model_runs.assert_within(errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("m", FEW, ids=str)
 def test_through_aot_autograd(m):
     model_runs.assert_within(model_runs.judge(prepared(m, backend="aot_eager")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NEEDED)
 @torch.no_grad()
 def test_what_no_attention_compiles(name):
@@ -250,6 +252,7 @@ def layers_compiled(model, backend="aot_eager"):
     return counter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["BERT", "Llama"])
 @torch._dynamo.config.patch(recompile_limit=32)
 def test_layer_by_layer(name):
