@@ -37,7 +37,9 @@ def gate(tmp_path, *arguments) -> list[dict]:
 
 
 @pytest.mark.parametrize("kernel", configs.KERNELS)
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])  # `make gate` compiles for sm_100, which takes longest
+@pytest.mark.parametrize(  # `make gate` compiles for sm_100, which takes longest
+    "arch", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90", "gfx942"]
+)
 def test_gate(arch, kernel, tmp_path):
     variants = ["plain", "causal", "all"] if arch == "sm_90" else ["all"]  # `make gate` compiles the others
     rows = gate(tmp_path, "--arch", arch, "--kernel", kernel, "--variant", *variants)
@@ -67,6 +69,7 @@ def test_when_one_pass_is_taken():
         assert keys(32) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", configs.KERNELS)
 def test_gate_of_the_features(kernel, tmp_path):
     """Each feature by itself, and all together, at the head dim that matters most. `make gate` has more."""
