@@ -148,7 +148,7 @@ def faults_found(form, kernel, monkeypatch) -> str | None:
     return None
 
 
-@pytest.mark.parametrize(("form", "part", "line"), mostly_slow(FAULTS, 8), ids=str)
+@pytest.mark.parametrize(("form", "part", "line"), mostly_slow(FAULTS, 16), ids=str)
 def test_every_missing_synchronisation_is_found(form, part, line, tmp_path, monkeypatch):
     text = lines(part)[line].strip()
     found = faults_found(form, without(form, part, line, tmp_path), monkeypatch)

@@ -222,7 +222,7 @@ def faults_found(name: str, kernel, monkeypatch) -> str | None:
     return None
 
 
-@pytest.mark.parametrize(("name", "line"), mostly_slow(FAULTS, 8), ids=str)
+@pytest.mark.parametrize(("name", "line"), mostly_slow(FAULTS, 16), ids=str)
 def test_every_missing_synchronisation_is_found(name, line, tmp_path, monkeypatch):
     text = lines(name)[line].strip()
     kernel = PARTS[name]
