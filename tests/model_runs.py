@@ -1,12 +1,14 @@
 """Forward and backward passes of whole models, judged by the rule of tfkern.testing.budget: against a float64 run, beside what
 eager attention errs."""
 
+import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from tfkern import reference
+from tfkern.integrations import transformers as integration
 from tfkern.testing import budget
 
 NAIVE = "naive"  # the flash backward written out, as an attention of transformers
@@ -22,6 +24,15 @@ class Doubled(TorchFunctionMode):
         if func is Tensor.float:
             func = Tensor.double
         return func(*tree_map(double, args), **tree_map(double, kwargs or {}))
+
+
+def registered():
+    """transformers, with ours and the naive attention in it; without it the test is skipped."""
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    integration.register()
+    register_naive()
+    return transformers
 
 
 def register_naive() -> str:

@@ -32,11 +32,7 @@ PADDED = [(m, side) for m in TEXT for side in ("right", "left")] + [(NAMED["CLIP
 @pytest.fixture(scope="module", autouse=True)
 def registered():
     """transformers is imported here, not by whoever only collects."""
-    transformers = pytest.importorskip("transformers")
-    transformers.logging.set_verbosity_error()
-    integration.register()
-    model_runs.register_naive()
-    return transformers
+    return model_runs.registered()
 
 
 def prepared(m, pad=None, autocast=None, change=None):

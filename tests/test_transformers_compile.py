@@ -30,10 +30,7 @@ FEW = [NAMED[name] for name in ("BERT", "T5", "Swin")]
 @pytest.fixture(scope="module", autouse=True)
 def registered():
     """transformers is imported here, not by whoever only collects."""
-    transformers = pytest.importorskip("transformers")
-    transformers.logging.set_verbosity_error()
-    integration.register()
-    model_runs.register_naive()
+    model_runs.registered()
 
 
 @pytest.fixture(autouse=True)
