@@ -76,18 +76,16 @@ def attending(monkeypatch) -> list:
     return made
 
 
-def judge(found: dict, draw) -> None:
-    """found against draw(float64, seed 0), beside draw(float32, seed), the largest error of several seeds where it must be."""
-    truth, plain = draw(torch.float64, 0), draw(torch.float32, 0)
+def judge(timm, found: dict, name: str, autocast=None) -> None:
+    """found against timm's own formula in float64, beside the same in float32 or under autocast."""
+
+    def theirs(dtype=torch.float64, autocast=None):
+        return results(unfused(make(timm, name)), dtype, autocast)
+
+    truth = theirs()
     assert found.keys() == truth.keys()
-    errors = budget.judge(found, truth, [plain])
-    bad = {e.quantity: e for e in errors if not e.ok}
-    if bad:
-        more = [[draw(dtype, seed) for dtype in (torch.float64, torch.float32)] for seed in range(1, budget.DRAWS)]
-        for name, e in bad.items():
-            worst = max(budget.compare(name, p[name], t[name], [p[name]]).plain for t, p in more)
-            bad[name] = budget._with_plain(e, worst, torch.float32)
-    assert not [str(e) for e in bad.values() if not e.ok]
+    errors = budget.judge(found, truth, [theirs(torch.float32, autocast)], theirs, products=autocast or torch.float32)
+    assert not [str(e) for e in errors if not e.ok]
 
 
 @pytest.mark.parametrize("way", ["attn_layer", "patch"])
@@ -103,18 +101,13 @@ def test_models(timm, name, way, monkeypatch):
         model = make(timm, name, attn_layer=integration.Attention)
     found = results(model)
     assert len(made) == MODELS[name][2]
-    judge(found, lambda dtype, seed: results(unfused(make(timm, name, seed)), dtype))
+    judge(timm, found, name)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_autocast(timm, name):
     model = make(timm, name, attn_layer=integration.Attention)
-    found = results(model, autocast=torch.bfloat16)
-
-    def draw(dtype, seed):
-        return results(unfused(make(timm, name, seed)), dtype, torch.bfloat16 if dtype == torch.float32 else None)
-
-    judge(found, draw)
+    judge(timm, results(model, autocast=torch.bfloat16), name, torch.bfloat16)
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ def registered():
 def prepared(m, pad=None, autocast=None, change=None):
     """A function for model_runs.judge."""
 
-    def run(attn, dtype, seed):
-        inputs, model = m.inputs(seed, pad), m.make(attn, dtype, seed)
+    def run(attn, dtype):
+        inputs, model = m.inputs(pad=pad), m.make(attn, dtype)
         if change is not None:
             change(model, inputs)
         cast = None if dtype == torch.float64 else autocast
@@ -64,7 +64,7 @@ def test_padding(m, side):
 
 @pytest.mark.parametrize("m", MODELS, ids=str)
 def test_autocast(m):
-    model_runs.assert_within(model_runs.judge(prepared(m, "right" if m in TEXT else None, BF16)))
+    model_runs.assert_within(model_runs.judge(prepared(m, "right" if m in TEXT else None, BF16), BF16))
 
 
 @pytest.mark.parametrize("m", MODELS, ids=str)
@@ -153,7 +153,7 @@ def stepwise(m, attn, dtype, side, static, steps=(5, 2, 1, 1)):
 @pytest.mark.parametrize("m", CACHED, ids=str)
 def test_caches(m, side, static):
     """A prompt, a chunk, and word by word; past the sliding window."""
-    model_runs.assert_within(model_runs.judge(lambda attn, dtype, seed: stepwise(m, attn, dtype, side, static)))
+    model_runs.assert_within(model_runs.judge(lambda attn, dtype: stepwise(m, attn, dtype, side, static)))
 
 
 @pytest.mark.parametrize(

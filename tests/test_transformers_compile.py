@@ -40,9 +40,9 @@ def nothing_compiled():
     torch._dynamo.reset()
 
 
-def made(m, attn="tfkern", dtype=torch.float32, seed=0, **options):
+def made(m, attn="tfkern", dtype=torch.float32, **options):
     """A model that can be compiled."""
-    model = m.make(attn, dtype, seed, **options)
+    model = m.make(attn, dtype, **options)
     for name, value in NEEDED.get(m.name.split(" ")[0], ({},))[0].items():
         setattr(model.config, name, value)
     return model
@@ -64,10 +64,10 @@ def attentions(counter) -> list[int]:
 def prepared(m, pad=None, backend="eager", autocast=None, change=None):
     """A function for model_runs.judge: tfkern compiled, the others not."""
 
-    def run(attn, dtype, seed):
-        inputs, model = m.inputs(seed, pad), m.make(attn, dtype, seed)
+    def run(attn, dtype):
+        inputs, model = m.inputs(pad=pad), m.make(attn, dtype)
         if attn == "tfkern":
-            model = made(m, attn, dtype, seed)
+            model = made(m, attn, dtype)
             counter = compiled(model, backend)
         if change is not None:
             change(model, inputs)
@@ -136,7 +136,7 @@ def close(found: dict, want: dict) -> None:
 
 def test_autocast():
     m = NAMED["T5"]
-    model_runs.assert_within(model_runs.judge(prepared(m, "right", autocast=torch.bfloat16)))
+    model_runs.assert_within(model_runs.judge(prepared(m, "right", autocast=torch.bfloat16), torch.bfloat16))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
