@@ -11,7 +11,7 @@ if DEVICE == "cpu":
 
 import pytest  # noqa: E402
 
-torch.set_num_threads(1)  # xdist runs one worker a core
+torch.set_num_threads(int(os.environ.get("TFKERN_TEST_THREADS", "1")))  # xdist runs one worker a core
 
 
 @pytest.fixture(autouse=True)

@@ -14,9 +14,8 @@ flash backward finds it: with one key autograd gives an exact 0 here, too.
 What plain PyTorch errs hangs on how one CPU adds: of a handful of numbers it gets all nearly right by luck now and then, and
 where terms cancel it may be exactly right on one CPU and not on another. So where an error exceeds that budget, plain PyTorch's
 error becomes the largest of its own and of DRAWS runs of the same formula in float64 whose operations err as float32 may
-(rounding.py derives how much). These are the same on every machine. They are no wider than what was allowed before by much: over
-all cases in float32, half of them err at most 1.5 times as much as plain PyTorch on one CPU, nine in ten at most 2.8 times; in
-16 bits, 0.1 and 0.5 times.
+(rounding.py derives how much), and which are the same on every machine. Over all cases in float32, half of these err at most
+1.5 times as much as plain PyTorch did on one CPU, nine in ten at most 2.8 times; in 16 bits 0.1 and 0.5 times.
 """
 
 import functools

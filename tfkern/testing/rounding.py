@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-PRODUCTS = frozenset(["mm", "bmm", "mv", "dot", "addmm", "baddbmm", "convolution", "convolution_backward"])
+PRODUCTS = {"mm", "bmm", "mv", "dot", "addmm", "baddbmm", "convolution", "convolution_backward"}
 # Sums of products of their arguments, without signs of their own: of magnitudes they give the sum of magnitudes.
-SUMS = PRODUCTS | frozenset(["sum", "mean", "cumsum", "embedding_dense_backward", "index_add", "index_put"])
+SUMS = PRODUCTS | {"sum", "mean", "cumsum", "embedding_dense_backward", "index_add", "index_put"}
 # They hand on the bits of an argument, so nothing is rounded.
-EXACT = frozenset(
-    ["clone", "copy_", "_to_copy", "where", "masked_fill", "masked_fill_", "cat", "stack", "index", "gather", "neg", "abs"]
-)
+EXACT = {
+    "clone", "copy_", "_to_copy", "where", "masked_fill", "masked_fill_", "cat", "stack", "index", "gather", "neg", "abs",
+}  # fmt: skip
 
 
 class Rounding(TorchDispatchMode):
