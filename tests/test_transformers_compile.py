@@ -1,5 +1,6 @@
 """attn_implementation="tfkern" under torch.compile without graph breaks: models as a whole, layer by layer, and steps of decoding."""
 
+import importlib.util
 import itertools
 import sys
 import warnings
@@ -17,6 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 import model_runs
 from zoo import IGNORING, LAYERS, MODELS
 
+pytestmark = pytest.mark.needs("transformers", importlib.util.find_spec("transformers") is not None)
 NAMED = {m.name.split(" ")[0]: m for m in MODELS}
 # What a model needs to be compiled without graph breaks with any attention, and why.
 NEEDED = {
