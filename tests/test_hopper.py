@@ -58,10 +58,7 @@ def test_forward(form, name, dtype):
                 assert error.ok, f"{schedule} {seed}: {error}"
 
 
-HOPPER = torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() == (9, 0)
-
-
-@pytest.mark.skipif(not HOPPER, reason="needs an H100 or H200; the simulator stands in for it")
+@pytest.mark.hopper_gpu  # elsewhere the simulator stands in for it
 @pytest.mark.parametrize(("form", "name"), FORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_on_the_chip(form, name, dtype):

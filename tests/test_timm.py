@@ -1,6 +1,7 @@
 """timm: models with our attention layer and models that are patched, beside timm's own layer."""
 
 import copy
+import importlib.util
 import pickle
 import subprocess
 import sys
@@ -18,6 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 import torchvision_stub
 from readme import recipe
 
+pytestmark = pytest.mark.needs("timm", importlib.util.find_spec("timm") is not None)
 TINY = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=5)
 MODELS = {  # name: (timm's name, options, layers that an adapter knows)
     "ViT": ("vit_tiny_patch16_224", {}, 2),
@@ -33,7 +35,7 @@ MODELS = {  # name: (timm's name, options, layers that an adapter knows)
 @pytest.fixture(scope="module", autouse=True)
 def timm():
     with torchvision_stub.installed():
-        return pytest.importorskip("timm")
+        return importlib.import_module("timm")
 
 
 def make(timm, name: str, seed: int = 0, **more) -> nn.Module:

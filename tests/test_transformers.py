@@ -23,6 +23,7 @@ import model_runs
 from readme import recipe
 from zoo import DECODERS, IGNORING, MODELS, TEXT, padding
 
+pytestmark = pytest.mark.needs("transformers", importlib.util.find_spec("transformers") is not None)
 ROOT = Path(__file__).resolve().parent.parent
 BF16 = torch.bfloat16
 NAMED = {m.name.split(" ")[0]: m for m in MODELS}
