@@ -21,7 +21,7 @@ from tfkern.testing import budget
 sys.path.append(str(Path(__file__).resolve().parent))
 from gluonsim import SimulationError
 from hopper_cases import CASES as FORWARD
-from hopper_cases import KERNELS, SCHEDULES, TYPES, built, faults, lines, mostly_slow, simulated, without
+from hopper_cases import KERNELS, QUICK, SCHEDULES, TYPES, built, faults, lines, mostly_slow, simulated, slow_but, without
 from hopper_cases import SUPPORTED as IN_FORWARD
 
 ALL = (True, True, True)
@@ -89,7 +89,10 @@ def assert_right(name, grads, inputs):
 
 @pytest.mark.parametrize(
     ("name", "number"),
-    [*((name, 1) for name in FITTING), *((name, 2) for name in SUPPORTED if CASES[name] not in ONE_LAUNCH)],
+    slow_but(
+        lambda name, number: name in QUICK,
+        [*((name, 1) for name in FITTING), *((name, 2) for name in SUPPORTED if CASES[name] not in ONE_LAUNCH)],
+    ),
     ids=lambda x: {1: "one launch", 2: "two launches"}.get(x, x),
 )
 @TYPES
@@ -231,6 +234,7 @@ def test_every_missing_synchronisation_is_found(name, line, tmp_path, monkeypatc
     assert not (found and text in HARMLESS), f"{text} does harm after all: {found}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", THROUGH)
 def test_the_kernels_themselves_are_whole(name, monkeypatch):
     kernel = getattr(importlib.import_module(f"tfkern.kernels.hopper.{name}"), name)
