@@ -241,6 +241,7 @@ def test_the_kernels_themselves_are_whole(name, monkeypatch):
     assert faults_found(name, kernel, monkeypatch) is None
 
 
+@pytest.mark.slow
 def test_the_compiler_overlaps_what_it_should():
     """As of the forward, in test_hopper.py; make gate has the rest."""
     gate = KERNELS.parent.parent / "bench" / "hopper_gate.py"
@@ -251,6 +252,7 @@ def test_the_compiler_overlaps_what_it_should():
     assert done.stdout.count("exp2 under a wgmma") == 6
 
 
+@pytest.mark.slow
 def test_one_launch_past_the_jit():
     """On a GPU that is not there: two compilations serve all lengths, and each backward is one launch."""
     script = """
