@@ -39,9 +39,12 @@ def main() -> int:
         command = [sys.executable, __file__, *arguments, "--setting"]
         return max(subprocess.run([*command, str(number)], check=False).returncode for number in range(len(SETTINGS)))
     number = datetime.date.today().toordinal() % len(SETTINGS) if args.setting is None else args.setting
-    print(" ".join(f"{name}={value}" for name, value in SETTINGS[number].items()), flush=True)
     os.environ.update(SETTINGS[number])
-    import pytest  # and with it torch, which reads the environment once
+    import pytest
+    import torch  # reads the environment once
+
+    given = " ".join(f"{name}={value}" for name, value in SETTINGS[number].items())
+    print(f"setting {number}: {given}; ATen computes with {torch.backends.cpu.get_cpu_capability()}", flush=True)
 
     return pytest.main(["-q", *(arguments or ["-m", "not slow"]), *(str(TESTS / name) for name in FILES)])
 
