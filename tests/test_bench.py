@@ -89,6 +89,7 @@ def test_flash_attn_packages_get_their_layout(monkeypatch):
         providers.PROVIDERS["flash-attn 4"](TINY, torch.float32, types.SimpleNamespace(type="cuda"))
 
 
+@pytest.mark.slow
 def test_what_is_tuned_gets_as_far_as_the_launch():
     """On a GPU that is not there. A candidate that fails is passed over, which must not hide that all do."""
     script = """

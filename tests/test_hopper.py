@@ -20,6 +20,7 @@ from gluonsim import SimulationError
 from hopper_cases import (
     CASES,
     KERNELS,
+    QUICK,
     SCHEDULES,
     SHORT,
     SUPPORTED,
@@ -31,6 +32,7 @@ from hopper_cases import (
     mostly_slow,
     only,
     simulated,
+    slow_but,
     tight,
     without,
 )
@@ -45,24 +47,20 @@ def test_what_is_supported():
 FORMS = [("flash_fwd", name) for name in SUPPORTED] + [("flash_fwd_short", name) for name in SHORT]
 
 
-@pytest.mark.parametrize(("form", "name"), FORMS)
+@pytest.mark.parametrize(("form", "name"), slow_but(lambda form, name: name in QUICK, FORMS))
 @TYPES
 def test_forward(form, name, dtype):
     inputs = built(CASES[name], dtype)[0]
-    truth, plain = budget.truth(CASES[name], inputs), budget.plain(CASES[name], inputs)
     with only(form, stages=tight(CASES[name])):
         _, (problem, tensors) = built(CASES[name], dtype)
         for schedule, seed in SCHEDULES if dtype == torch.bfloat16 else SCHEDULES[-1:]:
             with simulated(schedule, seed):
                 found = dict(zip(("out", "lse"), forward(CASES[name], problem, tensors), strict=True))
-            for error in budget.judge(found, truth, plain):
+            for error in budget.assess(CASES[name], inputs, found):
                 assert error.ok, f"{schedule} {seed}: {error}"
 
 
-HOPPER = torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() == (9, 0)
-
-
-@pytest.mark.skipif(not HOPPER, reason="needs an H100 or H200; the simulator stands in for it")
+@pytest.mark.hopper_gpu  # elsewhere the simulator stands in for it
 @pytest.mark.parametrize(("form", "name"), FORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_on_the_chip(form, name, dtype):
@@ -82,7 +80,9 @@ TUNED = [
 ]
 
 
-@pytest.mark.parametrize(("form", "config", "name"), TUNED, ids=str)
+@pytest.mark.parametrize(
+    ("form", "config", "name"), slow_but(lambda form, config, name: name == "several-tiles-causal", TUNED), ids=str
+)
 def test_every_candidate_of_tuning(form, config, name, monkeypatch):
     """One to three consumers, taking turns or not, more stages: what `make gpu` times must be right."""
     monkeypatch.setitem(tiles.HOPPER, 64, tiles.HOPPER[64].alone(tiles.HopperConfig(*config), form == "flash_fwd_short"))
@@ -90,7 +90,7 @@ def test_every_candidate_of_tuning(form, config, name, monkeypatch):
     inputs, (problem, tensors) = built(CASES[name], torch.bfloat16)
     with simulated("random", 3):
         found = dict(zip(("out", "lse"), forward(CASES[name], problem, tensors), strict=True))
-    for error in budget.judge(found, budget.truth(CASES[name], inputs), budget.plain(CASES[name], inputs)):
+    for error in budget.assess(CASES[name], inputs, found):
         assert error.ok, str(error)
 
 
@@ -156,6 +156,7 @@ def test_every_missing_synchronisation_is_found(form, part, line, tmp_path, monk
     assert not (found and text in HARMLESS), f"{text} does harm after all: {found}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", TELLING)
 def test_the_kernels_themselves_are_whole(form, monkeypatch):
     from tfkern.kernels.hopper import flash_fwd, flash_fwd_short
