@@ -18,6 +18,8 @@ import geometry
 import hopper_model
 import model
 
+PROVIDERS = {"tfkern portable": "portable", "tfkern hopper": "hopper"}
+
 
 def predicted(kind: str, direction: str, problem: geometry.Problem, dtype: str, triton: str) -> calibration.Estimate:
     """Of a direction, or of several joined by +. triton: the version that the results come from."""
@@ -29,26 +31,29 @@ def predicted(kind: str, direction: str, problem: geometry.Problem, dtype: str, 
     return hopper_model.estimate(problem, hopper_model.way(problem, direction, triton), dtype)[0]
 
 
-def comparable(row: dict, shape: dict) -> bool:
-    """Whether a row has a time of kernels that the model knows."""
-    if row.get("step") != "attention" or "ms" not in row or row["provider"] not in ("tfkern portable", "tfkern hopper"):
-        return False
-    return (
-        row["provider"] == "tfkern portable"
-        or shape["head_dim"] in compile_gate.load("tfkern.tiles").HOPPER_BACKWARD["flash_bwd_dq"]
-    )
+def timed(results: dict) -> list[dict]:
+    """The rows that have times of our kernels; of two times of the same, that of a CUDA graph, which is without Python."""
+    tiles, found = compile_gate.load("tfkern.tiles"), {}
+    shapes = {s["name"]: s for s in results["shapes"]}
+    for row in results["rows"]:
+        provider, shape = row.get("provider"), shapes.get(row.get("shape"))
+        if provider not in PROVIDERS or shape is None or "ms" not in row:
+            continue
+        if provider == "tfkern hopper" and shape["head_dim"] not in tiles.HOPPER_BACKWARD["flash_bwd_dq"]:
+            continue
+        key = row["shape"], row["direction"], provider
+        if key not in found or row.get("graph"):
+            found[key] = row
+    return list(found.values())
 
 
 def compare(results: dict, dtype: str) -> list[tuple[dict, calibration.Estimate, float]]:
     """(row, prediction, measured microseconds)."""
     shapes, triton, found = {s["name"]: s for s in results["shapes"]}, results["machine"]["triton"], []
-    for row in results["rows"]:
-        if not comparable(row, shapes.get(row.get("shape"), {})):
-            continue
+    for row in timed(results):
         s = shapes[row["shape"]]
         problem = geometry.Problem(s["batch"], s["heads"], s["length"], s["head_dim"], s["is_causal"])
-        kind = row["provider"].removeprefix("tfkern ")
-        found.append((row, predicted(kind, row["direction"], problem, dtype, triton), row["ms"] * 1e3))
+        found.append((row, predicted(PROVIDERS[row["provider"]], row["direction"], problem, dtype, triton), row["ms"] * 1e3))
     return found
 
 
@@ -62,7 +67,7 @@ def text(found: list[tuple[dict, calibration.Estimate, float]], device: str) -> 
     ]
     for row, guess, measured in found:
         lines.append(
-            f"| {row['shape']} | {row['direction']} | {row['provider'].removeprefix('tfkern ')} | {guess} | {guess.by} "
+            f"| {row['shape']} | {row['direction']} | {PROVIDERS[row['provider']]} | {guess} | {guess.by} "
             f"| {measured:.0f} | {measured / guess.microseconds:.2f} | {'yes' if guess.holds(measured) else 'no'} |"
         )
     lines.append("")

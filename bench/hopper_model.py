@@ -119,14 +119,13 @@ def launches(problem: geometry.Problem, direction: str) -> list[tuple[str, objec
 
 
 def predict(problem: geometry.Problem, direction: str, dtype: str) -> list[cost_model.Prediction]:
-    """Of each launch; raw, as all here: only calibration.py makes of it what may be shown."""
-    found = []
-    for kernel, config in launches(problem, direction):
-        if direction == "forward":
-            found.append(predict_with(config, kernel == "flash_fwd_short", problem, dtype))
-        else:
-            found.append((_one_launch if kernel == "flash_bwd" else _of_two)(kernel, config, problem, dtype))
-    return found
+    """Of each launch; raw, as all here: only what calibration.py makes of it may be shown."""
+    chosen = launches(problem, direction)
+    if direction == "forward":
+        return [predict_with(config, kernel == "flash_fwd_short", problem, dtype) for kernel, config in chosen]
+    if direction == "backward":
+        return [of_two(problem, dtype, kernel) for kernel, _ in chosen]
+    return [one_launch(problem, dtype)] if chosen else []
 
 
 def predict_with(config, short: bool, problem: geometry.Problem, dtype: str) -> cost_model.Prediction:
@@ -148,9 +147,9 @@ def _shared_out(work: cost_model.Work, loops: list[cost_model.Loop], outside: fl
     return alone, loops, outside * work.programs / heads / consumers
 
 
-def _of_two(kernel: str, config, problem: geometry.Problem, dtype: str) -> cost_model.Prediction:
+def of_two(problem: geometry.Problem, dtype: str, kernel: str) -> cost_model.Prediction:
     """Of one of the backward's two launches."""
-    tiles = compile_gate.load("tfkern.tiles")
+    tiles, config = compile_gate.load("tfkern.tiles"), dict(launches(problem, "backward"))[kernel]
     found = compiled(kernel, dtype, problem.head_dim, config, "causal" if problem.causal else "full")
     rows = tiles.HOPPER_QUERIES * config.consumers
     of_keys = kernel == "flash_bwd_dkdv"
@@ -158,11 +157,13 @@ def _of_two(kernel: str, config, problem: geometry.Problem, dtype: str) -> cost_
     return cost_model.predict(geometry.work(kernel, owned, problem), *found)
 
 
-def _one_launch(kernel: str, config, problem: geometry.Problem, dtype: str) -> cost_model.Prediction:
-    """Of the backward in one launch."""
-    tiles = compile_gate.load("tfkern.tiles")
-    found = compiled(kernel, dtype, problem.head_dim, config, "causal" if problem.causal else "full")
-    loops, outside, occupancy = found
+def one_launch(problem: geometry.Problem, dtype: str) -> cost_model.Prediction | None:
+    """Of the backward in one launch, if it has memory for the queries."""
+    chosen = launches(problem, "backward in one launch")
+    if not chosen:
+        return None
+    tiles, (kernel, config) = compile_gate.load("tfkern.tiles"), chosen[0]
+    loops, outside, occupancy = compiled(kernel, dtype, problem.head_dim, config, "causal" if problem.causal else "full")
     blocks = math.ceil(problem.length / (config.consumers * config.block_n))
     work = geometry.work_of_blocks(problem, tiles.HOPPER_QUERIES, config.consumers * config.block_n)
     return cost_model.predict(work, loops, outside * blocks, occupancy, memory_waits=blocks)
