@@ -20,7 +20,7 @@ KERNELS = {
     "portable-features": ["flash_fwd", "flash_bwd_dq", "flash_bwd_dkdv", "flash_bwd_dbias"],
     "portable-unaligned": ["flash_fwd", "flash_bwd_dq", "flash_bwd_dkdv"],
     "portable-varlen": ["flash_fwd", "flash_bwd_dq", "flash_bwd_dkdv"],
-    "hopper-plain": ["flash_fwd", "flash_fwd", "flash_bwd"],
+    "hopper-plain": ["flash_fwd", "flash_fwd", "flash_fwd", "flash_bwd"],
     "hopper-short": ["flash_fwd_short", "flash_bwd"],
     "hopper-one-query": ["flash_fwd", "flash_bwd_dq", "flash_bwd_dkdv"],
     "hopper-features": ["flash_fwd", "flash_bwd_dq", "flash_bwd_dkdv"],
