@@ -214,6 +214,7 @@ def test_floors_are_those_of_the_notes():
     assert math.isclose(cost_model.floor(798e6, 0, 0), 1.0, rel_tol=0.01)
 
 
+@pytest.mark.slow
 def test_the_table_without_a_gpu():
     """One length through the compiler: a row a direction, each with its launches."""
     script = Path(cost_model.__file__).with_name("model.py")
