@@ -34,8 +34,8 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# `make test` compiles every kernel with all of the band, for sm_90 also without features and causal, and at one head dim with
-# each feature; this compiles what is left. For sm_100, where it takes longest, the main variants and the features.
+# `make test-all` compiles every kernel with all of the band, for sm_90 also without features and causal, and at one head dim with
+# each feature (`make test` only at one head dim); this compiles what is left. For sm_100, where it takes longest, the main variants and the features.
 GATE := $(BIN)/python bench/compile_gate.py
 gate: $(STAMP)
 	$(GATE) --arch sm_80 sm_100 gfx942 --variant plain causal

@@ -187,7 +187,7 @@ def under_autocast(q, k, v):
     }.items(),
     ids=lambda f: f[0],
 )  # fmt: skip
-@pytest.mark.parametrize("mode", ["train", "no_grad", "inference"])
+@pytest.mark.parametrize("mode", ["train", pytest.param("no_grad", marks=pytest.mark.slow), "inference"])
 def test_each_function(f, mode):
     f, c = f[1], compiled(f[1])
     if mode == "train":

@@ -39,7 +39,7 @@ MASKS = {
 
 
 @BACKENDS
-@pytest.mark.parametrize("kind", ["bool", "float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["bool", "float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("memory", MASKS)
 def test_masks_of_any_memory(qkv, memory, kind, backend, device):
     generator = torch.Generator().manual_seed(1)

@@ -165,6 +165,7 @@ def test_the_kernels_themselves_are_whole(form, monkeypatch):
     assert faults_found(form, kernel, monkeypatch) is None
 
 
+@pytest.mark.slow
 def test_the_compiler_overlaps_what_it_should(tmp_path):
     """0 spills, no serialised wgmma, every exponential of a loop under a product, no operand overwritten; see the gate."""
     gate = KERNELS.parent.parent / "bench" / "hopper_gate.py"

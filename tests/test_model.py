@@ -231,6 +231,7 @@ def cells(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")][2:]
 
 
+@pytest.mark.slow
 def test_the_table_without_a_gpu():
     """One length through the compiler: a row a direction, each with its launches; every time has a band."""
     text = printed("model.py", "--length", "512")

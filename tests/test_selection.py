@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 HERE = Path(__file__).resolve().parent
 TESTS = """
@@ -16,8 +15,11 @@ def test_runs(n): pass
 @pytest.mark.gpu
 @pytest.mark.parametrize("n", range(4))
 def test_gpu(n): pass
+@pytest.mark.hopper_gpu
+@pytest.mark.parametrize("n", range(3))
+def test_hopper(n): pass
 @pytest.mark.cpu
-@pytest.mark.parametrize("n", range(4))
+@pytest.mark.parametrize("n", range(2))
 def test_cpu(n): pass
 @pytest.mark.slow
 @pytest.mark.needs("the moon", False)
@@ -28,20 +30,37 @@ def test_slow(n): pass
 @pytest.mark.needs("the earth", True)
 def test_met(): pass
 """
+# In the place of torch, which takes seconds to import, on a machine with this GPU or none.
+TORCH = """
+import sys, unittest.mock
+torch = sys.modules["torch"] = unittest.mock.MagicMock()
+torch.cuda.is_available.return_value = bool({capability})
+torch.cuda.get_device_capability.return_value = {capability}
+torch.version.hip = None
+"""
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_what_is_not_run_is_counted(workers, tmp_path):
+NO_GPU = "12 deselected: 4 need a GPU, 3 are slow, 3 need an H100 or H200, 1 need the moon, 1 not asked for"
+A100 = "10 deselected: 3 are slow, 3 need an H100 or H200, 2 need a machine without a GPU, 1 need the moon, 1 not asked for"
+H100 = "7 deselected: 3 are slow, 2 need a machine without a GPU, 1 need the moon, 1 not asked for"
+
+
+@pytest.mark.parametrize(
+    ("capability", "passed", "counts", "workers"),
+    [(None, 7, NO_GPU, 0), (None, 7, NO_GPU, 2), ((8, 0), 9, A100, 0), ((9, 0), 12, H100, 2)],
+    ids=["no GPU", "no GPU, two workers", "A100", "H100, two workers"],
+)
+def test_what_is_not_run_is_counted(capability, passed, counts, workers, tmp_path):
+    (tmp_path / "torch.py").write_text(TORCH.format(capability=capability))
     (tmp_path / "conftest.py").write_text((HERE / "conftest.py").read_text())
     (tmp_path / "test_tiny.py").write_text(TESTS)
     command = ["-m", "pytest", "-c", HERE.parent / "pyproject.toml", "--rootdir", tmp_path, "-q", "-n", str(workers)]
     command += ["-m", "not slow", "--deselect", "test_tiny.py::test_runs[0]", tmp_path]
-    environment = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_")} | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
     )
-    other = "a machine without a GPU" if torch.cuda.is_available() else "a GPU"
-    line = f"9 deselected: 4 need {other}, 3 are slow, 1 need the moon, 1 not asked for"
-    assert line in done.stdout.splitlines(), (done.stdout + done.stderr)[-2000:]
-    assert "9 passed" in done.stdout
+    assert counts in done.stdout.splitlines(), (done.stdout + done.stderr)[-2000:]
+    assert f"{passed} passed" in done.stdout
     assert "skipped" not in done.stdout
+    assert passed + int(counts.split()[0]) == 19

@@ -118,7 +118,7 @@ def test_what_no_attention_compiles(name):
     torch.testing.assert_close(found[seen], want[seen], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "side"), [("BERT", "right"), ("Llama", None)])
+@pytest.mark.parametrize(("name", "side"), [pytest.param("BERT", "right", marks=pytest.mark.slow), ("Llama", None)])
 def test_new_lengths_compile_nothing(name, side):
     m = NAMED[name]
     model, eager = m.make("tfkern"), m.make("tfkern")
