@@ -12,6 +12,7 @@ architecture: --dtype bf16 fp32 --head-dim 16 32 64 128 256. On a GPU, `make gpu
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -52,7 +53,7 @@ def code_of(binary, arch: str) -> list:
     """The instructions of a compiled kernel."""
     if arch.startswith("gfx"):
         return amdgcn.parse(binary.asm["amdgcn"])
-    return sass.parse(aot.cuobjdump(binary, "--dump-sass"))
+    return sass.parse(aot.cuobjdump(binary))
 
 
 def problems(row: Row, variant: str) -> list[geometry.Problem]:
@@ -152,13 +153,18 @@ class Sweep:
             return math.inf
         return math.exp(sum(math.log(us) for x in found for us in x["us"].values()) / sum(len(x["us"]) for x in found))
 
+    def order(self, row: Row, tiles: tuple) -> tuple:
+        """To sort by before the last step."""
+        return self.of(row, tiles, "plain").get("spilled", 0) > MAX_SPILLED, self.rank(row, tiles, ("plain",))
+
     def run(self, row: Row) -> list[tuple]:
         """The candidates of a row that came to the last step, best first."""
-        candidates_ = candidates.of(row.kernel, row.head_dim, compile_gate.DTYPES[row.dtype])
-        first = sorted((c for c in candidates_ if c[3] == 2), key=lambda c: self.rank(row, c, ("plain",)))
+        order = functools.partial(self.order, row)
+        all_of = candidates.of(row.kernel, row.head_dim, compile_gate.DTYPES[row.dtype])
+        first = sorted((c for c in all_of if c[3] == 2), key=order)
         kept = {c[:3] for c in first[:NEXT]}
-        second = sorted((c for c in candidates_ if c[:3] in kept), key=lambda c: self.rank(row, c, ("plain",)))
-        return sorted({*second[:NEXT], *table(row)}, key=lambda c: self.rank(row, c))
+        second = sorted((c for c in all_of if c[:3] in kept), key=order)
+        return sorted({*second[:NEXT], *table(row)}, key=functools.partial(self.rank, row))
 
     def chosen(self, row: Row, last: list[tuple]) -> tuple:
         """Of those, the one for the table."""

@@ -18,17 +18,42 @@ import sweep
 
 from tfkern import configs, tiles
 
-ROWS = [
-    (arch, kernel, size, head_dim)
+ROWS = {
+    (arch, kernel, size, head_dim): configs.tile_config(arch, kernel, size, head_dim)
     for arch in tiles.ARCHITECTURES
     for kernel in tiles.KERNELS
     for size in (2, 4)
     for head_dim in tiles.HEAD_DIM_CLASSES
-]
+}
+CHOSEN = [key for key, config in ROWS.items() if config.source == tiles.MODEL]
 
 
 def owned(kernel: str, config) -> int:
     return config.block_n if kernel == "flash_bwd_dkdv" else config.block_m
+
+
+def test_a_warp_has_rows_of_its_own():
+    """Sixteen at least, as a matrix instruction of one warp has: with fewer, warps share rows, make their products twice or
+    reduce together. Also of what a mask, a bias or dropout make lighter. Sums of 256 columns take more warps' registers."""
+    for arch, kernel, size, head_dim in CHOSEN:
+        config = configs.tile_config(arch, kernel, size, head_dim)
+        for found in (config, config.lighter(kernel)):
+            if size == 2 and head_dim < 256 and kernel != "flash_bwd_dbias":
+                assert owned(kernel, found) >= 16 * found.num_warps, (arch, kernel, head_dim, found)
+            assert min(found.block_m, found.block_n) >= 16
+
+
+def test_lighter_tiles_have_fewer_scores_a_thread():
+    """Of rows, where a warp has more than 16; else of those that they go through. Warps stay."""
+    tile = configs.TileConfig
+    assert tile(128, 64, 4).lighter("flash_fwd") == tile(64, 32, 4)
+    assert tile(128, 64, 8).lighter("flash_fwd") == tile(128, 32, 8)
+    assert tile(128, 64, 4).lighter("flash_bwd_dq") == tile(64, 64, 4)
+    assert tile(64, 64, 4).lighter("flash_bwd_dq") == tile(64, 32, 4)
+    assert tile(32, 128, 4).lighter("flash_bwd_dkdv") == tile(32, 64, 4)
+    assert tile(32, 64, 4).lighter("flash_bwd_dkdv") == tile(16, 64, 4)
+    assert tile(16, 64, 4).lighter("flash_bwd_dkdv") == tile(16, 64, 4)
+    assert tile(64, 64, 4).lighter("flash_bwd_dbias") == tile(64, 64, 4)
 
 
 TTGIR = """

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 KERNELS = ("flash_fwd", "flash_bwd_dq", "flash_bwd_dkdv", "flash_bwd_dbias")
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")  # that have rows of their own
+ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")  # that have rows of their own
+SERVED_BY = {"sm_80": "sm_80", "sm_87": "sm_80", "sm_90": "sm_90", "sm_100": "sm_100", "sm_103": "sm_100"}
 # Bytes of shared memory that a program may have, of all that bench/compile_gate.py can compile for.
 SHARED = {
     "sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "sm_120": 99 * 1024,
@@ -37,13 +38,15 @@ class TileConfig:
     source: str = field(default="", compare=False)
 
     def lighter(self, kernel: str) -> "TileConfig":
-        """Half the scores a thread, for what takes more registers a score: half the rows that a program owns (keys in
-        flash_bwd_dkdv) where a warp has more than the 16 of one matrix instruction, else half of those it goes through."""
+        """Tiles for what takes more registers a score: half the rows that a program owns (keys in flash_bwd_dkdv) where a warp
+        has more than the 16 of one matrix instruction, else half of those it goes through."""
         if kernel == "flash_bwd_dbias":
             return self
         owned, streamed = ("block_n", "block_m") if kernel == "flash_bwd_dkdv" else ("block_m", "block_n")
-        halved = owned if getattr(self, owned) > 16 * self.num_warps else streamed
-        return replace(self, **{halved: max(16, getattr(self, halved) // 2)})
+        rows, step = getattr(self, owned), getattr(self, streamed)
+        if rows <= 16 * self.num_warps:
+            return replace(self, **{streamed: max(16, step // 2)})
+        return replace(self, **{owned: rows // 2, streamed: min(32, step) if kernel == "flash_fwd" else step})
 
 
 # Asymmetric on purpose: in the interpreter, which only tests use, a mix-up of the two block sizes must show.
@@ -61,6 +64,18 @@ def _rows(*configs: TileConfig) -> dict[int, TileConfig]:
 
 C = functools.partial(TileConfig, source=FIT)
 M = functools.partial(TileConfig, source=MODEL)
+SM_80 = {
+    ("flash_fwd", 2): _rows(M(64, 64, 4, 2), M(64, 64, 4, 2), M(64, 32, 4, 3), M(128, 32, 4, 2), M(64, 64, 4, 1)),
+    ("flash_fwd", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(32, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 8, 1)),
+    ("flash_bwd_dq", 2): _rows(M(64, 64, 4, 2), M(128, 32, 4, 2), M(128, 32, 4, 2), M(128, 32, 4, 2), M(32, 32, 4, 2)),
+    ("flash_bwd_dq", 4): _rows(C(64, 32, 4, 2), C(32, 32, 4, 2), C(32, 32, 8, 2), C(32, 16, 4, 2), C(16, 16, 4, 2)),
+    ("flash_bwd_dkdv", 2): _rows(M(64, 64, 4, 1), M(32, 64, 4, 1), M(32, 64, 4, 2), M(64, 64, 4, 1), M(32, 32, 4, 1)),
+    ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 1), C(32, 32, 4, 1), C(16, 32, 4, 1), C(16, 32, 8, 1), C(16, 16, 8, 2)),
+    ("flash_bwd_dbias", 2): _rows(M(64, 64, 4, 1), M(64, 32, 4, 1), M(64, 32, 4, 1), M(64, 32, 4, 1), C(16, 32, 8, 2)),
+    ("flash_bwd_dbias", 4): _rows(C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 32, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2)),
+}  # fmt: skip
+# For all chips with 99 KiB of shared memory a program.
+SM_86 = {**SM_80}
 SM_90 = {
     ("flash_fwd", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), M(128, 64, 4, 2), C(128, 64, 8, 2), C(64, 32, 8, 2)),
     ("flash_fwd", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2), C(32, 16, 8, 2), C(32, 16, 8, 2)),
@@ -68,7 +83,7 @@ SM_90 = {
     ("flash_bwd_dq", 4): _rows(C(32, 32, 4, 2), C(32, 32, 4, 2), C(64, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 4, 2)),
     ("flash_bwd_dkdv", 2): _rows(C(32, 64, 4, 2), C(32, 64, 4, 2), M(32, 64, 4, 1), M(32, 64, 4, 1), C(16, 32, 8, 2)),
     ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 1), C(32, 32, 4, 1), C(32, 32, 8, 2), C(16, 32, 8, 2), C(16, 16, 8, 2)),
-    ("flash_bwd_dbias", 2): _rows(C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 32, 8, 2), C(16, 32, 8, 2)),
+    ("flash_bwd_dbias", 2): _rows(M(64, 32, 4, 1), M(64, 32, 4, 1), M(64, 64, 4, 1), M(128, 64, 8, 1), M(64, 64, 8, 1)),
     ("flash_bwd_dbias", 4): _rows(C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 8, 2)),
 }  # fmt: skip
 # As sm_90's where nothing better is known; the others chosen on Triton 3.7.1 alone. Of dK and dV at D = 128 the model could not
@@ -80,16 +95,8 @@ SM_100 = {
     ("flash_bwd_dkdv", 2): {**SM_90["flash_bwd_dkdv", 2], 64: M(32, 128, 8, 1), 128: TileConfig(32, 128, 8, 1, COMPILES)},
 }
 TABLE = {
-    "sm_80": {
-        ("flash_fwd", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), M(64, 32, 4, 2), C(64, 64, 8, 2), C(64, 32, 8, 2)),
-        ("flash_fwd", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(32, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 8, 1)),
-        ("flash_bwd_dq", 2): _rows(C(64, 64, 4, 2), C(64, 64, 4, 2), M(128, 32, 4, 2), C(128, 32, 8, 2), C(64, 32, 8, 1)),
-        ("flash_bwd_dq", 4): _rows(C(64, 32, 4, 2), C(32, 32, 4, 2), C(32, 32, 8, 2), C(32, 16, 4, 2), C(16, 16, 4, 2)),
-        ("flash_bwd_dkdv", 2): _rows(C(32, 64, 4, 1), C(32, 64, 4, 1), M(32, 64, 4, 2), C(32, 64, 8, 1), C(16, 32, 8, 2)),
-        ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 1), C(32, 32, 4, 1), C(16, 32, 4, 1), C(16, 32, 8, 1), C(16, 16, 8, 2)),
-        ("flash_bwd_dbias", 2): _rows(C(64, 32, 8, 2), C(64, 32, 8, 2), C(64, 32, 8, 2), C(32, 32, 8, 2), C(16, 32, 8, 2)),
-        ("flash_bwd_dbias", 4): _rows(C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 32, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2)),
-    },
+    "sm_80": SM_80,
+    "sm_86": SM_86,
     "sm_90": SM_90,
     "sm_100": SM_100,
     "gfx942": {
