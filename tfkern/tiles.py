@@ -38,15 +38,14 @@ class TileConfig:
     source: str = field(default="", compare=False)
 
     def lighter(self, kernel: str) -> "TileConfig":
-        """Tiles for what takes more registers a score: half the rows that a program owns (keys in flash_bwd_dkdv) where a warp
-        has more than the 16 of one matrix instruction, else half of those it goes through."""
+        """Half the rows that a program owns (keys in flash_bwd_dkdv), for what takes more registers a score, and no more warps
+        than have 16 of them each, but four."""
         if kernel == "flash_bwd_dbias":
             return self
         owned, streamed = ("block_n", "block_m") if kernel == "flash_bwd_dkdv" else ("block_m", "block_n")
-        rows, step = getattr(self, owned), getattr(self, streamed)
-        if rows <= 16 * self.num_warps:
-            return replace(self, **{streamed: max(16, step // 2)})
-        return replace(self, **{owned: rows // 2, streamed: min(32, step) if kernel == "flash_fwd" else step})
+        rows, step = max(16, getattr(self, owned) // 2), getattr(self, streamed)
+        warps = min(self.num_warps, max(4, rows // 16))
+        return replace(self, **{owned: rows, streamed: min(32, step) if kernel == "flash_fwd" else step, "num_warps": warps})
 
 
 # Asymmetric on purpose: in the interpreter, which only tests use, a mix-up of the two block sizes must show.
@@ -65,17 +64,17 @@ def _rows(*configs: TileConfig) -> dict[int, TileConfig]:
 C = functools.partial(TileConfig, source=FIT)
 M = functools.partial(TileConfig, source=MODEL)
 SM_80 = {
-    ("flash_fwd", 2): _rows(M(64, 64, 4, 2), M(64, 64, 4, 2), M(64, 32, 4, 3), M(128, 32, 4, 2), M(64, 64, 4, 1)),
+    ("flash_fwd", 2): _rows(M(64, 64, 4, 2), M(64, 64, 4, 2), M(64, 32, 4, 2), M(128, 32, 4, 2), M(64, 64, 4, 1)),
     ("flash_fwd", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(32, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 8, 1)),
     ("flash_bwd_dq", 2): _rows(M(64, 64, 4, 2), M(128, 32, 4, 2), M(128, 32, 4, 2), M(128, 32, 4, 2), M(32, 32, 4, 2)),
     ("flash_bwd_dq", 4): _rows(C(64, 32, 4, 2), C(32, 32, 4, 2), C(32, 32, 8, 2), C(32, 16, 4, 2), C(16, 16, 4, 2)),
     ("flash_bwd_dkdv", 2): _rows(M(64, 64, 4, 1), M(32, 64, 4, 1), M(32, 64, 4, 2), M(64, 64, 4, 1), M(32, 32, 4, 1)),
     ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 1), C(32, 32, 4, 1), C(16, 32, 4, 1), C(16, 32, 8, 1), C(16, 16, 8, 2)),
-    ("flash_bwd_dbias", 2): _rows(M(64, 64, 4, 1), M(64, 32, 4, 1), M(64, 32, 4, 1), M(64, 32, 4, 1), C(16, 32, 8, 2)),
+    ("flash_bwd_dbias", 2): _rows(M(64, 64, 4, 1), M(64, 32, 4, 1), M(64, 32, 4, 1), M(64, 32, 4, 1), M(32, 16, 4, 1)),
     ("flash_bwd_dbias", 4): _rows(C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 32, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2)),
 }  # fmt: skip
-# For all chips with 99 KiB of shared memory a program.
-SM_86 = {**SM_80}
+# Of chips with 99 KiB of shared memory a program, and 100 a multiprocessor.
+SM_86 = {**SM_80, ("flash_bwd_dkdv", 2): {**SM_80["flash_bwd_dkdv", 2], 128: M(16, 64, 4, 2)}}
 SM_90 = {
     ("flash_fwd", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), M(128, 64, 4, 2), C(128, 64, 8, 2), C(64, 32, 8, 2)),
     ("flash_fwd", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2), C(32, 16, 8, 2), C(32, 16, 8, 2)),
