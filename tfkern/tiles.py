@@ -1,10 +1,11 @@
 """The tile sizes themselves, and where each comes from. Plain data: imports neither torch nor Triton.
 
-Sources: MODEL, first by the cost model among all candidates (`tfkern bench sweep`, bench/cost_model.py), or next to it where
-the first spilled more (sm_90, dK and dV at D = 128, is such a second); FIT, first of a list of sensible tiles, largest first,
-that spilled next to nothing on Triton 3.6.0, 3.7.1 and 3.9.0 (sm_100: on 3.7.1 alone). Of both, bench/spills.json has what is
-spilled, and `python bench/compile_gate.py` prints registers, spills and shared memory. COMPILES: chosen by hand, not compared
-with other tiles, as those of the Gluon kernels. Nothing here has been timed on a GPU yet; `make gpu` does that.
+Sources: MODEL, chosen by the cost model among all candidates (`tfkern bench sweep`, bench/sweep.py), or next to it where the
+first spilled more (sm_90, dK and dV at D = 128, is such a second); FIT, not compared by the model yet: first of a list of
+sensible tiles, largest first, that spilled next to nothing on Triton 3.6.0, 3.7.1 and 3.9.0 (sm_100: on 3.7.1 alone). Of both,
+bench/spills.json has what is spilled, and `python bench/compile_gate.py` prints registers, spills and shared memory. COMPILES:
+chosen by hand, not compared with other tiles, as those of the Gluon kernels. Nothing here has been timed on a GPU yet; `make gpu`
+does that.
 """
 
 import functools
@@ -92,6 +93,7 @@ SM_100 = {
     ("flash_fwd", 2): {**SM_90["flash_fwd", 2], 64: M(64, 64, 4, 1)},
     ("flash_bwd_dq", 2): {**SM_90["flash_bwd_dq", 2], 64: M(64, 32, 4, 2), 128: C(128, 32, 8, 2)},
     ("flash_bwd_dkdv", 2): {**SM_90["flash_bwd_dkdv", 2], 64: M(32, 128, 8, 1), 128: TileConfig(32, 128, 8, 1, COMPILES)},
+    ("flash_bwd_dbias", 2): _rows(C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 32, 8, 2), C(16, 32, 8, 2)),
 }
 TABLE = {
     "sm_80": SM_80,
