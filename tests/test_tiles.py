@@ -32,6 +32,14 @@ def owned(kernel: str, config) -> int:
     return config.block_n if kernel == "flash_bwd_dkdv" else config.block_m
 
 
+def test_where_rows_come_from():
+    """Those of 16 bits on sm_80 and on graphics cards, and the gradients of biases on sm_90, were all ranked by the model. What was
+    not says so."""
+    assert {config.source for config in ROWS.values()} <= {tiles.MODEL, tiles.FIT, tiles.COMPILES}
+    ranked = {key for key in ROWS if key[2] == 2 and (key[0] in ("sm_80", "sm_86") or key[:2] == ("sm_90", "flash_bwd_dbias"))}
+    assert ranked <= set(CHOSEN)
+
+
 def test_a_warp_has_rows_of_its_own():
     """Sixteen at least, as a matrix instruction of one warp has: with fewer, warps share rows, make their products twice or
     reduce together. Sums of 256 columns take more warps' registers."""

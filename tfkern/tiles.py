@@ -4,8 +4,8 @@ Sources: MODEL, chosen by the cost model among all candidates (`tfkern bench swe
 first spilled more (sm_90, dK and dV at D = 128, is such a second); FIT, not compared by the model yet: first of a list of
 sensible tiles, largest first, that spilled next to nothing on Triton 3.6.0, 3.7.1 and 3.9.0 (sm_100: on 3.7.1 alone). Of both,
 bench/spills.json has what is spilled, and `python bench/compile_gate.py` prints registers, spills and shared memory. COMPILES:
-chosen by hand, not compared with other tiles, as those of the Gluon kernels. Nothing here has been timed on a GPU yet; `make gpu`
-does that.
+chosen by hand, not compared with other tiles, as those of the Gluon kernels. Nothing here has been timed on a GPU yet;
+`make gpu` does that.
 """
 
 import functools
