@@ -144,11 +144,12 @@ def found(us: float, **more) -> dict:
 
 
 def known(times: dict[tuple, dict]) -> sweep.Sweep:
-    """A sweep that has found this of some tiles, and of all others that they are slow."""
+    """A sweep that has found this of some tiles (or one thing of each variant), and of all others that they are slow."""
     result = sweep.Sweep(None, until=-math.inf)
     for tile in {*candidates.of("flash_fwd"), *sweep.table(ROW), *times}:
-        for variant in sweep.VARIANTS:
-            result.known[ROW, tile, variant] = times.get(tile, found(100.0))
+        each = times.get(tile, found(100.0))
+        for variant, what in zip(sweep.VARIANTS, each if isinstance(each, tuple) else (each, each), strict=True):
+            result.known[ROW, tile, variant] = what
     return result
 
 
@@ -177,6 +178,11 @@ def test_a_sweep_goes_on_from_the_best_tile_to_its_other_stages():
 def test_among_nearly_equal_candidates_the_lighter_is_chosen(best, taken):
     swept = known({FAST: found(9.9) | best, OTHER: found(10.0)})
     assert swept.chosen(ROW, swept.run(ROW)) == taken
+
+
+def test_too_many_spilled_bytes_under_a_causal_mask_count_too():
+    swept = known({FAST: (found(5.0), found(5.0, spilled=sweep.MAX_SPILLED + 1)), OTHER: found(10.0)})
+    assert swept.chosen(ROW, swept.run(ROW)) == OTHER
 
 
 def test_what_the_table_has_stays_unless_another_is_faster_or_lighter():
