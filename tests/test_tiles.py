@@ -212,3 +212,20 @@ def test_a_sweep_goes_on_where_it_was_ended(tmp_path, monkeypatch):
     last = sweep.Sweep(store).run(ROW)
     assert len(done) == len(set(done)) == len(store.read_text().splitlines())
     assert sweep.Sweep(store, until=-math.inf).run(ROW) == last  # nothing is left to do
+
+
+def test_the_command_prints_what_is_chosen(tmp_path, monkeypatch, capsys):
+    summary, store = tmp_path / "summary.md", tmp_path / "found.jsonl"
+    monkeypatch.setattr(sweep, "evaluate", lambda row, config, variant: found(5.0 if config.block_n == 128 else 10.0))
+    command = ["sweep.py", "--arch", *ROW[:1], "--kernel", "flash_fwd", "--store", str(store), "--summary", str(summary)]
+    monkeypatch.setattr(sys, "argv", command)
+    assert sweep.main() == 0
+    (chosen,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("*")]
+    assert "128x128 w8" in chosen
+    assert "rank     5.0 us" in chosen
+    head, rule, line = summary.read_text().splitlines()
+    assert head.count("|") == rule.count("|") == line.count("|")
+    assert line.startswith("| sm_80 | flash_fwd | bf16 | 64 | 64x32 w4 s2 | 128x128 w8 ")
+    store.unlink()
+    monkeypatch.setattr(sys, "argv", [*command, "--seconds", "0"])
+    assert sweep.main() == 3
