@@ -1,5 +1,6 @@
 """Compile kernels for a GPU that need not be there, and read what the compiler made of them. Imports Triton, not torch."""
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -10,12 +11,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
+TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 86, 89, 90, 100, 120)}
+TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 
 
 @dataclass(frozen=True)
@@ -63,13 +60,19 @@ def compile_kernel(kernel, arch: str, arguments: dict, config):
     return triton.compile(source(kernel, arguments), target=TARGETS[arch], options=launch)
 
 
-def cuobjdump(compiled, *what: str) -> str:
-    """What the cuobjdump of the Triton wheel prints of a cubin."""
+def cuobjdump(compiled) -> str:
+    """What the cuobjdump of the Triton wheel prints of a cubin: resources and machine code."""
+    return _dumped(compiled.asm["cubin"])
+
+
+@functools.lru_cache(maxsize=1)  # resources are asked for first, then the code of the same binary
+def _dumped(cubin: bytes) -> str:
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        return subprocess.run([program, *what, file.name], capture_output=True, text=True, check=True).stdout
+        command = [program, "--dump-resource-usage", "--dump-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def resources(compiled, arch: str) -> Resources:
@@ -79,8 +82,24 @@ def resources(compiled, arch: str) -> Resources:
         vgprs, spills = (int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count"))
         code = re.findall(r"^\t[sv]_|^\t(?:ds|global|buffer)_", text, re.M)
         return Resources(vgprs, 4 * spills, compiled.metadata.shared, len(code))
-    text = cuobjdump(compiled, "--dump-resource-usage", "--dump-sass")
+    text = cuobjdump(compiled)
     # Triton kernels have no stack of their own: what is on it was spilled.
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text).groups())
     instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", text, re.M))
     return Resources(registers, stack + local, compiled.metadata.shared, instructions)
+
+
+def reduces_across_warps(compiled) -> bool:
+    """Whether a sum or a maximum in a loop goes over numbers that several warps hold, so through shared memory and barriers."""
+    text = compiled.asm["ttgir"]
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", text, re.M))
+    inside = r'^ {6,}%\S+ = "tt\.reduce".*?axis = (\d).*?\}\) : \(tensor<[^,>]*, (#\w+)>'  # a loop's body stands further right
+    return any(_spread(layouts[name], int(axis)) for axis, name in re.findall(inside, text, re.M | re.S))
+
+
+def _spread(layout: str, axis: int) -> bool:
+    """Whether warps share out the axis of a tensor with that layout."""
+    if found := re.search(r"warpsPerCTA = \[([\d, ]+)\]", layout):
+        return int(found[1].split(", ")[axis]) > 1
+    warps = re.search(r"warp = \[(.*?)\], block", layout)[1]  # a linear layout: what each bit of the warp's number adds
+    return any(int(basis.split(", ")[axis]) for basis in re.findall(r"\[([\d, ]+)\]", warps))
