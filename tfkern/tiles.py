@@ -22,14 +22,21 @@ COMPILES = "compiles without spills, 2026-11"
 
 @dataclass(frozen=True)
 class TileConfig:
-    """block_m queries by block_n keys at a time, by num_warps warps, loads pipelined over num_stages; and how these
-    were chosen."""
+    """block_m queries by block_n keys at a time, by num_warps warps, loads pipelined over num_stages; how these were chosen;
+    and the registers that a thread may have at most, so that more programs share a multiprocessor (NVIDIA)."""
 
     block_m: int
     block_n: int
     num_warps: int = 4
     num_stages: int = 2
     source: str = field(default="", compare=False)
+    registers: int | None = None
+
+    def options(self) -> dict:
+        """For the compiler."""
+        # Scores are one multiply-add; Triton 3.10 turns fusion off by default.
+        options = dict(num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True)
+        return options if self.registers is None else {**options, "maxnreg": self.registers}
 
     def lighter(self, kernel: str) -> "TileConfig":
         """Half the rows that a program owns (keys in flash_bwd_dkdv), for what takes more registers a score."""
@@ -104,6 +111,13 @@ TABLE = {
 ONE_PASS_TABLE = {
     **{("interpreter", itemsize, block_d): (C(32, 64),) for itemsize in (2, 4) for block_d in HEAD_DIM_CLASSES},
     ("sm_90", 2, 64): (M(32, 64, 4, 1), M(64, 128, 8, 1)),
+}
+
+# The same: tiles of flash_bwd_dkdv where TMA brings its queries, and no addresses of theirs take registers.
+DESCRIPTOR_TABLE = {
+    **{("interpreter", 2, block_d): C(32, 64) for block_d in HEAD_DIM_CLASSES},
+    ("sm_90", 2, 64): M(64, 64, 4, 2, registers=168),
+    ("sm_90", 2, 128): M(64, 64, 4, 2),
 }
 
 
