@@ -109,6 +109,18 @@ def test_small_described(case, descriptors, device, monkeypatch):
     assert len(made) == descriptors
 
 
+def test_an_address_that_tma_cannot_take(device):
+    """Of a call like one before in all but where its tensors begin."""
+    memory = [torch.randn(37 * 8 + 8, device=device).bfloat16() for _ in range(4)]
+    with configs.override(**TILES, flash_bwd_one_pass=None, flash_bwd_dkdv_described=configs.TileConfig(16, 32)):
+        for first in (0, 1, 8):
+            *leaves, do = (x[first : first + 37 * 8].view(1, 1, 37, 8).requires_grad_() for x in memory)
+            found = torch.autograd.grad(tfkern.attention(*leaves, backend="portable"), leaves, do.detach())
+            truth = torch.autograd.grad(reference.attention(*(x.double() for x in leaves)), leaves, do.detach().double())
+            for f, t in zip(found, truth, strict=True):
+                torch.testing.assert_close(f, t, rtol=0.02, atol=0.02)
+
+
 @triton.jit
 def _hide_row_3(score, b, h, i, j):
     return tl.where(i == 3, float("-inf"), score)

@@ -69,11 +69,11 @@ def _rows(*configs: TileConfig) -> dict[int, TileConfig]:
 C = functools.partial(TileConfig, source=FIT)
 M = functools.partial(TileConfig, source=MODEL)
 SM_90 = {
-    ("flash_fwd", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), M(128, 64, 4, 2), C(128, 64, 8, 2), C(64, 32, 8, 2)),
+    ("flash_fwd", 2): _rows(M(64, 64, 4, 2), M(64, 64, 4, 2), M(128, 64, 4, 2), M(128, 64, 8, 2), M(128, 32, 8, 2)),
     ("flash_fwd", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2), C(32, 16, 8, 2), C(32, 16, 8, 2)),
-    ("flash_bwd_dq", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), M(128, 64, 4, 2), M(64, 32, 4, 2), C(64, 32, 8, 2)),
+    ("flash_bwd_dq", 2): _rows(M(64, 64, 4, 2), M(64, 64, 4, 2), M(128, 64, 4, 2), M(64, 32, 4, 2), M(128, 32, 8, 2)),
     ("flash_bwd_dq", 4): _rows(C(32, 32, 4, 2), C(32, 32, 4, 2), C(64, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 4, 2)),
-    ("flash_bwd_dkdv", 2): _rows(C(32, 64, 4, 2), C(32, 64, 4, 2), M(32, 64, 4, 1), M(32, 64, 4, 1), C(16, 32, 8, 2)),
+    ("flash_bwd_dkdv", 2): _rows(M(64, 64, 4, 1), M(64, 64, 4, 1), M(32, 64, 4, 1), M(32, 64, 4, 1), M(32, 64, 8, 2)),
     ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 1), C(32, 32, 4, 1), C(32, 32, 8, 2), C(16, 32, 8, 2), C(16, 16, 8, 2)),
     ("flash_bwd_dbias", 2): _rows(C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 32, 8, 2), C(16, 32, 8, 2)),
     ("flash_bwd_dbias", 4): _rows(C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 8, 2)),
@@ -120,6 +120,7 @@ ONE_PASS_TABLE = {
 # The same: tiles of flash_bwd_dkdv where TMA brings its queries, and no addresses of theirs take registers.
 DESCRIPTOR_TABLE = {
     **{("interpreter", 2, block_d): C(32, 64) for block_d in HEAD_DIM_CLASSES},
+    ("sm_90", 2, 32): M(64, 64, 4, 2, registers=168),
     ("sm_90", 2, 64): M(64, 64, 4, 2, registers=168),
     ("sm_90", 2, 128): M(64, 64, 4, 2),
 }
