@@ -89,9 +89,9 @@ def test_nothing_is_made_twice_or_kept_alive(launches, name):
 def test_tensor_maps_are_ones_that_the_driver_takes(launches, name):
     """CUDA's rules for 16-bit types: strides in multiples of 16 bytes below 2**40, boxes of at most 256 a dim, rows of a
     swizzled one within 128 bytes."""
-    rows = [row for row in launches(name)["launches"] if "hopper" in name or row["kernel"] == "flash_bwd_dkdv"]
-    assert rows
-    for row in rows:
+    by_tma = [row for row in launches(name)["launches"] if "hopper" in name or row["kernel"] == "flash_bwd_dkdv"]
+    assert by_tma
+    for row in by_tma:
         assert row["maps"]
         for found in row["maps"]:
             assert found["base"]
