@@ -18,17 +18,47 @@ import sweep
 
 from tfkern import configs, tiles
 
-ROWS = [
-    (arch, kernel, size, head_dim)
+ROWS = {
+    (arch, kernel, size, head_dim): configs.tile_config(arch, kernel, size, head_dim)
     for arch in tiles.ARCHITECTURES
     for kernel in tiles.KERNELS
     for size in (2, 4)
     for head_dim in tiles.HEAD_DIM_CLASSES
-]
+}
+CHOSEN = [key for key, config in ROWS.items() if config.source == tiles.MODEL]
 
 
 def owned(kernel: str, config) -> int:
     return config.block_n if kernel == "flash_bwd_dkdv" else config.block_m
+
+
+def test_where_rows_come_from():
+    """Those of 16 bits on sm_80 and on graphics cards, and the gradients of biases on sm_90, were all ranked by the model. What was
+    not says so."""
+    assert {config.source for config in ROWS.values()} <= {tiles.MODEL, tiles.FIT, tiles.COMPILES}
+    ranked = {key for key in ROWS if key[2] == 2 and (key[0] in ("sm_80", "sm_86") or key[:2] == ("sm_90", "flash_bwd_dbias"))}
+    assert ranked <= set(CHOSEN)
+
+
+def test_a_warp_has_rows_of_its_own():
+    """Sixteen at least, as a matrix instruction of one warp has: with fewer, warps share rows, make their products twice or
+    reduce together. Sums of 256 columns take more warps' registers."""
+    for arch, kernel, size, head_dim in CHOSEN:
+        config = ROWS[arch, kernel, size, head_dim]
+        if size == 2 and head_dim < 256 and kernel != "flash_bwd_dbias":
+            assert owned(kernel, config) >= 16 * config.num_warps, (arch, kernel, head_dim, config)
+
+
+def test_lighter_tiles_have_half_the_rows_and_no_idle_warps():
+    """But four warps, and 16 rows."""
+    tile = configs.TileConfig
+    assert tile(128, 64, 4).lighter("flash_fwd") == tile(64, 32, 4)
+    assert tile(128, 64, 8).lighter("flash_fwd") == tile(64, 32, 4)
+    assert tile(256, 64, 8).lighter("flash_bwd_dq") == tile(128, 64, 8)
+    assert tile(64, 64, 4).lighter("flash_bwd_dq") == tile(32, 64, 4)
+    assert tile(32, 128, 8).lighter("flash_bwd_dkdv") == tile(32, 64, 4)
+    assert tile(32, 16, 4).lighter("flash_bwd_dkdv") == tile(32, 16, 4)
+    assert tile(64, 64, 8).lighter("flash_bwd_dbias") == tile(64, 64, 8)
 
 
 TTGIR = """
@@ -122,7 +152,7 @@ def known(times: dict[tuple, dict]) -> sweep.Sweep:
     return result
 
 
-FAST, OTHER = (64, 32, 4, 3), (64, 32, 4, 2)
+FAST, OTHER = (64, 64, 4, 3), (64, 64, 4, 2)
 
 
 def test_a_sweep_goes_on_from_the_best_tile_to_its_other_stages():
@@ -147,6 +177,15 @@ def test_a_sweep_goes_on_from_the_best_tile_to_its_other_stages():
 def test_among_nearly_equal_candidates_the_lighter_is_chosen(best, taken):
     swept = known({FAST: found(9.9) | best, OTHER: found(10.0)})
     assert swept.chosen(ROW, swept.run(ROW)) == taken
+
+
+def test_what_the_table_has_stays_unless_another_is_faster_or_lighter():
+    (table,) = sweep.table(ROW)
+    for us, spilled, taken in ((9.9, 0, table), (9.0, 0, FAST), (9.9, 8, table)):
+        swept = known({FAST: found(us, registers=64, spilled=spilled), table: found(10.0)})
+        assert swept.chosen(ROW, swept.run(ROW)) == taken
+    swept = known({FAST: found(9.9), table: found(10.0, spilled=8)})
+    assert swept.chosen(ROW, swept.run(ROW)) == FAST
 
 
 def test_a_sweep_goes_on_where_it_was_ended(tmp_path, monkeypatch):
