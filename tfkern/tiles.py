@@ -1,11 +1,11 @@
 """The tile sizes themselves, and where each comes from. Plain data: imports neither torch nor Triton.
 
 Sources: MODEL, chosen by the cost model among all candidates (`tfkern bench sweep`, bench/sweep.py), or next to it where the
-first spilled more (sm_90, dK and dV at D = 128, is such a second); FIT, not compared by the model yet: first of a list of
-sensible tiles, largest first, that spilled next to nothing on Triton 3.6.0, 3.7.1 and 3.9.0 (sm_100: on 3.7.1 alone). Of both,
-bench/spills.json has what is spilled, and `python bench/compile_gate.py` prints registers, spills and shared memory. COMPILES:
-chosen by hand, not compared with other tiles, as those of the Gluon kernels. Nothing here has been timed on a GPU yet;
-`make gpu` does that.
+first spilled more or was slower from 1,024 keys on (sm_90: the forward at D = 128, dQ at D = 256); FIT, not compared by the
+model yet: first of a list of sensible tiles, largest first, that spilled next to nothing on Triton 3.6.0, 3.7.1 and 3.9.0
+(sm_100: on 3.7.1 alone). Of both, bench/spills.json has what is spilled, and `python bench/compile_gate.py` prints registers,
+spills and shared memory. COMPILES: chosen by hand, not compared with other tiles, as those of the Gluon kernels. Nothing here
+has been timed on a GPU yet; `make gpu` does that.
 """
 
 import functools
@@ -93,8 +93,8 @@ SM_90 = {
     ("flash_bwd_dbias", 2): _rows(M(64, 32, 4, 1), M(64, 32, 4, 1), M(64, 64, 4, 1), M(128, 64, 8, 1), M(64, 64, 8, 1)),
     ("flash_bwd_dbias", 4): _rows(C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 8, 2)),
 }  # fmt: skip
-# As sm_90's where nothing better is known; the others chosen on Triton 3.7.1 alone. Of dK and dV at D = 128 the model could not
-# rank the loop.
+# fp32 as sm_90's, as nothing better is known; the others chosen on Triton 3.7.1 alone. Of dK and dV at D = 128 the model could
+# not rank the loop.
 SM_100 = {
     **SM_90,
     ("flash_fwd", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), M(64, 64, 4, 1), C(128, 64, 8, 2), C(64, 32, 8, 2)),
