@@ -54,10 +54,9 @@ def source(kernel, arguments: dict, kind=ASTSource):
 
 
 def compile_kernel(kernel, arch: str, arguments: dict, config):
-    """Compile a @triton.jit kernel with its arguments as for `source`; config gives warps and stages."""
-    # The launch options of tfkern/backends/portable.py: what is judged is what runs.
-    launch = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
-    return triton.compile(source(kernel, arguments), target=TARGETS[arch], options=launch)
+    """Compile a @triton.jit kernel with its arguments as for `source`, with the options that config has for a launch: what is
+    judged is what runs."""
+    return triton.compile(source(kernel, arguments), target=TARGETS[arch], options=config.options())
 
 
 def cuobjdump(compiled) -> str:

@@ -39,6 +39,7 @@ HEAVY = {"mask", "bias", "dropout", "softcap", "slopes", "MOD"}
 FEATURES = [name for name in VARIANTS if name not in ("plain", "causal", "padded", "all", "odd", "strided")]
 FP32_TENSORS = {"LSE", "DLSE", "DELTA", "DSLOPES"}
 ONE_PASS_ONLY = {"O", "DLSE", "DQ", "DSLOPES", "stride_o", "stride_dq"}  # of flash_bwd_dkdv
+CUT = {"LEFT", "cu_q", *HEAVY}  # with which portable.py has no descriptors
 
 SPILLS = HERE / "spills.json"
 
@@ -67,14 +68,15 @@ def features(there: set[str], pointer: str, mask_vec: int):
 
 def function(kernel: str):
     """The device function of a row of the table."""
-    name = "flash_bwd_dkdv" if kernel == "flash_bwd_one_pass" else kernel
+    configs = load("tfkern.configs")
+    name = "flash_bwd_dkdv" if kernel in (configs.ONE_PASS, configs.DESCRIBED) else kernel
     return getattr(load(f"tfkern.kernels.{name}"), name)
 
 
 def arguments(kernel_name: str, dtype: str, head_dim: int, config, variant: str) -> dict:
     """The kernel's parameters as aot.compile_kernel wants them; head_dim is also the head dim of V."""
     kernel = function(kernel_name)
-    constant = importlib.import_module("aot").Constant
+    constant, configs = importlib.import_module("aot").Constant, load("tfkern.configs")
     there = VARIANTS[variant]
     dim = head_dim * 5 // 8 if variant == "odd" else head_dim
     pointer = "*fp32" if dtype == "tf32" else f"*{dtype}"
@@ -93,7 +95,11 @@ def arguments(kernel_name: str, dtype: str, head_dim: int, config, variant: str)
     for name in kernel.arg_names:
         if name in constants:
             kinds[name] = constant(constants[name])
-        elif kernel_name == "flash_bwd_dkdv" and name in ONE_PASS_ONLY:
+        elif kernel.__name__ == "flash_bwd_dkdv" and kernel_name != configs.ONE_PASS and name in ONE_PASS_ONLY:
+            kinds[name] = constant(None)
+        elif kernel_name == configs.DESCRIBED and name in ("Q", "DO"):
+            kinds[name] = f"tensordesc<{dtype}[1, 1, {config.block_m}, {head_dim}]>"
+        elif kernel_name == configs.DESCRIBED and name in ("stride_q", "stride_do"):
             kinds[name] = constant(None)
         elif name == "F":
             extra = {"bias"} if kernel.__name__ == "flash_bwd_dbias" else set()
@@ -116,7 +122,7 @@ def arguments(kernel_name: str, dtype: str, head_dim: int, config, variant: str)
 def jobs(args):
     configs, table = load("tfkern.configs"), load("tfkern.tiles")
     for arch in args.arch or table.ARCHITECTURES:
-        for kernel in args.kernel or (*table.KERNELS, configs.ONE_PASS):
+        for kernel in args.kernel or (*table.KERNELS, configs.ONE_PASS, configs.DESCRIBED):
             for dtype in args.dtype:
                 for head_dim in args.head_dim or table.HEAD_DIM_CLASSES:
                     for variant in args.variant:
@@ -125,10 +131,13 @@ def jobs(args):
 
 
 def tiles(kernel: str, arch: str, size: int, head_dim: int, variant: str) -> list:
-    """What the table holds for a kernel in a variant: one, or for a backward in one pass any number."""
+    """What the table holds for a kernel in a variant: one; for a backward in one pass or with descriptors any number."""
     configs = load("tfkern.configs")
     there = VARIANTS[variant]
     heavy = bool(HEAVY & there)
+    if kernel == configs.DESCRIBED:
+        config = configs.described(arch, size, head_dim)
+        return [] if config is None or variant == "strided" or there & CUT else [config]
     if kernel != configs.ONE_PASS:
         return [configs.tile_config(arch, kernel, size, head_dim, heavy)]
     if heavy or "cu_q" in there or variant == "strided":  # then portable.py takes two

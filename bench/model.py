@@ -30,7 +30,9 @@ def launches(problem: geometry.Problem, direction: str, dtype: str) -> list[tupl
     one = configs.one_pass("sm_90", size, block, problem.length, problem.batch * problem.heads, heavy=False)
     if one:
         return [("flash_bwd_one_pass", one)]
-    return [(name, configs.tile_config("sm_90", name, size, block)) for name in ("flash_bwd_dq", "flash_bwd_dkdv")]
+    dq, dkdv = ((name, configs.tile_config("sm_90", name, size, block)) for name in ("flash_bwd_dq", "flash_bwd_dkdv"))
+    described = configs.described("sm_90", size, block)
+    return [dq, (configs.DESCRIBED, described) if described else dkdv]
 
 
 def predict(problem: geometry.Problem, direction: str, dtype: str) -> dict:

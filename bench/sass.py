@@ -85,10 +85,10 @@ def waits(body: list[Instruction]) -> Counter:
     """What makes a warp stand still: barriers of the program, waits for its own products, shuffles."""
     names = {"BAR": "barriers", "WARPGROUP": "wgmma waits", "SHFL": "shuffles", "DEPBAR": "copy waits"}
     found = Counter(names[x.name] for x in body if x.name in names and (x.name != "WARPGROUP" or ".DEPBAR" in x.opcode))
-    if arrivals := sum(x.opcode.startswith("SYNCS.PHASECHK") for x in body):
-        found["tensor-memory waits"] = arrivals
     opcodes = {x.name for x in body}
-    if "LDG" in opcodes and not opcodes & {"LDGSTS", "UTMALDG"}:  # tiles are loaded where they are needed, not ahead
+    if arrivals := sum(x.opcode.startswith("SYNCS.PHASECHK") for x in body):
+        found["copy waits" if "UTMALDG" in opcodes else "tensor-memory waits"] += arrivals
+    if "LDG" in opcodes and "LDGSTS" not in opcodes:  # tiles are loaded where they are needed, not ahead
         found["loads"] = 1
     return found
 

@@ -39,7 +39,8 @@ def _tiles(
 ):  # fmt: skip
     """Add the query tiles of [start, stop) to dk and dv. Scores are held transposed, so that P^T and dS^T are left operands."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    for start_m in tl.range(start, stop, BLOCK_M):
+    # With descriptors the few tiles that are masked come one by one: what is in flight would take the registers of all.
+    for start_m in tl.range(start, stop, BLOCK_M, num_stages=1 if MASKED and stride_q is None else None):
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q = tile.load(Q, stride_q, start_m, lo, hi, BLOCK_M, D, BLOCK_D, VEC, MASKED)
         do = tile.load(DO, stride_do, start_m, lo, hi, BLOCK_M, DV, BLOCK_DV, VEC, MASKED)
@@ -84,7 +85,7 @@ def _tiles(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def flash_bwd_dkdv(
-    Q, K, V, O, DO, LSE, DLSE, DELTA, DQ, DK, DV_OUT, DSLOPES, F,
+    Q, DO, K, V, O, LSE, DLSE, DELTA, DQ, DK, DV_OUT, DSLOPES, F,
     stride_q, stride_k, stride_v, stride_o, stride_do, stride_dq, stride_dk, stride_dv,
     batch, heads, group, n_q, n_k, tiles, scale, align, LEFT, RIGHT,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VEC: tl.constexpr,
@@ -95,7 +96,9 @@ def flash_bwd_dkdv(
 
     DK as K, DV_OUT as V. Every key row of the tensors is written: keys that no query sees, and keys that do not exist, get 0.
     Without DQ, DELTA is flash_bwd_dq's, and O, DLSE, DSLOPES and their strides are None. With DQ, one tile must hold all keys
-    (not for packed sequences); DQ, DELTA and with slopes DSLOPES are written as flash_bwd_dq writes them.
+    (not for packed sequences); DQ, DELTA and with slopes DSLOPES are written as flash_bwd_dq writes them. Q and DO may be
+    descriptors (tile.py) where no tile of queries begins before those that see a key, or ends before the sequence's last query:
+    without DQ, LEFT, packed sequences, dropout, mask and bias.
     """
     seq, h_k, start_n = sequence.locate_keys(F, tl.program_id(0), tiles, heads // group, batch, n_q, n_k, BLOCK_N)
     offs_n = start_n + tl.arange(0, BLOCK_N)

@@ -5,7 +5,12 @@ assume of them: with VEC = v > 0 the last dimension has stride 1 and the other s
 that loads vectorise whatever the sequence length (a stride that is a plain run-time number would not, and specialising on
 it would recompile for new lengths). With VEC = 0 all four strides are in elements and free. A stride s arrives as 2 s + 3, a
 number that Triton's JIT never specialises on. Addresses are int64: tensors beyond 2**31 elements are ordinary.
+
+Or a tensor is a TMA descriptor of (B, H, N, D) in blocks of (1, 1, rows, BLOCK_D), and None stands for its strides: it needs no
+addresses, which leaves registers. It knows the tensor's ends, and no others.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -26,10 +31,22 @@ def stride_of(stride, dim: tl.constexpr, VEC: tl.constexpr):
     return s
 
 
+class Described(NamedTuple):
+    """The matrix of head h in batch b behind a descriptor, from a row on."""
+
+    descriptor: Any
+    b: Any
+    h: Any
+    row: Any
+
+
 @triton.jit
 def head(ptr, stride, b, h, row, VEC: tl.constexpr):
-    """Pointer to a row of head h in batch b."""
-    return ptr + b * stride_of(stride, 0, VEC) + h * stride_of(stride, 1, VEC) + row * stride_of(stride, 2, VEC)
+    """Pointer to a row of head h in batch b, or what stands for it with a descriptor."""
+    if stride is None:
+        return Described(ptr, b, h, row)
+    else:
+        return ptr + b * stride_of(stride, 0, VEC) + h * stride_of(stride, 1, VEC) + row * stride_of(stride, 2, VEC)
 
 
 @triton.jit
@@ -60,14 +77,18 @@ def load(
     ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Rows [start, start + ROWS) of an (N, D) matrix as [ROWS, BLOCK_D]. Columns beyond D are 0; so are rows outside [lo, hi)
-    where MASKED, and they are not read. Without MASKED the caller knows that every row is inside."""
-    at = pointers(ptr, stride, start, ROWS, BLOCK_D, VEC)
-    if MASKED:
+    where MASKED, and they are not read. Without MASKED the caller knows that every row is inside. With a descriptor the caller
+    knows that start >= lo, and that hi is the last row's end."""
+    if stride is None:
+        return ptr.descriptor.load([ptr.b, ptr.h, ptr.row + start, 0]).reshape(ROWS, BLOCK_D)
+    elif MASKED:
+        at = pointers(ptr, stride, start, ROWS, BLOCK_D, VEC)
         return tl.load(at, mask=_mask(start, lo, hi, ROWS, D, BLOCK_D), other=0.0)
     elif D < BLOCK_D:
+        at = pointers(ptr, stride, start, ROWS, BLOCK_D, VEC)
         return tl.load(at, mask=(tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
     else:
-        return tl.load(at)
+        return tl.load(pointers(ptr, stride, start, ROWS, BLOCK_D, VEC))
 
 
 @triton.jit

@@ -108,7 +108,7 @@ def compared(self, tensors, features=(), feature_tensors=()) -> None:
             base=e.base == x.data_ptr(), sizes=e.sizes == tuple(x.shape)[::-1], box=e.box, steps=e.steps, strides=e.strides,
             true_strides=all(n == 1 or s == 2 * t for s, t, n in zip(e.strides, x.stride()[2::-1], x.shape[2::-1], strict=True)),
             wanted_box=[dim, rows, 1, 1],
-        ) for x, e, (rows, dim) in zip(tensors[:count], encodings, self.blocks, strict=True)],
+        ) for x, e, (rows, dim, *_) in zip(tensors[:count], encodings, self.blocks, strict=True)],
     ))  # fmt: skip
 
 

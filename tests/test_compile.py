@@ -102,6 +102,39 @@ def test_when_one_pass_is_taken():
         assert keys(32) is None
 
 
+def test_gate_of_descriptors(tmp_path):
+    """Where the table has tiles for them; only what TMA can cut is in the kernel then."""
+    rows = gate(
+        tmp_path,
+        "--arch",
+        "sm_80",
+        "sm_90",
+        "--kernel",
+        configs.DESCRIBED,
+        "--dtype",
+        "bf16",
+        "--variant",
+        "plain",
+        "causal",
+        "all",
+    )
+    assert {(row["arch"], row["variant"]) for row in rows} == {("sm_90", "plain"), ("sm_90", "causal")}
+    assert {row["head_dim"] for row in rows} == {d for arch, _, d in tiles.DESCRIPTOR_TABLE if arch == "sm_90"}
+    assert all(row["registers"] <= 168 for row in rows if row["config"]["registers"])
+
+
+def test_when_descriptors_are_taken():
+    described = configs.described
+    assert described("sm_90", 2, 64) == tiles.DESCRIPTOR_TABLE["sm_90", 2, 64]
+    assert described("sm_90", 4, 64) is described("sm_80", 2, 64) is described("gfx942", 2, 64) is None
+    mine = configs.TileConfig(16, 32)
+    with configs.override(flash_bwd_dkdv=mine):
+        assert described("sm_90", 2, 64) is None
+    with configs.override(flash_bwd_dkdv=mine, flash_bwd_dkdv_described=mine):
+        assert described("sm_90", 2, 64) == described("sm_120", 2, 64) == mine
+        assert described("sm_89", 2, 64) is described("gfx942", 2, 64) is None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", configs.KERNELS)
 def test_gate_of_the_features(kernel, tmp_path):

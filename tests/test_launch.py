@@ -40,6 +40,8 @@ def run(backward=True, dlse=False, options=None, **shape):
 def plain(args):  # a launch's arguments, pointers as numbers
     if isinstance(args, tuple):
         return tuple(plain(x) for x in args)
+    if hasattr(args, "block_shape"):
+        return args.base.data_ptr(), *args.shape, *args.strides, *args.block_shape
     return args.data_ptr() if isinstance(args, torch.Tensor) else args
 """
 

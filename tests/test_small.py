@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 import tfkern
-from tfkern import checks, configs, reference, score_mods, testing
+from tfkern import checks, configs, interpreter, launch, reference, score_mods, testing, tma
 from tfkern.kernels import score_mods as kernel_mods
 from tfkern.testing import Case
 
@@ -77,6 +77,48 @@ def test_small_bf16(case, device):
     with configs.override(**TILES):
         errors = testing.check(case, torch.bfloat16, "portable", device)
     assert all(e.ok for e in errors), "\n" + "\n".join(map(str, errors))
+
+
+# dK and dV with queries from descriptors, and what descriptors can't bring, which pointers do.
+DESCRIBED = [
+    *(c for c in CASES if c.name in ("causal", "lower-right", "padded", "padded-any", "bnhd", "large")),
+    Case("groups", 4, 20, 16, n_k=33, batch=2, kv_heads=2, v_head_dim=8, layout="bnhd"),
+    Case("more-queries", 2, 70, 8, n_k=37, options=RIGHT),
+    Case("window-right", 1, 70, 24, options=dict(window=(None, 5))),
+    Case("sinks", 2, 37, 8, n_k=20, sinks=True),
+]
+POINTERS = [
+    *(c for c in CASES if c.name in ("window", "strided", "mask", "bias", "dropout", "packed", "slopes", "softcap")),
+    Case("odd-dim", 2, 37, 20),
+    Case("odd-value-dim", 2, 37, 8, v_head_dim=4),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "descriptors"),
+    [pytest.param(c, n, id=f"{c}-{n}") for n, cases in ((2, DESCRIBED), (0, POINTERS)) for c in cases],
+)
+def test_small_described(case, descriptors, device, monkeypatch):
+    if launch.architecture(torch.device(device)) in ("sm_80", "sm_86", "sm_89"):
+        pytest.skip("no TMA")
+    made, make = [], tma.descriptor
+    monkeypatch.setattr(tma, "descriptor", lambda *args: made.append(args) or make(*args))
+    with configs.override(**TILES, flash_bwd_one_pass=None, flash_bwd_dkdv_described=configs.TileConfig(16, 32)):
+        errors = testing.check(case, torch.bfloat16, "portable", device)
+    assert all(e.ok for e in errors), "\n" + "\n".join(map(str, errors))
+    assert len(made) == descriptors
+
+
+def test_an_address_that_tma_cannot_take(device):
+    """Of a call like one before in all but where its tensors begin."""
+    memory = [torch.randn(37 * 8 + 8, device=device).bfloat16() for _ in range(4)]
+    with configs.override(**TILES, flash_bwd_one_pass=None, flash_bwd_dkdv_described=configs.TileConfig(16, 32)):
+        for first in (0, 1, 8):
+            *leaves, do = (x[first : first + 37 * 8].view(1, 1, 37, 8).requires_grad_() for x in memory)
+            found = torch.autograd.grad(tfkern.attention(*leaves, backend="portable"), leaves, do.detach())
+            truth = torch.autograd.grad(reference.attention(*(x.double() for x in leaves)), leaves, do.detach().double())
+            for f, t in zip(found, truth, strict=True):
+                torch.testing.assert_close(f, t, rtol=0.02, atol=0.02)
 
 
 @triton.jit

@@ -2,9 +2,11 @@
 
 import contextlib
 
-from tfkern.tiles import INTERPRETER, KERNELS, ONE_PASS_TABLE, SERVED_BY, TABLE, TileConfig
+from tfkern.tiles import DESCRIPTOR_TABLE, INTERPRETER, KERNELS, ONE_PASS_TABLE, SERVED_BY, TABLE, TileConfig
 
 ONE_PASS = "flash_bwd_one_pass"
+DESCRIBED = "flash_bwd_dkdv_described"
+FIRST_WITH_TMA = 90
 FULL_CHIP = 128  # programs; an H100 has 132 SMs
 
 # Of the whole process, not of a context: autograd runs backwards of GPU tensors in threads of its own.
@@ -53,13 +55,23 @@ def one_pass_tiles(arch: str, itemsize: int, block_d: int) -> list[TileConfig]:
     return list(ONE_PASS_TABLE.get((arch if arch == "interpreter" else table_arch(arch), itemsize, block_d), ()))
 
 
+def described(arch: str, itemsize: int, block_d: int) -> TileConfig | None:
+    """The tiles of flash_bwd_dkdv where descriptors bring its queries; None where pointers are better, where the device has no
+    TMA, or for other than 16-bit numbers. Arguments as for tile_config."""
+    if itemsize != 2 or not (arch == "interpreter" or (arch.startswith("sm_") and int(arch[3:]) >= FIRST_WITH_TMA)):
+        return None
+    if DESCRIBED in _overrides:
+        return _overrides[DESCRIBED]
+    return None if "flash_bwd_dkdv" in _overrides else DESCRIPTOR_TABLE.get((arch, itemsize, block_d))
+
+
 @contextlib.contextmanager
 def override(**configs: TileConfig | None):
     """Within the block, in all threads, the kernels named by keyword use the given tiles:
     `with override(flash_fwd=TileConfig(32, 16)): …`. flash_bwd_one_pass are the tiles of a backward in one pass, taken whenever
-    they hold all keys; None for never."""
-    if unknown := configs.keys() - {*KERNELS, ONE_PASS}:
-        raise ValueError(f"no kernel is called {sorted(unknown)}; the kernels are {(*KERNELS, ONE_PASS)}")
+    they hold all keys, flash_bwd_dkdv_described those with descriptors; None for never."""
+    if unknown := configs.keys() - {*KERNELS, ONE_PASS, DESCRIBED}:
+        raise ValueError(f"no kernel is called {sorted(unknown)}; the kernels are {(*KERNELS, ONE_PASS, DESCRIBED)}")
     before = dict(_overrides)
     _overrides.update(configs)
     try:

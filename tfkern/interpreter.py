@@ -43,13 +43,13 @@ def prepare() -> None:
     original_dot, InterpreterBuilder.create_dot = InterpreterBuilder.create_dot, dot
     original_cast, InterpreterBuilder.cast_impl = InterpreterBuilder.cast_impl, cast
 
-    def load(self, pointers, mask, *rest):
+    def load(self, pointers, mask, *rest, **named):
         _check(pointers, mask, "read")
-        return original_load(self, pointers, mask, *rest)
+        return original_load(self, pointers, mask, *rest, **named)
 
-    def store(self, pointers, value, mask, *rest):
+    def store(self, pointers, value, mask, *rest, **named):
         _check(pointers, mask, "write")
-        return original_store(self, pointers, value, mask, *rest)
+        return original_store(self, pointers, value, mask, *rest, **named)
 
     original_load, InterpreterBuilder.create_masked_load = InterpreterBuilder.create_masked_load, load
     original_store, InterpreterBuilder.create_masked_store = InterpreterBuilder.create_masked_store, store
@@ -99,10 +99,12 @@ def _check(pointers, mask, verb: str) -> None:
 
 
 def _tensors(args):
-    """The tensors among arguments, tuples of arguments included."""
+    """The tensors among arguments, those in tuples and behind descriptors included."""
     for arg in args:
         if isinstance(arg, tuple):
             yield from _tensors(arg)
+        elif hasattr(arg, "block_shape"):
+            yield arg.base
         elif hasattr(arg, "data_ptr"):
             yield arg
 

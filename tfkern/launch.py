@@ -90,7 +90,8 @@ class Launch:
     """`grid` programs of a kernel on a device, everything given but the tensors, and of those the shapes.
 
     The kernel's parameters are tensors, then its Features, then `numbers`, then `constants` by name; `options` are for the
-    compiler (num_warps …). It gets the first of the tensors as TMA descriptors, in `blocks` of so many (rows, dims) each.
+    compiler (num_warps …). It gets the first of the tensors as TMA descriptors, in `blocks` of so many (rows, dims) each, as
+    tma.descriptor takes them.
     """
 
     def __init__(self, kernel, grid: int, device: torch.device, numbers: tuple, constants: dict, options: dict, blocks=()):

@@ -1,11 +1,11 @@
 """The tile sizes themselves, and where each comes from. Plain data: imports neither torch nor Triton.
 
 Sources: MODEL, chosen by the cost model among all candidates (`tfkern bench sweep`, bench/sweep.py), or next to it where the
-first spilled more (sm_90, dK and dV at D = 128, is such a second); FIT, not compared by the model yet: first of a list of
-sensible tiles, largest first, that spilled next to nothing on Triton 3.6.0, 3.7.1 and 3.9.0 (sm_100: on 3.7.1 alone). Of both,
-bench/spills.json has what is spilled, and `python bench/compile_gate.py` prints registers, spills and shared memory. COMPILES:
-chosen by hand, not compared with other tiles, as those of the Gluon kernels. Nothing here has been timed on a GPU yet;
-`make gpu` does that.
+first spilled more or was slower from 1,024 keys on (sm_90: the forward at D = 128, dQ at D = 256); FIT, not compared by the
+model yet: first of a list of sensible tiles, largest first, that spilled next to nothing on Triton 3.6.0, 3.7.1 and 3.9.0
+(sm_100: on 3.7.1 alone). Of both, bench/spills.json has what is spilled, and `python bench/compile_gate.py` prints registers,
+spills and shared memory. COMPILES: chosen by hand, not compared with other tiles, as those of the Gluon kernels. Nothing here
+has been timed on a GPU yet; `make gpu` does that.
 """
 
 import functools
@@ -29,14 +29,21 @@ COMPILES = "compiles without spills, 2026-11"
 
 @dataclass(frozen=True)
 class TileConfig:
-    """block_m queries by block_n keys at a time, by num_warps warps, loads pipelined over num_stages; and how these
-    were chosen."""
+    """block_m queries by block_n keys at a time, by num_warps warps, loads pipelined over num_stages; how these were chosen;
+    and the registers that a thread may have at most, so that more programs share a multiprocessor (NVIDIA)."""
 
     block_m: int
     block_n: int
     num_warps: int = 4
     num_stages: int = 2
     source: str = field(default="", compare=False)
+    registers: int | None = None
+
+    def options(self) -> dict:
+        """For the compiler."""
+        # Scores are one multiply-add; Triton 3.10 turns fusion off by default.
+        options = dict(num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True)
+        return options if self.registers is None else {**options, "maxnreg": self.registers}
 
     def lighter(self, kernel: str) -> "TileConfig":
         """Half the rows that a program owns (keys in flash_bwd_dkdv), for what takes more registers a score, and no more warps
@@ -77,22 +84,24 @@ SM_80 = {
 # Of chips with 99 KiB of shared memory a program, and 100 a multiprocessor.
 SM_86 = {**SM_80, ("flash_bwd_dkdv", 2): {**SM_80["flash_bwd_dkdv", 2], 128: M(16, 64, 4, 2)}}
 SM_90 = {
-    ("flash_fwd", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), M(128, 64, 4, 2), C(128, 64, 8, 2), C(64, 32, 8, 2)),
+    ("flash_fwd", 2): _rows(M(64, 64, 4, 2), M(64, 64, 4, 2), M(128, 64, 4, 2), M(128, 64, 8, 2), M(128, 32, 8, 2)),
     ("flash_fwd", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2), C(32, 16, 8, 2), C(32, 16, 8, 2)),
-    ("flash_bwd_dq", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), M(128, 64, 4, 2), M(64, 32, 4, 2), C(64, 32, 8, 2)),
+    ("flash_bwd_dq", 2): _rows(M(64, 64, 4, 2), M(64, 64, 4, 2), M(128, 64, 4, 2), M(64, 32, 4, 2), M(128, 32, 8, 2)),
     ("flash_bwd_dq", 4): _rows(C(32, 32, 4, 2), C(32, 32, 4, 2), C(64, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 4, 2)),
-    ("flash_bwd_dkdv", 2): _rows(C(32, 64, 4, 2), C(32, 64, 4, 2), M(32, 64, 4, 1), M(32, 64, 4, 1), C(16, 32, 8, 2)),
+    ("flash_bwd_dkdv", 2): _rows(M(64, 64, 4, 1), M(64, 64, 4, 1), M(32, 64, 4, 1), M(32, 64, 4, 1), M(32, 64, 8, 2)),
     ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 1), C(32, 32, 4, 1), C(32, 32, 8, 2), C(16, 32, 8, 2), C(16, 16, 8, 2)),
     ("flash_bwd_dbias", 2): _rows(M(64, 32, 4, 1), M(64, 32, 4, 1), M(64, 64, 4, 1), M(128, 64, 8, 1), M(64, 64, 8, 1)),
     ("flash_bwd_dbias", 4): _rows(C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 8, 2)),
 }  # fmt: skip
-# As sm_90's where nothing better is known; the others chosen on Triton 3.7.1 alone. Of dK and dV at D = 128 the model could not
-# rank the loop.
+# fp32 as sm_90's, as nothing better is known; the others chosen on Triton 3.7.1 alone. Of dK and dV at D = 128 the model could
+# not rank the loop.
 SM_100 = {
     **SM_90,
-    ("flash_fwd", 2): {**SM_90["flash_fwd", 2], 64: M(64, 64, 4, 1)},
-    ("flash_bwd_dq", 2): {**SM_90["flash_bwd_dq", 2], 64: M(64, 32, 4, 2), 128: C(128, 32, 8, 2)},
-    ("flash_bwd_dkdv", 2): {**SM_90["flash_bwd_dkdv", 2], 64: M(32, 128, 8, 1), 128: TileConfig(32, 128, 8, 1, COMPILES)},
+    ("flash_fwd", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), M(64, 64, 4, 1), C(128, 64, 8, 2), C(64, 32, 8, 2)),
+    ("flash_bwd_dq", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), M(64, 32, 4, 2), C(128, 32, 8, 2), C(64, 32, 8, 2)),
+    ("flash_bwd_dkdv", 2): _rows(
+        C(32, 64, 4, 2), C(32, 64, 4, 2), M(32, 128, 8, 1), TileConfig(32, 128, 8, 1, COMPILES), C(16, 32, 8, 2)
+    ),
     ("flash_bwd_dbias", 2): _rows(C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 32, 8, 2), C(16, 32, 8, 2)),
 }
 TABLE = {
@@ -116,6 +125,14 @@ TABLE = {
 ONE_PASS_TABLE = {
     **{("interpreter", itemsize, block_d): (C(32, 64),) for itemsize in (2, 4) for block_d in HEAD_DIM_CLASSES},
     ("sm_90", 2, 64): (M(32, 64, 4, 1), M(64, 128, 8, 1)),
+}
+
+# The same: tiles of flash_bwd_dkdv where TMA brings its queries, and no addresses of theirs take registers.
+DESCRIPTOR_TABLE = {
+    **{("interpreter", 2, block_d): C(32, 64) for block_d in HEAD_DIM_CLASSES},
+    ("sm_90", 2, 32): M(64, 64, 4, 2, registers=168),
+    ("sm_90", 2, 64): M(64, 64, 4, 2, registers=168),
+    ("sm_90", 2, 128): M(64, 64, 4, 2),
 }
 
 

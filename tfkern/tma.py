@@ -25,7 +25,12 @@ def readable(x: Tensor) -> Tensor:
 
 def ready(x: Tensor) -> bool:
     """Whether rows are dense, and all else multiples of 16 bytes."""
-    return _steps(x.shape, x.stride()) and x.data_ptr() % 16 == 0 and not x.is_neg()
+    return able(x) and x.data_ptr() % 16 == 0 and not x.is_neg()
+
+
+def able(x: Tensor) -> bool:
+    """Whether its shape and strides are such; TMA has no empty tensors."""
+    return x.numel() > 0 and _steps(x.shape, x.stride())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -39,22 +44,30 @@ def strides(x: Tensor) -> tuple[int, int, int]:
     return tuple(layout.encode(s // ALIGNED if n > 1 else 0) for s, n in zip(x.stride()[:3], x.shape[:3], strict=True))
 
 
-def descriptor(x: Tensor, rows: int, dim: int):
-    """Of (B, H, N, D) in blocks of (1, 1, rows, dim)."""
-    block, swizzled, make = _swizzled(rows, dim)
+def descriptor(x: Tensor, rows: int, dim: int, gluon: bool = True):
+    """Of (B, H, N, D) in blocks of (1, 1, rows, dim), for a kernel in Gluon or in plain Triton, which finds a layout itself."""
+    block, make, *more = _gluon(rows, dim) if gluon else _plain(rows, dim)
     # A dim of size 1 is never stepped along: its stride is noise that TMA might refuse.
     steps = [s if n > 1 else ALIGNED for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
-    return make(x, list(x.shape), [*steps, 1], block, swizzled)
+    return make(x, list(x.shape), [*steps, 1], block, *more)
 
 
 @functools.cache
-def _swizzled(rows: int, dim: int):
-    """(block, its layout in shared memory, the class of descriptors): Triton takes longer to find a layout than all else."""
+def _plain(rows: int, dim: int) -> tuple:
+    """(block, the class of descriptors)"""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return [1, 1, rows, dim], TensorDescriptor
+
+
+@functools.cache
+def _gluon(rows: int, dim: int) -> tuple:
+    """(block, the class of descriptors, the layout in shared memory): Triton takes longer to find that than all else."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     block = [1, 1, rows, dim]
-    return block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16), TensorDescriptor  # float16's layout is the same
+    return block, TensorDescriptor, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)  # float16's layout is the same
 
 
 class Maps(dict):

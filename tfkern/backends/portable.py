@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tfkern import configs, features, launch, layout
+from tfkern import configs, features, launch, layout, tma
 from tfkern.problem import Gradients, Problem, Tensors
 
 
@@ -37,18 +37,19 @@ def backward(problem: Problem, t: Tensors, out, lse, do, dlse, needed, into=None
     do = layout.last_dim_dense(do.resolve_neg())
     dlse = None if dlse is None else dlse.resolve_neg().contiguous()
     need = Gradients(*needed)
-    plan = _plan(p, _plan_backward, t, out, do, need, into, dlse is None)
+    aligned = (t.q.data_ptr() | do.data_ptr()) % launch.ALIGNMENT == 0
+    plan = _plan(p, _plan_backward, t, out, do, need, into, dlse is None, aligned)
     dq, dk, dv = into or (result.empty() for result in plan.results)
     delta = torch.empty_like(lse)
     dslopes = torch.empty_like(lse) if need.slopes else None
     optional = features.of(p, t)
     if plan.dq is None:
-        plan.dkdv((t.q, t.k, t.v, out, do, lse, dlse, delta, dq, dk, dv, dslopes), *optional)
+        plan.dkdv((t.q, do, t.k, t.v, out, lse, dlse, delta, dq, dk, dv, dslopes), *optional)
     else:
         # delta and, where slopes need a gradient, each query's part of it, come of this one: any gradient needs it
         plan.dq((t.q, t.k, t.v, out, do, lse, dlse, delta, dq, dslopes), *optional)
         if need.k or need.v:
-            plan.dkdv((t.q, t.k, t.v, None, do, lse, None, delta, None, dk, dv, None), *optional)
+            plan.dkdv((t.q, do, t.k, t.v, None, lse, None, delta, None, dk, dv, None), *optional)
     dbias = None
     if need.bias:
         dbias = torch.empty(p.bias, dtype=t.bias.dtype, device=p.device)
@@ -93,7 +94,7 @@ class BackwardPlan(NamedTuple):
     results: tuple[layout.Blank, layout.Blank, layout.Blank]
 
 
-def _plan_backward(p: Problem, t: Tensors, out, do, need: Gradients, into, without_dlse: bool) -> BackwardPlan:
+def _plan_backward(p: Problem, t: Tensors, out, do, need: Gradients, into, without_dlse: bool, aligned: bool) -> BackwardPlan:
     from tfkern.kernels import flash_bwd_dbias, flash_bwd_dkdv, flash_bwd_dq
 
     results = tuple(layout.Blank(x, x.shape[-1]) for x in t[:3])
@@ -102,17 +103,34 @@ def _plan_backward(p: Problem, t: Tensors, out, do, need: Gradients, into, witho
     vec, strides = layout.kernel_strides(t.q, t.k, t.v, out, do, dq, dk, dv)
     if vec and not p.packed:  # whose longest sequence nobody knows; free strides take too many registers
         one_pass = configs.one_pass(_architecture(p), p.dtype.itemsize, _block(p), p.n_k, p.batch * p.kv_heads, p.heavy)
-    if one_pass is None:
+    if one_pass is not None:
+        launch_dkdv = _launch(p, t, flash_bwd_dkdv.flash_bwd_dkdv, vec, strides, p.kv_heads, one_pass)
+    else:
         vec, strides = layout.kernel_strides(t.q, t.k, t.v, out, do, dq)
         launch_dq = _launch(p, t, flash_bwd_dq.flash_bwd_dq, vec, strides, p.heads)
-        vec, (*qkv, do_stride, dk_stride, dv_stride) = layout.kernel_strides(t.q, t.k, t.v, do, dk, dv)
-        strides = [*qkv, None, do_stride, None, dk_stride, dv_stride]
-    launch_dkdv = _launch(p, t, flash_bwd_dkdv.flash_bwd_dkdv, vec, strides, p.kv_heads, one_pass)
+        launch_dkdv = _plan_dkdv(p, t, do, dk, dv, aligned)
     launch_dbias = None
     if need.bias:
         vec, strides = layout.kernel_strides(t.q, t.k, t.v, do)
         launch_dbias = _launch(p, t, flash_bwd_dbias.flash_bwd_dbias, vec, strides, p.heads)
     return BackwardPlan(launch_dq, launch_dkdv, launch_dbias, results)
+
+
+def _plan_dkdv(p: Problem, t: Tensors, do, dk, dv, aligned: bool) -> launch.Launch:
+    """dK and dV by themselves, queries and their gradients by TMA if it can bring them: it cuts tiles where a tensor ends, not
+    where a window, a packed sequence or a mask does."""
+    from tfkern.kernels.flash_bwd_dkdv import flash_bwd_dkdv
+
+    cut = p.heavy or p.packed or p.left is not None
+    if aligned and not cut and tma.able(t.q) and tma.able(do):
+        config = configs.described(_architecture(p), p.dtype.itemsize, _block(p))
+        if config is not None:
+            vec, (k, v, *results) = layout.kernel_strides(t.k, t.v, dk, dv)
+            strides = [None, k, v, None, None, None, *results]
+            blocks = [(config.block_m, configs.head_dim_class(d), False) for d in (p.head_dim, p.v_head_dim)]
+            return _launch(p, t, flash_bwd_dkdv, vec, strides, p.kv_heads, config, tuple(blocks))
+    vec, (*qkv, do_stride, dk_stride, dv_stride) = layout.kernel_strides(t.q, t.k, t.v, do, dk, dv)
+    return _launch(p, t, flash_bwd_dkdv, vec, [*qkv, None, do_stride, None, dk_stride, dv_stride], p.kv_heads)
 
 
 def _architecture(p: Problem) -> str:
@@ -124,9 +142,9 @@ def _block(p: Problem) -> int:
     return configs.head_dim_class(max(p.head_dim, p.v_head_dim))
 
 
-def _launch(p: Problem, t: Tensors, kernel, vec: int, strides: list, heads: int, config=None) -> launch.Launch:
+def _launch(p: Problem, t: Tensors, kernel, vec: int, strides: list, heads: int, config=None, blocks=()) -> launch.Launch:
     """A kernel with its grid, its numbers and what it is compiled for; `heads` are those that its programs share out. Without
-    config, the table's tiles."""
+    config, the table's tiles. blocks: of tensors that it gets as descriptors."""
     name = kernel.__name__
     config = config or configs.tile_config(_architecture(p), name, p.dtype.itemsize, _block(p), p.heavy)
     sizes = (p.batch, p.heads, p.group, p.n_q, p.n_k)
@@ -148,10 +166,8 @@ def _launch(p: Problem, t: Tensors, kernel, vec: int, strides: list, heads: int,
         tiles = rows // block + p.batch + 1 if p.packed else -(-rows // block)
         grid = (1 if p.packed else p.batch) * heads * tiles
         arguments = (*strides, *sizes, tiles, *numbers)
-    # Scores are one multiply-add; Triton 3.10 turns fusion off by default.
-    options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    return launch.Launch(kernel, grid, p.device, arguments, constants, options)
+    return launch.Launch(kernel, grid, p.device, arguments, constants, config.options(), blocks)
 
 
 def _precision(p: Problem) -> str:
