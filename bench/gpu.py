@@ -17,6 +17,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -139,8 +140,12 @@ def run(call: int, args: argparse.Namespace, rows: RowFile, machine: dict, cut) 
 def finish(rows: RowFile, machine: dict) -> None:
     """The results file, tables and plots, and what is wrong; what can't be written stops none of the rest."""
     rows.close()
+    folder = rows.path.parent
     try:
-        print(report.write(current(rows.rows), rows.path.parent, machine))
+        with tempfile.TemporaryDirectory(dir=folder) as new:  # nothing half written takes the place of what is there
+            report.write(current(rows.rows), Path(new), machine)
+            for file in Path(new).iterdir():
+                print(file.replace(folder / file.name))
     except (OSError, ImportError) as error:
         print(f"no report: {type(error).__name__}: {error}", file=sys.stderr)
     for problem in problems(rows.rows):

@@ -147,7 +147,7 @@ class Supervisor:
                 if reason := process.overdue(self.slow):
                     process.signal(signal.SIGUSR1)
                     time.sleep(STACK)
-                    self._lost(process, reason)
+                    self._lost(process, reason, 0.0)
 
     def _hear(self, process: Process) -> None:
         """The next that a process says; if it says nothing any more, it is lost."""
@@ -156,7 +156,7 @@ class Supervisor:
                 raise EOFError
             kind, what = process.connection.recv()
         except (EOFError, OSError):
-            self._lost(process, "the process ended")
+            self._lost(process, "the process ended", GOING)
             return
         process.since = time.monotonic()
         if kind == "row":
@@ -206,9 +206,9 @@ class Supervisor:
         if self.queue and self.startable:
             self._start()
 
-    def _lost(self, process: Process, reason: str) -> None:
+    def _lost(self, process: Process, reason: str, patience: float) -> None:
         """A process that hung or ended within a case, or before it could name its cases."""
-        how = process.end()
+        how = process.end(patience)
         self.startable &= process.named  # the next could not name its cases either
         self._write(process.case or START, dict(problem=f"{reason}: {how}"))
         self._replace(process)
