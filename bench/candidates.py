@@ -1,4 +1,10 @@
-"""Tile sizes worth trying: what sweep.py ranks by the cost model and tuning.py by time. Plain data, imports nothing."""
+"""Tile sizes worth trying: all that rank.py ranks by the cost model, and the best, which tuning.py times. Plain data."""
+
+import json
+from pathlib import Path
+
+RANKED = Path(__file__).with_name("ranked.json")  # written by rank.py
+BEST = 4  # of each kernel and head dim
 
 TILES = {  # (block_m, block_n) by kernel
     "flash_fwd": [(m, n) for m in (64, 128, 256) for n in (32, 64, 128)],
@@ -19,6 +25,15 @@ HOPPER = {
     "flash_bwd": [(6, 2), (8, 1), (6, 1)],  # as HopperOnePass: slots for tiles of queries, buffers of dS
     "flash_bwd_dkdv": [(64, 3, 2, False, 232, 1), (64, 4, 2, False, 232, 1), (64, 3, 1, False, 240, 1)],
 }  # fmt: skip
+
+
+# (backend, kernel): what takes turns in tuning.py.
+KERNELS = [("portable", kernel) for kernel in TILES] + [("hopper", kernel) for kernel in HOPPER]
+
+
+def best(backend: str, kernel: str, head_dim: int) -> list[list]:
+    """The numbers of the model's best, best first; none where a kernel has not been ranked."""
+    return json.loads(RANKED.read_text())["best"].get(f"{backend} {kernel} {head_dim}", [])
 
 
 def of(kernel: str) -> list[tuple[int, int, int, int]]:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 # Name and the seconds that it may take at most, most valuable first; steps.py has what they do.
 STEPS = {
-    "tests-small": 120, "attention": 150, "overhead": 20, "graphs": 60, "tune-hopper": 40, "tune": 120, "repeat": 30,
+    "tests-small": 120, "attention": 150, "overhead": 20, "graphs": 60, "tune": 120, "repeat": 30,
     "blocks": 90, "memory": 60, "sanitizer": 60, "tests-all": 600,
 }  # fmt: skip
 
@@ -29,7 +29,7 @@ def run_step(name: str, rows: Path, seconds: float, dry: bool) -> str:
     """How a step ended. Its rows are in the file already."""
     command = [sys.executable, "-m", "tfkern.bench.steps", name, "--rows", str(rows), "--seconds", str(int(seconds))]
     environment = dict(os.environ)
-    if dry and name in ("tune", "tune-hopper", "overhead"):
+    if dry and name in ("tune", "overhead"):
         environment["TRITON_INTERPRET"] = "0"  # these compile for a GPU that is not there
     elif dry:
         environment["TRITON_INTERPRET"] = "1"

@@ -23,11 +23,7 @@ NAIVE_BYTES = 8 * 2**30  # more N x N scores than this are not tried
 
 
 class UnavailableError(RuntimeError):
-    """This provider can't be timed here; the message says why. `wrong` if it is that its results are."""
-
-    @property
-    def wrong(self) -> bool:
-        return str(self).startswith("wrong results")
+    """This provider can't be timed here; the message says why."""
 
 
 def _tfkern(name: str, shape: Shape, dtype: torch.dtype, device: torch.device):
@@ -57,22 +53,23 @@ def _sdpa(kind: SDPBackend | None, shape: Shape, dtype: torch.dtype, device: tor
     return run
 
 
-@functools.cache
-def _compiled_flex():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
+def default_choice(q, k, v, **options) -> str:
+    """Which of its backends F.scaled_dot_product_attention takes for these arguments: since PyTorch 2.11 cuDNN on an H100."""
+    return SDPBackend(torch._fused_sdp_choice(q, k, v, **options)).name
 
 
 def _flex(shape: Shape, dtype: torch.dtype, device: torch.device):
-    from torch.nn.attention.flex_attention import create_block_mask
+    """Compiled for this shape and no other. One compiled function would meet Dynamo's limit of recompilations after a few
+    shapes and from there on run unfused; with fullgraph it raises instead."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if device.type != "cuda":
         raise UnavailableError("compiled FlexAttention has no backward on a CPU")
+    torch._dynamo.reset()
     mask = None
     if shape.is_causal:
         mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, shape.length, shape.length, device=device)
-    return lambda q, k, v: _compiled_flex()(q, k, v, block_mask=mask)
+    return functools.partial(torch.compile(flex_attention, dynamic=False, fullgraph=True), block_mask=mask)
 
 
 def _naive(shape: Shape, dtype: torch.dtype, device: torch.device):

@@ -21,7 +21,7 @@ import torch
 import tfkern
 from tfkern import testing
 from tfkern.bench import blocks, runner, shapes
-from tfkern.bench.providers import PROVIDERS, UnavailableError
+from tfkern.bench.providers import PROVIDERS
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL_TESTS = ["tests/test_small.py", "tests/test_attention.py", "tests/test_hopper.py"]  # its cases run on the chip
@@ -51,14 +51,8 @@ def attention(context: Context, graphs: bool = False) -> Cases:
     seconds = 0.01 if context.dry else 0.2
     for shape in context.shapes():
         for name in PROVIDERS:
-            yield f"{shape.name} {name}", functools.partial(_figures, name, shape, context, seconds, graphs)
-
-
-def _figures(name: str, shape: shapes.Shape, context: Context, seconds: float, graphs: bool) -> Iterator[dict]:
-    try:
-        yield from runner.figures(name, shape, context.dtype, context.device, seconds, graphs)
-    except UnavailableError as reason:
-        yield dict(shape=shape.name, provider=name, skipped=str(reason), **({"problem": str(reason)} if reason.wrong else {}))
+            given = name, shape, context.dtype, context.device, seconds, graphs
+            yield f"{shape.name} {name}", functools.partial(runner.figures, *given)
 
 
 def tests(context: Context, files: list[str]) -> Cases:
@@ -105,19 +99,14 @@ def overhead(context: Context) -> Cases:
 
 
 def tune(context: Context) -> Cases:
-    """Every candidate of tile sizes, by time; on a machine without a GPU one of each is compiled."""
-    from tfkern.bench import tuning
+    """Candidates of tile sizes, by time; on a machine without a GPU one of each kernel is compiled."""
+    from tfkern.bench import prewarm, tuning
 
-    for case, config in tuning.cases(first_only=context.dry):
-        yield f"{case} {config}", functools.partial(tuning.time_one, case, config, context.device, context.dry)
-
-
-def tune_hopper(context: Context) -> Cases:
-    """The same of the kernels for Hopper."""
-    from tfkern.bench import tuning
-
-    for case, config in tuning.hopper_cases(first_only=context.dry):
-        yield f"{case} {config}", functools.partial(tuning.time_hopper, case, config, context.device, context.dry)
+    if context.dry:
+        yield from prewarm.cases(map(prewarm.candidate, tuning.cases(first_only=True)))
+        return
+    for one in tuning.cases():
+        yield one.name, functools.partial(tuning.rows, one, context.device)
 
 
 def repeat(context: Context) -> Cases:
@@ -154,14 +143,8 @@ def memory(context: Context) -> Cases:
     lengths = (64,) if context.dry else (1024, 4096, 16384, 65536, 131072)
     for length in lengths:
         for name in ("tfkern portable", "sdpa flash", "sdpa efficient", "naive"):
-            yield f"{length} {name}", functools.partial(_memory, name, length, context)
-
-
-def _memory(name: str, length: int, context: Context) -> Iterator[dict]:
-    try:
-        yield from runner.peak_memory(name, length, context.dtype, context.device)
-    except RuntimeError as error:  # a peer that is not here, or that runs out of memory, which is a result
-        yield dict(provider=name, length=length, skipped=str(error).splitlines()[0])
+            given = name, length, context.dtype, context.device
+            yield f"{length} {name}", functools.partial(runner.peak_memory, *given)
 
 
 def sanitizer(context: Context) -> Cases:
@@ -197,7 +180,6 @@ STEPS: dict[str, Callable[[Context], Cases]] = {
     "attention": attention,
     "overhead": overhead,
     "graphs": functools.partial(attention, graphs=True),
-    "tune-hopper": tune_hopper,
     "tune": tune,
     "repeat": repeat,
     "blocks": block_steps,
