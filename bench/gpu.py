@@ -20,7 +20,7 @@ from pathlib import Path
 
 # Name and the seconds that it may take at most, most valuable first; steps.py has what they do.
 STEPS = {
-    "tests-small": 120, "attention": 150, "overhead": 20, "graphs": 60, "tune": 120, "repeat": 30,
+    "tests-small": 120, "attention": 150, "overhead": 20, "graphs": 60, "tune": 120, "repeat": 30, "peer-faults": 20,
     "blocks": 90, "memory": 60, "sanitizer": 60, "tests-all": 600,
 }  # fmt: skip
 

@@ -19,6 +19,10 @@ from tfkern.backends import BACKENDS
 from tfkern.bench.shapes import Shape
 
 FLASH_ATTN = {"flash-attn 2": "flash_attn", "flash-attn 3": "flash_attn_interface", "flash-attn 4": "flash_attn.cute"}
+SDPA = {
+    "sdpa default": None, "sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION, "sdpa math": SDPBackend.MATH,
+}  # fmt: skip
 NAIVE_BYTES = 8 * 2**30  # more N x N scores than this are not tried
 
 
@@ -96,11 +100,7 @@ def _flash_attn(module: str, shape: Shape, dtype: torch.dtype, device: torch.dev
 
 PROVIDERS: dict[str, Callable[[Shape, torch.dtype, torch.device], Callable]] = {
     **{f"tfkern {name}": functools.partial(_tfkern, name) for name in BACKENDS},
-    "sdpa default": functools.partial(_sdpa, None),
-    "sdpa flash": functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION),
-    "sdpa cudnn": functools.partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
-    "sdpa efficient": functools.partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION),
-    "sdpa math": functools.partial(_sdpa, SDPBackend.MATH),
+    **{name: functools.partial(_sdpa, kind) for name, kind in SDPA.items()},
     "flex": _flex,
     **{name: functools.partial(_flash_attn, module) for name, module in FLASH_ATTN.items()},
     "naive": _naive,

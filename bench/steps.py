@@ -18,14 +18,12 @@ from pathlib import Path
 
 import torch
 
-import tfkern
 from tfkern import testing
-from tfkern.bench import blocks, runner, shapes
+from tfkern.bench import blocks, peer_faults, repeats, runner, shapes
 from tfkern.bench.providers import PROVIDERS
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL_TESTS = ["tests/test_small.py", "tests/test_attention.py", "tests/test_hopper.py"]  # its cases run on the chip
-REPEATS = 250
 
 
 class Context:
@@ -111,24 +109,13 @@ def tune(context: Context) -> Cases:
 
 def repeat(context: Context) -> Cases:
     """The same inputs and seed give the same bits, many times over."""
-    cases = {case.name: case for case in (*testing.CASES, *testing.FEATURE_CASES)}
-    for name in list(cases)[:: 1 if not context.dry else len(cases)]:
-        yield name, functools.partial(_same_bits, cases[name], context)
+    features = [*testing.CASES, *testing.FEATURE_CASES][:: 60 if context.dry else 1]
+    return repeats.cases(context.shapes(), features, context.dtype, context.device, 1 if context.dry else repeats.TIMES)
 
 
-def _same_bits(case, context: Context) -> Iterator[dict]:
-    dtype = torch.float32 if context.dry else torch.bfloat16
-    inputs = testing.make_inputs(case, dtype, context.device)
-    function = functools.partial(tfkern.attention_varlen if case.lengths else tfkern.attention, backend="portable")
-    first = testing.results(function, inputs)
-    count = 1 if context.dry else REPEATS
-    for index in range(count):
-        again = testing.results(function, inputs)
-        for name, x in first.items():
-            if not torch.equal(x.view(torch.uint8), again[name].view(torch.uint8)):
-                yield dict(problem=f"{name} differs in repeat {index + 1}")
-                return
-    yield dict(repeats=count)
+def peers(context: Context) -> Cases:
+    """Where peers' gradients are NaN, who gives what."""
+    return peer_faults.cases(context.dtype, context.device)
 
 
 def block_steps(context: Context) -> Cases:
@@ -182,6 +169,7 @@ STEPS: dict[str, Callable[[Context], Cases]] = {
     "graphs": functools.partial(attention, graphs=True),
     "tune": tune,
     "repeat": repeat,
+    "peer-faults": peers,
     "blocks": block_steps,
     "memory": memory,
     "sanitizer": sanitizer,

@@ -14,8 +14,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tfkern
-from tfkern import cli, reference
-from tfkern.bench import candidates, faults, plots, providers, runner, timing, tuning, verify
+from tfkern import cli, reference, testing
+from tfkern.bench import candidates, faults, plots, providers, repeats, runner, timing, tuning, verify
 from tfkern.bench.shapes import Shape
 
 TINY = Shape("tiny", 2, 3, 40, 16, is_causal=True)
@@ -373,3 +373,20 @@ for one in tuning.cases():
 """)
     assert len(lines) == len(list(tuning.cases()))
     assert [line for line in lines if not line.endswith(" as wanted")] == []
+
+
+def test_repeats(monkeypatch, device):
+    """What gives other bits once is a problem; NaN are equal to themselves."""
+    results = iter([dict(out=torch.full((2,), torch.nan))] * 4 + [dict(out=torch.tensor([torch.nan, 0.0]))])
+    (row,) = repeats.rows(lambda: lambda: next(results), times=3)
+    assert row["repeats"] == 3
+    results = iter([dict(out=torch.zeros(2))] * 3 + [dict(out=torch.tensor([0.0, -0.0]))])
+    (row,) = repeats.rows(lambda: lambda: next(results), times=3)
+    assert row["problem"] == "out differ in repeat 3"
+    named = dict(repeats.cases([TINY], [testing.CASES[0]], torch.float32, torch.device(device), times=1))
+    assert list(named) == ["tiny hopper", "tiny portable", f"{testing.CASES[0].name} portable"]
+    (row,) = named["tiny hopper"]()
+    assert "float32" in row["skipped"]
+    (row,) = named["tiny portable"]()
+    assert row["repeats"] == 1
+    assert row["kernels"][0] == "flash_fwd 64x32 w4 s2"
