@@ -17,8 +17,10 @@ from torch import Tensor
 
 import tfkern
 from tfkern import launch, testing
-from tfkern.bench import fake_gpu, launches, tuning
+from tfkern.bench import fake_gpu, launches, peer_faults, repeats, shapes, smoke, tuning
 from tfkern.bench.shapes import Shape
+
+FEATURES = [case for case in (*testing.CASES, *testing.FEATURE_CASES) if case.name in testing.SHORT]
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,44 @@ def check(case: testing.Case, backend: str) -> Problem:
 def candidate(one: tuning.Candidate) -> Problem:
     """Tiles that tuning.py times."""
     return Problem(one.name, tuning.launch, (one, torch.device("cpu")))
+
+
+def smoke_form(form: str) -> Problem:
+    """What smoke.py tries."""
+    return Problem(f"{form} smoke", _smoke, (form,))
+
+
+def fault(one: peer_faults.Fault, backend: str) -> Problem:
+    """Where a peer gives NaN."""
+    return Problem(f"{one.name} {backend}", _fault, (one, backend))
+
+
+def first_call() -> Iterator[Problem]:
+    """What `make gpu CALL=1` runs, the longest to compile first."""
+    yield from map(smoke_form, smoke.FORMS)
+    yield from (attention(shape, "portable") for shape in shapes.GPU_SHAPES)
+    yield from (check(case, "portable") for case in FEATURES)
+
+
+def second_call() -> Iterator[Problem]:
+    """CALL=2, but for its tests, which compile on their own many cores."""
+    yield from (attention(shape, backend) for backend in repeats.BACKENDS for shape in shapes.GPU_SHAPES)
+    yield from (fault(one, backend) for backend in repeats.BACKENDS for one in peer_faults.FAULTS)
+    yield from (check(case, "portable") for case in FEATURES)
+
+
+def third_call() -> Iterator[Problem]:
+    """CALL=3: in the order in which tuning.py wants them."""
+    yield from map(candidate, tuning.cases())
+
+
+def _smoke(form: str) -> None:
+    with smoke.forced(form):
+        _check(smoke.FORMS[form], "hopper")
+
+
+def _fault(one: peer_faults.Fault, backend: str) -> None:
+    peer_faults.results(functools.partial(tfkern.attention, backend=backend), one.inputs(torch.bfloat16))
 
 
 def _attend(shape: Shape, backend: str) -> None:

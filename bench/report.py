@@ -6,38 +6,28 @@ import json
 import math
 from pathlib import Path
 
-from tfkern.bench import cost_model, providers, runner, shapes
+from tfkern.bench import cost_model, providers, shapes
 
 PEERS = ("sdpa default", "sdpa flash", "sdpa cudnn", "sdpa efficient", "flex", *providers.FLASH_ATTN)
 OURS = ("tfkern hopper", "tfkern portable")
 SHAPES = {s.name: s for s in (*shapes.GPU_SHAPES, *shapes.DRY_SHAPES)}
+STEPS = ("headline", "hopper", "flex")  # whose rows are figures of providers on shapes
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
 
-def write(rows: Path, folder: Path, machine: dict) -> Path:
-    """<date>.json, <date>.csv and the plots from rows.jsonl; returns the first."""
-    found = runner.load_rows(rows)
+def write(found: list[dict], folder: Path, machine: dict) -> Path:
+    """<date>.json, <date>.csv and the plots from rows; returns the first."""
     results = folder / f"{machine['date'][:10]}.json"
     known = [dataclasses.asdict(shape) for shape in SHAPES.values()]
     results.write_text(json.dumps(dict(machine=machine, shapes=known, rows=found), indent=0) + "\n")
     _write_csv(found, results.with_suffix(".csv"))
-    draw(results)
     print(table(results))
-    for problem in problems(rows):
-        print("PROBLEM", problem)
+    draw(results)
     return results
 
 
-def problems(rows: Path) -> list[str]:
-    """What is wrong, one line each."""
-    found = runner.load_rows(rows)
-    return [
-        f"{row['step']} {row['case']}: {str(row['problem']).strip().splitlines()[-1]}" for row in found if row.get("problem")
-    ]
-
-
 def _write_csv(rows: list[dict], path: Path) -> None:
-    flat = [{k: v for k, v in row.items() if not isinstance(v, (list, dict))} for row in rows if row["step"] != "end"]
+    flat = [{k: v for k, v in row.items() if not isinstance(v, (list, dict))} for row in rows]
     names = list(dict.fromkeys(name for row in flat for name in row))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, names)
@@ -49,7 +39,7 @@ def timed(results: Path) -> dict[tuple[str, str], dict[str, dict]]:
     """{(shape, direction): {provider: row}} of what was timed."""
     by_case: dict[tuple[str, str], dict[str, dict]] = {}
     for row in json.loads(results.read_text())["rows"]:
-        if row["step"] == "attention" and "ms" in row:
+        if row["step"] in STEPS and "ms" in row:
             by_case.setdefault((row["shape"], row["direction"]), {})[row["provider"]] = row
     return by_case
 
