@@ -10,7 +10,7 @@ import torch
 
 from tfkern.bench import gpu, report, runner, steps
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: `make gpu` itself is run")
+pytestmark = pytest.mark.cpu  # on a GPU `make gpu` itself is run
 
 
 def command(tmp_path, *arguments: str) -> subprocess.CompletedProcess:

@@ -294,6 +294,7 @@ def test_work_of_the_backward_in_one_launch():
     assert whole.longest == 20
 
 
+@pytest.mark.slow
 def test_the_hopper_backward_is_predicted_from_its_machine_code():
     """In one launch it is nearer the floor than in two, and both are nearer than the portable kernels."""
     done = subprocess.run(
@@ -311,6 +312,7 @@ def test_the_hopper_backward_is_predicted_from_its_machine_code():
         assert row[6] == "-" or floor < float(row[6]) < two, row
 
 
+@pytest.mark.slow
 def test_the_hopper_forward_is_predicted_from_its_machine_code():
     """Nearer the floor than the portable kernel, not below it, and near to what kernels of the same kind were measured at
     (FlashAttention-3 paper: 333 and 460 TFLOP/s at 512 and 2048 tokens, D = 64), which the model flatters. At 512 tokens most of
