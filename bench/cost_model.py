@@ -1,5 +1,6 @@
 """A predicted time for a compiled kernel on a GPU that is not there, what binds it, and how far it is from the floor.
 
+Its times rank tiles. As promises they err, by up to a factor of 2 for Hopper: what is shown comes from calibration.py.
 Assumptions (each is a number to be corrected by measurements, `tfkern bench model --against results.json`):
 - MACHINES has the chips. Of the H100: it runs at 1.70 GHz under this load; tensor pipes reach 87% of 2048 multiply-adds a cycle
   and SM (798 TFLOP/s measured for bf16 matmul), copies 3.0 TB/s to device memory, reads 5.5 TB/s from L2. The others' numbers

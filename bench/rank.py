@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Rank the candidates of tile sizes by the cost model and keep the best few of each kernel in ranked.json, for `make gpu`.
 
-usage: rank.py [--kernel "portable flash_fwd" …] [--head-dim 64 128]
+usage: rank.py [--kernel "portable flash_fwd" …] [--head-dim 64 128] [--store FILE]
 
-Kernels that are not named keep what the file has. Needs no GPU; a kernel takes minutes, as every candidate is compiled.
+Kernels that are not named keep what the file has. Needs no GPU; a kernel takes minutes, as candidates are compiled. --store is
+sweep.py's: what it has is not compiled again.
 """
 
 import argparse
@@ -18,58 +19,55 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import aot
 import candidates
 import compile_gate
-import cost_model
 import geometry
 import hopper_model
 import sweep
 
-DTYPE, VARIANTS = "bf16", ["plain", "causal"]
+DTYPE = "bf16"
 
 
-def portable(kernel: str, head_dim: int) -> list[tuple[float, list]]:
-    """(rank, tiles) of the candidates that compile and fit, the best first."""
-    config = compile_gate.load("tfkern.configs").TileConfig
-
-    def ranked(tiles, variants) -> list[tuple[float, list]]:
-        rows = [sweep.evaluate(kernel, "sm_90", DTYPE, head_dim, variants, config(*numbers)) for numbers in tiles]
-        found = [(row["rank"], list(numbers)) for row, numbers in zip(rows, tiles, strict=True)]
-        return sorted(one for one in found if math.isfinite(one[0]))
-
-    first = ranked(candidates.of(kernel), VARIANTS[:1])  # all of them by all variants would take twice as long
-    return ranked([numbers for _, numbers in first[: 2 * candidates.BEST]], VARIANTS)
+def portable(known: sweep.Sweep, kernel: str, head_dim: int) -> list[tuple[float, tuple]]:
+    """(rank, tiles) of all that sweep.py looks into, ranked without a mask, the best first."""
+    row = sweep.Row("sm_90", kernel, DTYPE, head_dim)
+    known.run(row)
+    seen = {tiles for at, tiles, variant in known.known if at == row and variant == "plain"}
+    found = [(known.rank(row, tiles, ("plain",)), tiles) for tiles in candidates.of(kernel, head_dim) if tiles in seen]
+    return sorted(one for one in found if math.isfinite(one[0]))
 
 
-def hopper(kernel: str, head_dim: int) -> list[tuple[float, list]]:
-    """The same of a kernel for Hopper, which has few."""
+def hopper(kernel: str, head_dim: int) -> list[tuple[float, tuple]]:
+    """(rank, tiles) of all candidates of a kernel for Hopper, the best first."""
     tiles, found = compile_gate.load("tfkern.tiles"), []
+    row = sweep.Row("sm_90", kernel, DTYPE, head_dim)
+    asked = [problem for variant in sweep.VARIANTS for problem in sweep.problems(row, variant)]
     for numbers in candidates.HOPPER[kernel]:
         config = (tiles.HopperOnePass if kernel == "flash_bwd" else tiles.HopperConfig)(*numbers)
         try:
-            ratios = [ratio for v in VARIANTS for p in sweep.problems(head_dim, v) if (ratio := _ratio(kernel, config, p))]
+            times = [us for problem in asked if (us := _microseconds(kernel, config, problem))]
         except Exception as error:  # whatever the compiler throws: this is no candidate
             print(f"{kernel} {numbers}: {error!r}"[:300], file=sys.stderr)
             continue
-        if ratios:
-            found.append((math.exp(sum(map(math.log, ratios)) / len(ratios)), list(numbers)))
+        if times:
+            found.append((math.exp(sum(map(math.log, times)) / len(times)), numbers))
     return sorted(found)
 
 
-def _ratio(kernel: str, config, p: geometry.Problem) -> float | None:
-    """The predicted time beside the floor; None where the kernel would not take the problem."""
+def _microseconds(kernel: str, config, p: geometry.Problem) -> float | None:
+    """Predicted; None where the kernel would not take the problem."""
     tiles = compile_gate.load("tfkern.tiles")
     if kernel.startswith("flash_fwd"):
         short = kernel == "flash_fwd_short"
         if short and p.length > config.stages * config.block_n:
             return None
-        predicted, of = hopper_model.predict_with(config, short, p, DTYPE), "flash_fwd"
+        predicted = hopper_model.predict_with(config, short, p, DTYPE)
     elif kernel == "flash_bwd":
         with mock.patch.dict(tiles.HOPPER_ONE_PASS, {p.head_dim: (config,)}):
-            predicted, of = hopper_model.one_launch(p, DTYPE), "flash_bwd_one_pass"
+            predicted = hopper_model.one_launch(p, DTYPE)
     else:
         table = tiles.HOPPER_BACKWARD[kernel]
         with mock.patch.dict(table, {p.head_dim: tiles.HopperBackwardTiles(config, config, config)}):
-            predicted, of = hopper_model.of_two(p, DTYPE, kernel), kernel
-    return predicted.microseconds / geometry.floor(of, p, cost_model.H100) if predicted else None
+            predicted = hopper_model.of_two(p, DTYPE, kernel)
+    return predicted.microseconds if predicted else None
 
 
 def has(backend: str, kernel: str, head_dim: int) -> bool:
@@ -87,15 +85,17 @@ def main() -> int:
     names = [" ".join(pair) for pair in candidates.KERNELS]
     parser.add_argument("--kernel", nargs="+", default=names, choices=names)
     parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128])
+    parser.add_argument("--store", type=Path)
     args = parser.parse_args()
+    known = sweep.Sweep(args.store)
     kept = json.loads(candidates.RANKED.read_text())["best"] if candidates.RANKED.exists() else {}
     for head_dim in args.head_dim:
         for name in args.kernel:
             backend, kernel = name.split()
             if has(backend, kernel, head_dim):
-                ranked = (hopper if backend == "hopper" else portable)(kernel, head_dim)
-                kept[f"{name} {head_dim}"] = [numbers for _, numbers in ranked[: candidates.BEST]]
-                print(name, head_dim, *(f"{numbers}: {rank:.2f}" for rank, numbers in ranked[: candidates.BEST]), flush=True)
+                ranked = hopper(kernel, head_dim) if backend == "hopper" else portable(known, kernel, head_dim)
+                kept[f"{name} {head_dim}"] = [list(numbers) for _, numbers in ranked[: candidates.BEST]]
+                print(name, head_dim, *(f"{numbers}: {rank:.1f} us" for rank, numbers in ranked[: candidates.BEST]), flush=True)
                 source = f"bench/rank.py, Triton {aot.triton.__version__}, {datetime.date.today()}; an estimate"
                 text = ",\n  ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(kept.items()))
                 candidates.RANKED.write_text(f'{{"source": {json.dumps(source)}, "best": {{\n  {text}\n}}}}\n')
