@@ -6,7 +6,7 @@ from collections import Counter
 from machine_code import Instruction
 
 LINE = re.compile(r"^(?:(\.LBB\w+):|\t([a-z]+_\w+)[ \t]*([^;\n]*))", re.M)
-MULTIPLY = ("v_mfma",)
+MULTIPLY = MULTIPLY_FP32 = ("v_mfma",)
 TRANSCENDENTAL = ("v_exp", "v_log", "v_rcp", "v_sqrt", "v_rsq", "v_sin", "v_cos")
 SIMDS, LANES = 4, 64
 

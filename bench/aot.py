@@ -10,12 +10,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
+TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 86, 89, 90, 100, 120)}
+TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 
 
 @dataclass(frozen=True)
@@ -84,3 +80,19 @@ def resources(compiled, arch: str) -> Resources:
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text).groups())
     instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", text, re.M))
     return Resources(registers, stack + local, compiled.metadata.shared, instructions)
+
+
+def reduces_across_warps(compiled) -> bool:
+    """Whether a sum or a maximum in a loop goes over numbers that several warps hold, so through shared memory and barriers."""
+    text = compiled.asm["ttgir"]
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", text, re.M))
+    inside = r'^ {6,}%\S+ = "tt\.reduce".*?axis = (\d).*?\}\) : \(tensor<[^,>]*, (#\w+)>'  # a loop's body stands further right
+    return any(_spread(layouts[name], int(axis)) for axis, name in re.findall(inside, text, re.M | re.S))
+
+
+def _spread(layout: str, axis: int) -> bool:
+    """Whether warps share out the axis of a tensor with that layout."""
+    if found := re.search(r"warpsPerCTA = \[([\d, ]+)\]", layout):
+        return int(found[1].split(", ")[axis]) > 1
+    warps = re.search(r"warp = \[(.*?)\], block", layout)[1]  # a linear layout: what each bit of the warp's number adds
+    return any(int(basis.split(", ")[axis]) for basis in re.findall(r"\[([\d, ]+)\]", warps))

@@ -1,11 +1,32 @@
-"""Tile sizes worth trying: what sweep.py ranks by the cost model and tuning.py by time. Plain data, imports nothing."""
+"""Tile sizes worth trying: all that rank.py ranks by the cost model, and the best, which tuning.py times. Plain data."""
 
-TILES = {  # (block_m, block_n) by kernel
-    "flash_fwd": [(m, n) for m in (64, 128, 256) for n in (32, 64, 128)],
-    "flash_bwd_dq": [(m, n) for m in (64, 128) for n in (32, 64, 128)],
-    "flash_bwd_dkdv": [(m, n) for m in (32, 64, 128) for n in (64, 128)],
-    "flash_bwd_one_pass": [(m, n) for m in (16, 32, 64) for n in (64, 128, 256)],
+import json
+from pathlib import Path
+
+RANKED = Path(__file__).with_name("ranked.json")  # written by rank.py
+BEST = 4  # of each kernel and head dim
+
+# (rows that a program owns, rows that it goes through at a time, warps) by kernel: 16 rows a warp, as many as a matrix
+# instruction of one warp has, or 32.
+TILES = {
+    "flash_fwd": [(64, 32, 4), (64, 64, 4), (128, 32, 4), (128, 64, 4), (128, 32, 8), (128, 64, 8), (128, 128, 8)],
+    "flash_bwd_dq": [(64, 32, 4), (64, 64, 4), (128, 32, 4), (128, 64, 4), (128, 32, 8), (128, 64, 8)],
+    "flash_bwd_dkdv": [(64, 16, 4), (64, 32, 4), (64, 64, 4), (128, 32, 4), (128, 32, 8), (128, 64, 8)],
+    "flash_bwd_dbias": [(32, 32, 4), (64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 64, 8)],
+    "flash_bwd_one_pass": [(keys, m, warps) for m in (16, 32, 64) for keys in (64, 128, 256) for warps in (4, 8)],
 }
+# Sums of 256 columns take more warps' registers.
+TILES_256 = {
+    "flash_bwd_dq": [(32, 32, 4), (64, 32, 8), (64, 64, 8)],
+    "flash_bwd_dkdv": [(32, 16, 4), (32, 32, 4), (64, 16, 8), (64, 32, 8)],
+    "flash_bwd_dbias": [(32, 16, 4)],
+}
+# Of float32, which has no matrix instructions: a thread has a square of products.
+TILES_FP32 = [(16, 16, 4), (32, 16, 4), (32, 32, 4), (64, 16, 4), (64, 32, 4), (64, 32, 8), (64, 64, 8), (128, 32, 8)]
+STAGES = (1, 2, 3)
+OWNS_KEYS = ("flash_bwd_dkdv", "flash_bwd_one_pass")  # the others own queries
+SUMS = {"flash_bwd_dkdv": 2, "flash_bwd_one_pass": 2, "flash_bwd_dbias": 0}  # of owned rows by head dim, in fp32; others 1
+MAX_NUMBERS = 192  # of those sums and two tiles of scores, a thread
 
 # Of kernels/hopper, as tfkern/tiles.py's HopperConfig: streamed rows, stages, consumers, whether they take turns, registers a
 # thread, programs on a multiprocessor.
@@ -21,6 +42,28 @@ HOPPER = {
 }  # fmt: skip
 
 
-def of(kernel: str) -> list[tuple[int, int, int, int]]:
-    """(block_m, block_n, num_warps, num_stages) of every candidate for a kernel."""
-    return [(m, n, warps, stages) for m, n in TILES[kernel] for warps in (4, 8) for stages in (1, 2, 3)]
+# (backend, kernel): what takes turns in tuning.py. Of the gradient of a bias nothing is timed.
+KERNELS = [("portable", kernel) for kernel in TILES if kernel != "flash_bwd_dbias"] + [("hopper", kernel) for kernel in HOPPER]
+
+
+def best(backend: str, kernel: str, head_dim: int) -> list[list]:
+    """The numbers of the model's best, best first; none where a kernel has not been ranked."""
+    return json.loads(RANKED.read_text())["best"].get(f"{backend} {kernel} {head_dim}", [])
+
+
+def of(kernel: str, head_dim: int = 64, size: int = 2) -> list[tuple[int, int, int, int]]:
+    """(block_m, block_n, num_warps, num_stages) of every candidate for a kernel, whose elements have `size` bytes."""
+    found = TILES[kernel] if size == 2 else TILES_FP32
+    if head_dim == 256 and size == 2:
+        found = found + TILES_256.get(kernel, [])
+    return [
+        (*((step, rows) if kernel in OWNS_KEYS else (rows, step)), warps, stages)
+        for rows, step, warps in found
+        if _numbers(kernel, rows, step, head_dim) <= MAX_NUMBERS * 32 * warps
+        for stages in STAGES
+    ]
+
+
+def _numbers(kernel: str, rows: int, step: int, head_dim: int) -> int:
+    """That a program holds in registers at least."""
+    return SUMS.get(kernel, 1) * rows * head_dim + 2 * rows * step

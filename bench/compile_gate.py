@@ -23,9 +23,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 PACKAGE = HERE.parent / "tfkern" if (HERE.parent / "tfkern").is_dir() else HERE.parent  # in a checkout, or installed
 
-# Shared memory that a program may have, in bytes. Rows of sm_80 also serve sm_86, sm_89 and sm_12x, which have less than it.
-SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}  # bytes; tf32 is float32 inputs under PyTorch's TF32 switch
 
 # What is there beside queries, keys and values: fields of kernels/features.py, LEFT, RIGHT, DLSE, or MOD; the rest are numbers
@@ -161,7 +158,7 @@ def run(arch, kernel, dtype, head_dim, config, variant, bounds: dict[str, int]) 
 
 def problem(row: dict, bounds: dict[str, int]) -> str | None:
     """What is wrong with a kernel that did compile."""
-    bound, there = bounds.get(name(row), 0), SHARED[row["arch"]]
+    bound, there = bounds.get(name(row), 0), load("tfkern.tiles").SHARED[row["arch"]]
     if row["spilled"] > bound:
         return f"spills {row['spilled']} bytes, {bound} allowed"
     if row["shared"] > there:

@@ -1,5 +1,6 @@
 """A predicted time for a compiled kernel on a GPU that is not there, what binds it, and how far it is from the floor.
 
+Its times rank tiles. As promises they err, by up to a factor of 2 for Hopper: what is shown comes from calibration.py.
 Assumptions (each is a number to be corrected by measurements, `tfkern bench model --against results.json`):
 - MACHINES has the chips. Of the H100: it runs at 1.70 GHz under this load; tensor pipes reach 87% of 2048 multiply-adds a cycle
   and SM (798 TFLOP/s measured for bf16 matmul), copies 3.0 TB/s to device memory, reads 5.5 TB/s from L2. The others' numbers
@@ -33,11 +34,13 @@ class Machine:
     clock: float = 1.70e9
     registers: int = 65536
     lanes: int = 32  # of a warp
-    shared: int = 227 * 1024
+    shared: int = 228 * 1024  # 1 KiB of it is the system's for each program
     tensor_memory: int = 512  # columns, where there is such a memory
     warps: int = 64
     programs: int = 32
     multiply_adds: int = 2048  # of 16-bit numbers, a cycle and SM
+    mma: int = 1024  # of them by mma.sync, summed in fp32
+    fp32: int = 128  # multiply-adds outside of tensor pipes
     tensor: float = 0.87
     memory: float = 3.0e12
     l2: float = 5.5e12
@@ -55,7 +58,16 @@ class Machine:
 H100 = Machine()
 MACHINES = {
     "sm_80": Machine(  # A100 SXM 80 GB
-        sms=108, clock=1.41e9, shared=163 * 1024, multiply_adds=1024, memory=1.7e12, l2=4.0e12
+        sms=108, clock=1.41e9, shared=164 * 1024, multiply_adds=1024, fp32=64, memory=1.7e12, l2=4.0e12
+    ),
+    "sm_86": Machine(  # GeForce RTX 3090; a program may have 99 KiB
+        sms=82, clock=1.70e9, shared=100 * 1024, warps=48, programs=16, multiply_adds=256, mma=256, memory=0.80e12, l2=2.0e12
+    ),
+    "sm_89": Machine(  # GeForce RTX 4090; the same
+        sms=128, clock=2.52e9, shared=100 * 1024, warps=48, programs=24, multiply_adds=256, mma=256, memory=0.86e12, l2=4.0e12
+    ),
+    "sm_120": Machine(  # GeForce RTX 5090; the same
+        sms=170, clock=2.41e9, shared=100 * 1024, warps=48, programs=24, multiply_adds=256, mma=256, memory=1.5e12, l2=6.0e12
     ),
     "sm_90": H100,
     "sm_100": Machine(sms=148, clock=1.85e9, multiply_adds=4096, memory=6.8e12, l2=9.0e12),  # B200

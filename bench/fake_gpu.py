@@ -42,15 +42,20 @@ class Driver:
 
 
 def pretend(architecture: int = 90, launcher=lambda *_: None) -> None:
-    """For the rest of the process the portable backend takes CPU tensors for those of a GPU, and calls `launcher` in place of
+    """For the rest of the process the backends for GPUs take CPU tensors for those of one, and call `launcher` in place of
     CUDA. To be called before the first attention."""
+    install(Driver(architecture, launcher))
+
+
+def install(stand_in: Driver) -> None:
+    """The same, with a driver of one's own."""
     from triton.runtime import driver
 
     from tfkern import interpreter, launch
 
     if interpreter.interpreting():
         raise RuntimeError("TRITON_INTERPRET is on: kernels would be interpreted, not launched; run without it")
-    launch.architecture = lambda device: f"sm_{architecture}"
+    launch.architecture = lambda device: f"sm_{stand_in.architecture}"
     launch.unsupported = lambda device: []
     os.environ["TFKERN_BACKENDS"] = "portable"  # on a GPU it is the first
-    driver.set_active(Driver(architecture, launcher))
+    driver.set_active(stand_in)

@@ -6,18 +6,21 @@ from typing import NamedTuple
 import cost_model
 
 OWNS_KEYS = ("flash_bwd_dkdv", "flash_bwd_one_pass")
-PRODUCTS = {"flash_fwd": 2, "flash_bwd_dq": 3, "flash_bwd_dkdv": 4, "flash_bwd_one_pass": 5}
-TENSORS = {"flash_fwd": 4, "flash_bwd_dq": 6, "flash_bwd_dkdv": 6, "flash_bwd_one_pass": 8}  # read and written once
+PRODUCTS = {"flash_fwd": 2, "flash_bwd_dq": 3, "flash_bwd_dkdv": 4, "flash_bwd_one_pass": 5, "flash_bwd_dbias": 2}
+TENSORS = {  # read and written once, beside a bias
+    "flash_fwd": 4, "flash_bwd_dq": 6, "flash_bwd_dkdv": 6, "flash_bwd_one_pass": 8, "flash_bwd_dbias": 4,
+}  # fmt: skip
 
 
 class Problem(NamedTuple):
-    """Self-attention in 16 bits."""
+    """Self-attention; `size` bytes a number."""
 
     batch: int
     heads: int
     length: int
     head_dim: int
     causal: bool
+    size: int = 2
 
     @property
     def scores(self) -> float:
@@ -26,7 +29,7 @@ class Problem(NamedTuple):
     @property
     def tensor(self) -> float:
         """Bytes of one of q, k, v, …"""
-        return 2.0 * self.batch * self.heads * self.length * self.head_dim
+        return float(self.size * self.batch * self.heads * self.length * self.head_dim)
 
 
 def _passes(kernel: str, p: Problem, owned: int, step: int, start: int) -> tuple[int, int, int]:
@@ -57,15 +60,28 @@ def multiply_adds(kernel: str, config, head_dim: int) -> float:
 
 def work(kernel: str, config, p: Problem) -> cost_model.Work:
     """Of a whole launch."""
+    if kernel == "flash_bwd_dbias":
+        return _work_of_bias(config, p)
     owned, step = _tile(kernel, config)
     each = [_passes(kernel, p, owned, step, start) for start in range(0, p.length, owned)]
     heads = p.batch * p.heads
     totals = [heads * sum(column) for column in zip(*each, strict=True)]
     if not (p.causal and kernel in OWNS_KEYS):  # the kernel has no loop for tiles cut on the left
         totals = totals[1:]
-    row, programs = 2 * p.head_dim, heads * len(each)
+    row, programs = p.size * p.head_dim, heads * len(each)
     loaded = sum(totals) * (3 if kernel == "flash_bwd_one_pass" else 2) * step * row + programs * 2 * owned * row
     return cost_model.Work(programs, tuple(totals), loaded, TENSORS[kernel] * p.tensor, max(map(sum, each)))
+
+
+def _work_of_bias(config, p: Problem) -> cost_model.Work:
+    """Of flash_bwd_dbias with a bias (1, heads, N, N): a program owns a tile of it, and passes through all batches there."""
+    m, n = config.block_m, config.block_n
+    tiles = [(i, j) for i in range(0, p.length, m) for j in range(0, p.length, n)]
+    seen = sum(not p.causal or j < min(i + m, p.length) for i, j in tiles)
+    passes = p.heads * seen * p.batch
+    bias = p.size * p.heads * p.length**2
+    loaded = passes * ((2 * m + 2 * n) * p.size * p.head_dim + m * n * p.size)
+    return cost_model.Work(p.heads * len(tiles), (passes,), loaded, TENSORS["flash_bwd_dbias"] * p.tensor + 2.0 * bias, p.batch)
 
 
 def work_of_blocks(p: Problem, step: int, block: int) -> cost_model.Work:
@@ -83,7 +99,7 @@ def work_of_blocks(p: Problem, step: int, block: int) -> cost_model.Work:
         else:
             whole += n // step - 1
             cut += 1 + int(n % step > 0)
-    row, heads = 2 * p.head_dim, p.batch * p.heads
+    row, heads = p.size * p.head_dim, p.batch * p.heads
     passes = [cut_left, whole, cut] if p.causal else [whole, cut]
     loaded = heads * row * (sum(passes) * 2 * step + 2 * math.ceil(n / block) * block + tiles * step)
     return cost_model.Work(

@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tfkern.bench import chip_tests, report, runner, steps
+from tfkern.bench import chip_tests, prewarm, report, runner, steps
 from tfkern.bench.rows import RowFile, RowsError, current, problems
 from tfkern.bench.supervisor import Step, Supervisor
 from tfkern.bench.worker import ROOT, plain
@@ -35,24 +35,34 @@ def step(name: str, cases, seconds: float, **options) -> Step:
     return Step(name, functools.partial(plain, cases), seconds, **options)
 
 
+def compiling(problems, seconds: float) -> Step:
+    """Without it kernels are compiled one after the other, as they are met, and the GPU waits."""
+    cases = functools.partial(steps.compiled, problems=problems)
+    return step("prewarm", cases, seconds, workers=CORES, quiet=60, always=True, fake=True)
+
+
 ENVIRONMENT = step("environment", steps.environment, 6, always=True)
 # (seconds for all of it, its steps)
 CALLS: dict[int, tuple[float, list[Step]]] = {
     1: (170, [
         ENVIRONMENT,
-        step("features", steps.features, 25),
+        compiling(prewarm.first_call, 35),
+        step("features", steps.features, 20),
         step("headline", steps.headline, 60),
-        step("smoke", steps.smokes, 25, alone=True, fake=True),
+        step("smoke", steps.smokes, 20, alone=True, fake=True),
     ]),
     2: (210, [
         ENVIRONMENT,
+        compiling(prewarm.second_call, 30),
         Step("chip-tests", chip_tests.run, 90, workers=CORES),
         step("hopper", steps.hopper, 40),
-        step("repeat", steps.repeat, 25),
+        step("repeat", steps.repeat, 20),
+        step("peer-faults", steps.peers, 10),
     ]),
     3: (270, [
         ENVIRONMENT,
-        step("tune", steps.tune, 90, fake=True),
+        compiling(prewarm.third_call, 45),
+        step("tune", steps.tune, 60, fake=True),
         step("sanitizer", steps.sanitizer, 60, quiet=60),
         step("training", steps.training, 40),
         step("memory", steps.memory, 15),

@@ -105,7 +105,7 @@ def judge(binary, spilled: int = SPILLED, in_loops: int = 0) -> tuple[str, list[
     wrong += advisories(binary.asm["ptx"])
     wrong += [f"{exposed} of {exponentials} exponentials wait for nothing"] if exposed or not exponentials else []
     wrong += [f"{x} overwrites an operand" for body in loops for x in sass.clobbered(body)]
-    if found.shared > compile_gate.SHARED["sm_90"]:
+    if found.shared > compile_gate.load("tfkern.tiles").SHARED["sm_90"]:
         wrong.append("needs more shared memory than there is")
     hidden = f"{exponentials - exposed} of {exponentials} exp2 under a wgmma"
     return f"{found.registers} regs {found.spilled:4} B spilled {found.shared:7} B shared {hidden}", wrong

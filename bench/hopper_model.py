@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Predicted times of the Hopper kernels beside the portable ones', on an H100 that need not be there.
+"""Predicted times of the Hopper kernels beside the portable ones', on an H100 that need not be there: calibrated, with bands.
 
 usage: hopper_model.py [--direction backward] [--length 197 512 …] [--head-dim 64] [--heads 12] [--tokens 32768] [--dtype bf16]
 
@@ -28,6 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import aot
+import calibration
 import compile_gate
 import cost_model
 import geometry
@@ -102,12 +103,29 @@ def compiled(kernel: str, dtype: str, head_dim: int, config, variant: str) -> tu
     return loops, outside, cost_model.H100.occupancy(found.registers, found.shared, WARPS * (1 + config.consumers + gatherer))
 
 
-def predict(problem: geometry.Problem, dtype: str) -> cost_model.Prediction:
-    """Of the forward's launch, of a problem for more queries than one consumer owns and without heavy features."""
+def launches(problem: geometry.Problem, direction: str) -> list[tuple[str, object]]:
+    """(kernel, tiles) of each launch, of a problem for more rows than one consumer owns and without heavy features. direction:
+    forward, backward, or "backward in one launch", which has none if it lacks memory for the queries."""
     tiles, p = compile_gate.load("tfkern.tiles"), problem
-    load = tiles.HopperLoad(p.batch * p.heads, 1, p.length, p.length, p.causal, cost_model.H100.sms)
-    config, short = tiles.HOPPER[p.head_dim].fastest(load)
-    return predict_with(config, short, problem, dtype)
+    if direction == "forward":
+        load = tiles.HopperLoad(p.batch * p.heads, 1, p.length, p.length, p.causal, cost_model.H100.sms)
+        config, short = tiles.HOPPER[p.head_dim].fastest(load)
+        return [("flash_fwd_short" if short else "flash_fwd", config)]
+    if direction == "backward":
+        return [(kernel, table[p.head_dim].usual) for kernel, table in tiles.HOPPER_BACKWARD.items()]
+    number = math.ceil(p.length / tiles.HOPPER_QUERIES)
+    fitting = [config for config in tiles.HOPPER_ONE_PASS.get(p.head_dim, ()) if number <= config.tiles]
+    return [("flash_bwd", config) for config in fitting[:1]]
+
+
+def predict(problem: geometry.Problem, direction: str, dtype: str) -> list[cost_model.Prediction]:
+    """Of each launch; raw, as all here: only what calibration.py makes of it may be shown."""
+    chosen = launches(problem, direction)
+    if direction == "forward":
+        return [predict_with(config, kernel == "flash_fwd_short", problem, dtype) for kernel, config in chosen]
+    if direction == "backward":
+        return [of_two(problem, dtype, kernel) for kernel, _ in chosen]
+    return [one_launch(problem, dtype)] if chosen else []
 
 
 def predict_with(config, short: bool, problem: geometry.Problem, dtype: str) -> cost_model.Prediction:
@@ -130,9 +148,8 @@ def _shared_out(work: cost_model.Work, loops: list[cost_model.Loop], outside: fl
 
 
 def of_two(problem: geometry.Problem, dtype: str, kernel: str) -> cost_model.Prediction:
-    """Of one of the backward's two launches, with the tiles for more rows than one consumer owns and no heavy features."""
-    tiles = compile_gate.load("tfkern.tiles")
-    config = tiles.HOPPER_BACKWARD[kernel][problem.head_dim].usual
+    """Of one of the backward's two launches."""
+    tiles, config = compile_gate.load("tfkern.tiles"), dict(launches(problem, "backward"))[kernel]
     found = compiled(kernel, dtype, problem.head_dim, config, "causal" if problem.causal else "full")
     rows = tiles.HOPPER_QUERIES * config.consumers
     of_keys = kernel == "flash_bwd_dkdv"
@@ -142,74 +159,74 @@ def of_two(problem: geometry.Problem, dtype: str, kernel: str) -> cost_model.Pre
 
 def one_launch(problem: geometry.Problem, dtype: str) -> cost_model.Prediction | None:
     """Of the backward in one launch, if it has memory for the queries."""
-    tiles = compile_gate.load("tfkern.tiles")
-    number = math.ceil(problem.length / tiles.HOPPER_QUERIES)
-    configs = tiles.HOPPER_ONE_PASS.get(problem.head_dim, ())
-    config = next((config for config in configs if number <= config.tiles), None)
-    if config is None:
+    chosen = launches(problem, "backward in one launch")
+    if not chosen:
         return None
-    found = compiled("flash_bwd", dtype, problem.head_dim, config, "causal" if problem.causal else "full")
-    loops, outside, occupancy = found
+    tiles, (kernel, config) = compile_gate.load("tfkern.tiles"), chosen[0]
+    loops, outside, occupancy = compiled(kernel, dtype, problem.head_dim, config, "causal" if problem.causal else "full")
     blocks = math.ceil(problem.length / (config.consumers * config.block_n))
     work = geometry.work_of_blocks(problem, tiles.HOPPER_QUERIES, config.consumers * config.block_n)
     return cost_model.predict(work, loops, outside * blocks, occupancy, memory_waits=blocks)
 
 
-def _forward(problem: geometry.Problem, dtype: str) -> str:
-    """The end of a row."""
-    portable = model.predict(problem, "forward", dtype)["microseconds"]
-    found, floor = predict(problem, dtype), geometry.floor("flash_fwd", problem)
-    flops = 4 * problem.scores * problem.head_dim / found.microseconds / 1e6
-    return (
-        f"{floor:.0f} | {portable:.0f} | {floor / portable:.0%} "
-        f"| {found.microseconds:.0f} | {found.bound} | {floor / found.microseconds:.0%} | {flops:.0f}"
-    )
+def way(problem: geometry.Problem, direction: str, triton: str) -> str:
+    """The direction, as for `launches`, that the backend takes with a version of Triton: a backward in one launch or in two."""
+    tiles = compile_gate.load("tfkern.tiles")
+    clean = tuple(map(int, triton.split(".")[:2])) < tiles.HOPPER_ONE_PASS_SPILLS
+    full = problem.batch * problem.heads >= tiles.HOPPER_FULL_CHIP
+    one = "backward in one launch"
+    return one if direction == "backward" and clean and full and launches(problem, one) else direction
 
 
-def _backward(problem: geometry.Problem, dtype: str) -> str:
-    """The end of a row."""
-    portable = model.predict(problem, "backward", dtype)["microseconds"]
-    two = [of_two(problem, dtype, kernel) for kernel in ("flash_bwd_dq", "flash_bwd_dkdv")]
-    one, floor = one_launch(problem, dtype), geometry.floor("flash_bwd_one_pass", problem)
-    best = min(sum(x.microseconds for x in two), one.microseconds if one else math.inf)
-    flops = 10 * problem.scores * problem.head_dim / best / 1e6
-    last = f"{one.microseconds:.0f} | {one.bound}" if one else "- | -"
-    times, bounds = " + ".join(f"{x.microseconds:.0f}" for x in two), " + ".join(x.bound for x in two)
-    return f"{floor:.0f} | {portable:.0f} | {times} | {bounds} | {last} | {floor / best:.0%} | {flops:.0f}"
+def estimate(problem: geometry.Problem, direction: str, dtype: str) -> tuple[calibration.Estimate, str] | None:
+    """(what may be shown, what binds each launch); None where the direction has no kernel."""
+    found = predict(problem, direction, dtype)
+    if not found:
+        return None
+    raw = sum(x.microseconds for x in found)
+    return calibration.estimate("hopper", direction, problem, raw), " + ".join(x.bound for x in found)
 
 
-COLUMNS = {
-    "forward": ["floor µs", "portable µs", "of the floor", "Hopper µs", "bound", "of the floor", "TFLOP/s"],
-    "backward": [
-        "floor µs",
-        "portable µs",
-        "two launches µs",
-        "bound",
-        "one launch µs",
-        "bound",
-        "better of the floor",
-        "TFLOP/s",
-    ],
-}
+def row(problem: geometry.Problem, direction: str, dtype: str) -> list[str]:
+    """Cells of the table."""
+    portable = model.estimate(problem, direction, dtype)
+    cells = [f"{calibration.floor(problem, direction):.0f}", str(portable), portable.by]
+    for way in WAYS[direction]:
+        found = estimate(problem, way, dtype)
+        cells += [str(found[0]), found[0].by, found[1]] if found else ["-"] * 3
+    return cells
+
+
+WAYS = {"forward": ["forward"], "backward": ["backward", "backward in one launch"]}
+NAMES = {"forward": "Hopper", "backward": "two launches", "backward in one launch": "one launch"}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--direction", choices=list(COLUMNS), default="forward")
+    parser.add_argument("--direction", choices=list(WAYS), default="forward")
     parser.add_argument("--length", nargs="+", type=int, default=[197, 512, 1024, 2048])
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--heads", type=int, default=sweep.HEADS)
     parser.add_argument("--tokens", type=int, default=sweep.TOKENS)
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16"])
     args = parser.parse_args()
-    columns = ["N", "", *COLUMNS[args.direction]]
+    tiles = compile_gate.load("tfkern.tiles")
+    dims = tiles.HOPPER if args.direction == "forward" else tiles.HOPPER_BACKWARD["flash_bwd_dq"]
+    if args.head_dim not in dims:
+        parser.error(f"--head-dim: the {args.direction} kernels for Hopper have {sorted(dims)}, not {args.head_dim}")
+    columns = ["N", "", "floor µs", "portable µs", "by"]
+    for way in WAYS[args.direction]:
+        columns += [f"{NAMES[way]} µs", "by", "bound"]
+    print(calibration.HEADING, end="\n\n")
     print(f"| {' | '.join(columns)} |")
     print("| --- " * len(columns) + "|")
-    row = _forward if args.direction == "forward" else _backward
     for n in args.length:
         for causal in (False, True):
             problem = geometry.Problem(max(1, args.tokens // n), args.heads, n, args.head_dim, causal)
-            print(f"| {n} | {'causal' if causal else 'full'} | {row(problem, args.dtype)} |", flush=True)
+            print(
+                f"| {n} | {'causal' if causal else 'full'} | {' | '.join(row(problem, args.direction, args.dtype))} |",
+                flush=True,
+            )
     return 0
 
 

@@ -22,13 +22,17 @@ def _spans(code: list[Instruction]) -> list[tuple[int, int]]:
     return [(x.target, x.address) for x in code if x.target is not None and x.target < x.address]
 
 
-def loops(code: list[Instruction], multiply: tuple[str, ...]) -> list[list[Instruction]]:
-    """The bodies of the innermost loops with a matrix instruction (whose opcode begins with one of `multiply`), in the order
-    of the program."""
+def loops(code: list[Instruction], multiply: tuple[str, ...], outermost: bool = False) -> list[list[Instruction]]:
+    """The bodies of the innermost (or outermost) loops with a matrix instruction (whose opcode begins with one of `multiply`),
+    in the order of the program."""
     multiplies = [x.address for x in code if x.opcode.startswith(multiply)]
     spans = [s for s in _spans(code) if any(s[0] <= a <= s[1] for a in multiplies)]
-    innermost = [s for s in spans if not any(t != s and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
-    return [[x for x in code if lo <= x.address <= hi] for lo, hi in sorted(innermost)]
+
+    def within(s, t) -> bool:
+        return t != s and s[0] <= t[0] and t[1] <= s[1]
+
+    found = [s for s in spans if not any(within(t, s) if outermost else within(s, t) for t in spans)]
+    return [[x for x in code if lo <= x.address <= hi] for lo, hi in sorted(found)]
 
 
 def around(code: list[Instruction], body: list[Instruction]) -> list[Instruction]:

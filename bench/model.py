@@ -1,21 +1,21 @@
 #!/usr/bin/env python3
 """Predicted times of the kernels with the tiles of tfkern/configs.py, on an H100 that need not be there.
 
-usage: model.py [--length 197 512 …] [--head-dim 64] [--dtype bf16] [--against RESULTS.json] [--json FILE]
+usage: model.py [--length 197 512 …] [--head-dim 64] [--dtype bf16] [--json FILE]
 
-For each shape and direction: launches, registers, spilled bytes, programs on an SM, the predicted time, what binds it, and the
-floor (cost_model.py has the assumptions). --against prints what `make gpu` measured beside it, and the error.
+For each shape and direction: launches, registers, spilled bytes, programs on an SM, the predicted time with its band, what it
+is calibrated by (calibration.py), what binds it, and the floor (cost_model.py has the assumptions). against.py compares with
+what `make gpu` measured.
 """
 
 import argparse
 import functools
 import json
-import math
-import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import calibration
 import compile_gate
 import geometry
 import sweep
@@ -34,7 +34,7 @@ def launches(problem: geometry.Problem, direction: str, dtype: str) -> list[tupl
 
 
 def predict(problem: geometry.Problem, direction: str, dtype: str) -> dict:
-    """A row of the table: the launches, one after the other."""
+    """The launches, one after the other. Its microseconds are the model's own: for ranking, not for showing."""
     row = dict(**problem._asdict(), direction=direction, microseconds=0.0, kernels=[])
     for kernel, config in launches(problem, direction, dtype):
         variant = "causal" if problem.causal else "plain"
@@ -44,11 +44,14 @@ def predict(problem: geometry.Problem, direction: str, dtype: str) -> dict:
         tiles = f"{config.block_m}x{config.block_n} w{config.num_warps} s{config.num_stages}"
         row["kernels"].append(
             dict(kernel=kernel, tiles=tiles, registers=read.found.registers, spilled=read.found.spilled,
-                 occupancy=read.occupancy, microseconds=time.microseconds, bound=time.bound)
+                 occupancy=read.occupancy, bound=time.bound)
         )  # fmt: skip
-    floors = {"forward": "flash_fwd", "backward": "flash_bwd_one_pass"}
-    row["floor"] = geometry.floor(floors[direction], problem)
     return row
+
+
+def estimate(problem: geometry.Problem, direction: str, dtype: str) -> calibration.Estimate:
+    """What may be shown of `predict`."""
+    return calibration.estimate("portable", direction, problem, predict(problem, direction, dtype)["microseconds"])
 
 
 @functools.cache
@@ -61,8 +64,8 @@ def measured(kernel: str, config, dtype: str, head_dim: int, variant: str) -> sw
 def table(rows: list[dict]) -> str:
     """Markdown."""
     lines = [
-        "| N | | direction | launches | registers | spilled B | per SM | predicted µs | bound | floor µs | of the floor |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| N | | direction | launches | registers | spilled B | per SM | predicted µs | by | bound | floor µs |",
+        "| --- " * 11 + "|",
     ]
     for row in rows:
         kernels = row["kernels"]
@@ -70,31 +73,17 @@ def table(rows: list[dict]) -> str:
         tiles = " + ".join(f"{k['kernel'].removeprefix('flash_')} {k['tiles']}" for k in kernels)
         lines.append(
             f"| {row['length']} | {'causal' if row['causal'] else 'full'} | {row['direction']} | {tiles} | {each['registers']} "
-            f"| {each['spilled']} | {each['occupancy']} | {row['microseconds']:.0f} | {each['bound']} | {row['floor']:.0f} "
-            f"| {row['floor'] / row['microseconds']:.0%} |"
+            f"| {each['spilled']} | {each['occupancy']} | {row['estimate']} | {row['estimate'].by} | {each['bound']} "
+            f"| {row['floor']:.0f} |"
         )
     return "\n".join(lines)
 
 
-def against(results: Path, dtype: str) -> str:
-    """Predicted beside measured, for every shape of a results file that has a time of our portable kernels."""
-    lines, errors = ["| shape | direction | predicted µs | measured µs | error |", "| --- | --- | --- | --- | --- |"], []
-    shapes = {s["name"]: s for s in json.loads(results.read_text())["shapes"]}
-    for row in json.loads(results.read_text())["rows"]:
-        if row.get("provider") != "tfkern portable" or row["step"] != "attention" or row.get("direction") == "forward+backward":
-            continue
-        if "ms" not in row:
-            continue
-        s = shapes[row["shape"]]
-        problem = geometry.Problem(s["batch"], s["heads"], s["length"], s["head_dim"], s["is_causal"])
-        predicted, measured = predict(problem, row["direction"], dtype)["microseconds"], row["ms"] * 1e3
-        errors.append(abs(math.log(predicted / measured)))
-        lines.append(
-            f"| {row['shape']} | {row['direction']} | {predicted:.0f} | {measured:.0f} | {predicted / measured - 1:+.0%} |"
-        )
-    if errors:
-        lines += ["", f"typical error: a factor of {math.exp(statistics.median(errors)):.2f}"]
-    return "\n".join(lines)
+def shown(problem: geometry.Problem, direction: str, dtype: str) -> dict:
+    """A row of the table."""
+    row = predict(problem, direction, dtype)
+    found = calibration.estimate("portable", direction, problem, row.pop("microseconds"))
+    return row | dict(estimate=found, floor=calibration.floor(problem, direction))
 
 
 def main() -> int:
@@ -102,19 +91,15 @@ def main() -> int:
     parser.add_argument("--length", nargs="+", type=int, default=[128, 197, 512, 1024, 2048])
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16"])
-    parser.add_argument("--against", type=Path)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if args.against:
-        print(against(args.against, args.dtype))
-        return 0
     rows = [
-        predict(geometry.Problem(max(1, sweep.TOKENS // n), sweep.HEADS, n, args.head_dim, causal), direction, args.dtype)
+        shown(geometry.Problem(max(1, sweep.TOKENS // n), sweep.HEADS, n, args.head_dim, causal), direction, args.dtype)
         for n in args.length for causal in (False, True) for direction in ("forward", "backward")
     ]  # fmt: skip
-    print(table(rows))
+    print(calibration.HEADING, table(rows), sep="\n\n")
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        args.json.write_text(json.dumps(rows, indent=1, default=vars) + "\n")
     return 0
 
 

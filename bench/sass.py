@@ -8,6 +8,7 @@ from machine_code import Instruction
 
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)\s*([^;]*);")
 MULTIPLY = ("HGMMA", "HMMA", "UTCHMMA")
+MULTIPLY_FP32 = ("FFMA",)  # IEEE products have no tensor pipe
 
 
 def parse(text: str) -> list[Instruction]:
@@ -37,11 +38,11 @@ PIPES = (
 
 
 def bytes_moved(x: Instruction) -> int:
-    """Of a warp's shared-memory instruction; 0 for others."""
+    """Of a warp's shared-memory instruction, or one for spilled numbers, which take the same path; 0 for others."""
     width = 16 if ".128" in x.opcode else 8 if ".64" in x.opcode else 4
     if x.name in ("LDSM", "STSM"):
         return 128 * (4 if ".4" in x.opcode else 2 if ".2" in x.opcode else 1)
-    if x.name in ("LDS", "STS", "LDGSTS"):
+    if x.name in ("LDS", "STS", "LDGSTS", "LDL", "STL"):
         return 32 * width
     return 0
 

@@ -5,19 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-
-import tfkern
 from tfkern import testing
-from tfkern.bench import blocks, runner, shapes, smoke
-from tfkern.bench.providers import UnavailableError
+from tfkern.bench import blocks, peer_faults, prewarm, repeats, runner, shapes, smoke, tuning
 from tfkern.bench.worker import Cases, Context
 
 HEADLINE = ("tfkern portable", "sdpa default", "sdpa cudnn", "sdpa flash", "sdpa efficient")
-REPEATS = 100
 SANITIZER = "/usr/local/cuda/bin/compute-sanitizer"  # where it is not on the PATH
 TOOLS = [
     ("nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks_event_reasons.active,power.draw,"
@@ -42,11 +37,20 @@ def environment(context: Context) -> Cases:
     yield "environment", rows
 
 
+def compiled(context: Context, problems: Callable[[], Iterator[prewarm.Problem]]) -> Cases:
+    """The kernels that a call needs, before it needs them; of a dry run every tenth."""
+    cases = list(prewarm.cases(problems()))
+    return cases[:: 10 if context.dry else 1]
+
+
 def features(context: Context) -> Cases:
     """The portable kernels, a dozen features against the oracle."""
-    cases = [case for case in (*testing.CASES, *testing.FEATURE_CASES) if case.name in testing.SHORT]
-    for case in cases[:: 4 if context.dry else 1]:
+    for case in _features(context):
         yield case.name, functools.partial(_checked, case, context)
+
+
+def _features(context: Context) -> list[testing.Case]:
+    return prewarm.FEATURES[:: 4 if context.dry else 1]
 
 
 def _checked(case: testing.Case, context: Context) -> Iterator[dict]:
@@ -63,18 +67,17 @@ def headline(context: Context) -> Cases:
 
 def attention(context: Context, names: tuple[str, ...], graphs: tuple[bool, ...] = (True,)) -> Cases:
     """Providers on every shape; without a GPU there are no graphs."""
+    seconds = 0.01 if context.dry else 0.1
     for graph in graphs if not context.dry else (False,):
-        for shape in shapes.DRY_SHAPES if context.dry else shapes.GPU_SHAPES:
+        for shape in _shapes(context):
             for name in names:
                 case = f"{shape.name} {name}{', graph' if graph else ''}"
-                yield case, functools.partial(_figures, name, shape, context, graph)
+                given = name, shape, context.dtype, context.device, seconds, graph
+                yield case, functools.partial(runner.figures, *given)
 
 
-def _figures(name: str, shape: shapes.Shape, context: Context, graphs: bool) -> Iterator[dict]:
-    try:
-        yield from runner.figures(name, shape, context.dtype, context.device, 0.01 if context.dry else 0.1, graphs)
-    except UnavailableError as reason:
-        yield dict(shape=shape.name, provider=name, skipped=str(reason), **({"problem": str(reason)} if reason.wrong else {}))
+def _shapes(context: Context) -> list[shapes.Shape]:
+    return shapes.DRY_SHAPES if context.dry else shapes.GPU_SHAPES
 
 
 def smokes(context: Context) -> Cases:
@@ -90,33 +93,22 @@ def hopper(context: Context) -> Cases:
 
 def repeat(context: Context) -> Cases:
     """The same inputs and seed give the same bits, many times over."""
-    cases = [*testing.CASES, *testing.FEATURE_CASES]
-    for case in cases[:: 60 if context.dry else 1]:
-        yield case.name, functools.partial(_same_bits, case, context)
+    features = _features(context)[: 1 if context.dry else None]
+    return repeats.cases(_shapes(context), features, context.dtype, context.device, 1 if context.dry else repeats.TIMES)
 
 
-def _same_bits(case, context: Context) -> Iterator[dict]:
-    inputs = testing.make_inputs(case, context.dtype, context.device)
-    function = functools.partial(tfkern.attention_varlen if case.lengths else tfkern.attention, backend="portable")
-    first = testing.results(function, inputs)
-    count = 1 if context.dry else REPEATS
-    for index in range(count):
-        again = testing.results(function, inputs)
-        for name, x in first.items():
-            if not torch.equal(x.view(torch.uint8), again[name].view(torch.uint8)):
-                yield dict(problem=f"{name} differs in repeat {index + 1}")
-                return
-    yield dict(repeats=count)
+def peers(context: Context) -> Cases:
+    """Where peers' gradients are NaN, who gives what."""
+    return peer_faults.cases(context.dtype, context.device)
 
 
 def tune(context: Context) -> Cases:
     """Candidates of tile sizes, by time; on a machine without a GPU one of each kernel is compiled."""
-    from tfkern.bench import tuning
-
-    for case, config in tuning.hopper_cases(first_only=context.dry):
-        yield f"{case} {config}", functools.partial(tuning.time_hopper, case, config, context.device, context.dry)
-    for case, config in tuning.cases(first_only=context.dry):
-        yield f"{case} {config}", functools.partial(tuning.time_one, case, config, context.device, context.dry)
+    if context.dry:
+        yield from prewarm.cases(map(prewarm.candidate, tuning.cases(first_only=True)))
+        return
+    for one in tuning.cases():
+        yield one.name, functools.partial(tuning.rows, one, context.device)
 
 
 def sanitizer(context: Context) -> Cases:
@@ -153,14 +145,8 @@ def memory(context: Context) -> Cases:
     """Peak memory forward and backward, to a length of 128k."""
     for length in (64,) if context.dry else (1024, 4096, 16384, 65536, 131072):
         for name in ("tfkern portable", "sdpa flash", "sdpa efficient", "naive"):
-            yield f"{length} {name}", functools.partial(_memory, name, length, context)
-
-
-def _memory(name: str, length: int, context: Context) -> Iterator[dict]:
-    try:
-        yield from runner.peak_memory(name, length, context.dtype, context.device)
-    except UnavailableError as reason:
-        yield dict(provider=name, length=length, skipped=str(reason))
+            given = name, length, context.dtype, context.device
+            yield f"{length} {name}", functools.partial(runner.peak_memory, *given)
 
 
 def flex(context: Context) -> Cases:

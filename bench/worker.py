@@ -7,7 +7,6 @@ What it says: ("cases", names) once, then for each case any number of ("row", fi
 import faulthandler
 import gc
 import os
-import re
 import signal
 import time
 import traceback
@@ -17,13 +16,11 @@ from pathlib import Path
 
 import torch
 
+from tfkern.bench import faults
+
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = 2000  # characters of an error that a row keeps
-STICKY = re.compile(
-    r"CUDA (driver )?error|cudaError[A-Z]|CUDA_ERROR_|AcceleratorError|Triton Error \[CUDA\]|CUBLAS_STATUS_(EXECUTION|INTERNAL)"
-    r"|CUDNN_STATUS_EXECUTION|illegal (memory access|instruction)|misaligned address|device-side assert"
-    r"|unspecified launch failure"
-)
+
 
 # A case's name and a function that makes its rows, the most valuable case first.
 Cases = Iterable[tuple[str, Callable[[], Iterator[dict]]]]
@@ -104,30 +101,20 @@ def _run(rows: Callable[[], Iterator[dict]], write: Callable[[dict], None]) -> b
     try:
         for row in rows():
             wrong = str(row.get("problem") or row.get("skipped") or "")
-            if sticky(wrong):  # also where the case took it for a reason to pass something over
+            if faults.is_sticky(wrong):  # also where the case took it for a reason to pass something over
                 fit = False
             write(row if fit else {**row, "problem": wrong, "skipped": None})
         _finish_device()
     except Exception as error:
         text = f"{type(error).__name__}: {error}".replace(f"{ROOT}/", "")[:TEXT]
-        fit = fit and not sticky(text) and _device_is_fit()
-        if out_of_memory(text) and fit:  # how much there is is a fact about the case
+        fit = fit and not faults.is_sticky(error) and _device_is_fit()
+        if faults.is_out_of_memory(error) and fit:  # how much there is is a fact about the case
             write(dict(skipped=text.splitlines()[0]))
         else:
             write(dict(problem=text, where=_frames(error)))
         del error
         _free_memory()
     return fit
-
-
-def out_of_memory(text: str) -> bool:
-    return "out of memory" in text or text.startswith(("MemoryError", "OutOfMemoryError"))
-
-
-def sticky(text: str) -> bool:
-    """Whether an error's text speaks of CUDA, all of whose later calls in this process fail as well. Too little memory is no
-    such error."""
-    return bool(STICKY.search(text)) and not out_of_memory(text)
 
 
 def _frames(error: Exception) -> list[str]:

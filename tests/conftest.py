@@ -1,7 +1,9 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before Triton is imported."""
+"""Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before Triton is imported. And: what can't
+run here is deselected, and counted in one line at the end."""
 
 import os
 import sys
+from collections import Counter
 
 import torch
 
@@ -11,7 +13,61 @@ if DEVICE == "cpu":
 
 import pytest  # noqa: E402
 
-torch.set_num_threads(1)  # xdist runs one worker a core
+torch.set_num_threads(int(os.environ.get("TFKERN_TEST_THREADS", "1")))  # xdist runs one worker a core
+
+# marker: (what its tests need, whether it is here)
+HOPPER = DEVICE == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() == (9, 0)
+NEEDS = {
+    "hopper_gpu": ("an H100 or H200", HOPPER),
+    "gpu": ("a GPU", DEVICE == "cuda"),
+    "cpu": ("a machine without a GPU", DEVICE == "cpu"),
+}
+DESELECTED = pytest.StashKey[Counter]()
+
+
+def missing(item) -> str | None:
+    """What a test needs that is not here."""
+    own = [NEEDS[name] for name in NEEDS if item.get_closest_marker(name)]
+    own += [mark.args for mark in item.iter_markers("needs")]
+    return next((what for what, here in own if not here), None)
+
+
+def pytest_configure(config):
+    config.stash[DESELECTED] = Counter()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    if unable := [item for item in items if missing(item)]:
+        items[:] = [item for item in items if not missing(item)]
+        config.hook.pytest_deselected(items=unable)
+
+
+def pytest_deselected(items):
+    for item in items:
+        reason = (
+            f"need {what}" if (what := missing(item)) else "are slow" if item.get_closest_marker("slow") else "not asked for"
+        )
+        item.config.stash[DESELECTED][reason] += 1
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["deselected"] = dict(session.config.stash[DESELECTED])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """A worker of xdist is done. Each has collected everything; one that crashed tells nothing."""
+    if told := getattr(node, "workeroutput", {}).get("deselected"):
+        node.config.stash[DESELECTED] = Counter(told)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if counts := config.stash[DESELECTED]:
+        each = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+        terminalreporter.write_line(f"{counts.total()} deselected: {each}")
 
 
 @pytest.fixture(autouse=True)

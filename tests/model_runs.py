@@ -1,7 +1,6 @@
 """Forward and backward passes of whole models, judged by the rule of tfkern.testing.budget: against a float64 run, beside what
 eager attention errs."""
 
-import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -27,8 +26,9 @@ class Doubled(TorchFunctionMode):
 
 
 def registered():
-    """transformers, with ours and the naive attention in it; without it the test is skipped."""
-    transformers = pytest.importorskip("transformers")
+    """transformers, with ours and the naive attention in it."""
+    import transformers
+
     transformers.logging.set_verbosity_error()
     integration.register()
     register_naive()
@@ -74,28 +74,18 @@ def results(model, inputs: dict, seen=None, autocast=None, seed: int = 7) -> dic
     return {"out": out.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def judge(run) -> list[budget.Error]:
-    """The errors of run("tfkern", float32, seed) against run("eager", float64, seed), beside those of eager attention and of the
-    flash backward written out. What exceeds its budget is measured with the largest that these two err in several draws, since
-    no tensor of these models is of more than a few independent numbers (tfkern.testing.budget tells why)."""
-    found = run("tfkern", torch.float32, 0)
-    truth, plains = _plain(run, 0)
+def judge(run, products: torch.dtype = torch.float32) -> list[budget.Error]:
+    """The errors of run("tfkern", float32) against run("eager", float64), beside those of eager attention and of the flash
+    backward written out; `products` is the type of autocast, where `run` uses it."""
+
+    def wide(attn: str) -> dict[str, Tensor]:
+        with Doubled():
+            return run(attn, torch.float64)
+
+    found, truth = run("tfkern", torch.float32), wide("eager")
+    plains = [run(attn, torch.float32) for attn in ("eager", NAIVE)]
     assert found.keys() == truth.keys() == plains[0].keys()
-    errors = budget.judge(found, truth, plains)
-    if all(e.ok for e in errors):
-        return errors
-    more = []
-    for seed in range(1, budget.DRAWS):
-        truth, plains = _plain(run, seed)
-        more.append({n: budget.compare(n, plains[0][n], truth[n], [p[n] for p in plains]).plain for n in truth})
-    dtypes = {name: x.dtype for name, x in found.items()}
-    return [e if e.ok else budget._with_plain(e, max(m[e.quantity] for m in more), dtypes[e.quantity]) for e in errors]
-
-
-def _plain(run, seed: int):
-    with Doubled():
-        truth = run("eager", torch.float64, seed)
-    return truth, [run("eager", torch.float32, seed), run(NAIVE, torch.float32, seed)]
+    return budget.judge(found, truth, plains, lambda: wide(NAIVE), products)
 
 
 def assert_within(errors: list[budget.Error]) -> None:

@@ -1,5 +1,7 @@
 """Every case by every backend in every dtype, forward and backward, against the float64 oracle."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -12,6 +14,10 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 ALL_CASES = (*testing.CASES, *testing.FEATURE_CASES)
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def named(name: str) -> testing.Case:
     return next(case for case in ALL_CASES if case.name == name)
 
@@ -20,23 +26,31 @@ def assert_within_budget(errors):
     assert all(e.ok for e in errors), "\n" + "\n".join(map(str, errors))
 
 
-# Both 16-bit formats take the same way through the kernels, and the interpreter is slow: without a GPU float16 runs with the
-# cases where its range or its rounding could matter. `tfkern verify --full` runs all.
+# The interpreter is slow: `make test` takes each case through the kernels in one dtype. Float16 has the cases where its range or
+# its rounding could matter, the other two take turns.
 IN_FLOAT16 = {"vit-197", "causal", "d80", "d256", "gqa-everything", "large-logits", "layout-packed", "bias", "bias-of-heads",
               "dropout-bias", "packed-bias-dropout", "large-fp16", "large-fp16-softcap", "everything", "everything-packed"}  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", ["portable", "eager"])
-@pytest.mark.parametrize("case", ALL_CASES, ids=str)
+def every_way() -> list:
+    """(case, backend, dtype), all of them."""
+    ways = []
+    for number, case in enumerate(ALL_CASES):
+        quick = "fp16" if case.name in IN_FLOAT16 else ("bf16", "fp32")[number % 2]
+        for backend, dtype in itertools.product(("portable", "eager"), DTYPES):
+            marks = [] if backend == "eager" or dtype == quick else [pytest.mark.slow]
+            ways.append(pytest.param(case, backend, dtype, id=f"{case}-{backend}-{dtype}", marks=marks))
+    return ways
+
+
+@pytest.mark.parametrize(("case", "backend", "dtype"), every_way())
 def test_case(case, backend, dtype, device):
-    if dtype == "fp16" and backend == "portable" and device == "cpu" and case.name not in IN_FLOAT16:
-        pytest.skip("float16 in the interpreter: a selection of the cases")
     assert_within_budget(testing.check(case, DTYPES[dtype], backend, device))
 
 
 @pytest.mark.parametrize(
-    "name", ["gqa-everything", "window-lower-right", "padded-window", "full", "everything", "everything-packed"]
+    "name",
+    ["gqa-everything", "everything-packed", *map(slow, ("window-lower-right", "padded-window", "full", "everything"))],
 )
 @pytest.mark.parametrize("tiles", [(16, 64), (64, 16), (32, 128)], ids=lambda t: f"{t[0]}x{t[1]}")
 def test_any_tiles(name, tiles, device):
@@ -46,8 +60,11 @@ def test_any_tiles(name, tiles, device):
         assert_within_budget(testing.check(case, torch.float32, "portable", device))
 
 
-@pytest.mark.parametrize("name", ["gqa-everything", "everything", "everything-packed"])
-@pytest.mark.parametrize("backend", ["portable", "eager"])
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [("eager", "gqa-everything"), ("eager", "everything"), ("eager", "everything-packed"), ("portable", "everything-packed"),
+     slow("portable", "everything"), slow("portable", "gqa-everything")],
+)  # fmt: skip
 def test_same_inputs_same_bits(backend, name, device):
     case = named(name)
     inputs = testing.make_inputs(case, torch.bfloat16, device)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import tfkern
-from tfkern import backends, call, interpreter
+from tfkern import backends, call
 
-pytestmark = pytest.mark.skipif(not interpreter.interpreting(), reason="the choices tested are those for CPU tensors")
+pytestmark = pytest.mark.cpu  # the choices tested are those for CPU tensors
 
 
 def problem(**changes):

@@ -36,16 +36,23 @@ def gate(tmp_path, *arguments) -> list[dict]:
     return rows
 
 
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_gate_at_the_main_head_dim(arch, tmp_path):
+    """Every kernel with all of the band: what `make test` has of the gate."""
+    rows = gate(tmp_path, "--arch", arch, "--dtype", "bf16", "--head-dim", "64", "--variant", "all")
+    assert {row["kernel"] for row in rows} >= set(configs.KERNELS)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", configs.KERNELS)
-@pytest.mark.parametrize(  # `make gate` compiles for sm_100, which takes longest
-    "arch", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90", "gfx942"]
-)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])  # `make gate` compiles for sm_100, which takes longest
 def test_gate(arch, kernel, tmp_path):
     variants = ["plain", "causal", "all"] if arch == "sm_90" else ["all"]  # `make gate` compiles the others
     rows = gate(tmp_path, "--arch", arch, "--kernel", kernel, "--variant", *variants)
     assert len(rows) == 2 * len(tiles.HEAD_DIM_CLASSES) * len(variants)  # dtypes x head dims x variants
 
 
+@pytest.mark.slow
 def test_gate_of_the_backward_in_one_pass(tmp_path):
     """Where the table has tiles for it; it never runs with free strides, and on a GPU not with what takes registers a score."""
     rows = gate(tmp_path, "--kernel", "flash_bwd_one_pass", "--dtype", "bf16", "--variant", "plain", "causal", "all", "sinks")
@@ -77,7 +84,8 @@ def test_gate_of_the_features(kernel, tmp_path):
     assert {row["variant"] for row in rows} >= {"mask", "bias", "dropout", "packed", "softcap", "slopes", "sinks", "score-mod"}
 
 
-@pytest.mark.skipif(triton.__version__ != "3.7.1", reason="counted with Triton 3.7.1")
+@pytest.mark.slow
+@pytest.mark.needs("Triton 3.7.1", triton.__version__ == "3.7.1")  # with which it was counted
 def test_absent_features_cost_nothing():
     """Instructions and registers of the kernels without features, beside those of the commit before there were any, with the
     tiles that it had."""
@@ -193,6 +201,7 @@ print(json.dumps(counts))
 """
 
 
+@pytest.mark.slow
 def test_new_numbers_compile_nothing_new():
     done = subprocess.run([sys.executable, "-I", "-c", FAKE_GPU], capture_output=True, text=True, env=COMPILER, check=False)
     assert done.returncode == 0, done.stderr

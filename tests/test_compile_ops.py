@@ -90,7 +90,7 @@ def test_our_kernels(case, device):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch's compiler wants g++ for the CPU")
+@pytest.mark.needs("g++", shutil.which("g++") is not None)  # PyTorch's compiler wants it for the CPU
 def test_pytorchs_own_compiler(device):
     """inductor instead of aot_eager: what is around attention is compiled, too."""
     torch.manual_seed(0)

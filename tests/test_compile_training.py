@@ -169,7 +169,7 @@ def test_two_processes(kind, tmp_path):
         assert file.read_text().endswith("same\n"), file.read_text()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.gpu
 def test_cuda_graph():
     """A replay draws new dropout, and takes what stands in the inputs then."""
     q = torch.randn(2, 2, 64, 32, device="cuda")

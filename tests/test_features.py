@@ -262,10 +262,10 @@ def test_autocast_takes_masks_along(qkv, device):
     assert mask.grad.dtype == torch.float32
 
 
-@BACKENDS
+@pytest.mark.parametrize(  # the interpreter takes many minutes; the grid has one dimension, see test_addresses.py
+    "backend", [pytest.param("portable", marks=pytest.mark.gpu), "eager"]
+)
 def test_more_batch_times_heads_than_a_grid_has_rows(backend, device):
     """65,535 is the most that a grid's second and third dimension take."""
-    if device == "cpu" and backend == "portable":
-        pytest.skip("70,000 programs take many minutes in the interpreter; the grid has one dimension, see test_addresses.py")
     q = torch.randn(700, 100, 1, 16, device=device)
     close(tfkern.attention(q, q, q, backend=backend), q)

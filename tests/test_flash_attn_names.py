@@ -1,5 +1,6 @@
 """flash-attn's functions by their names, against the oracle."""
 
+import functools
 import inspect
 
 import pytest
@@ -107,25 +108,17 @@ def test_against_the_oracle(name, dtype):
     for option, chosen in OPTIONS.items():
         options = chosen | lengths
 
-        def measured(tensors, options=options):
-            wide = {n: x.double() for n, x in tensors.items()}
-            truth = results(oracle, wide, options)
-            flash = {n: x.float() for n, x in tensors.items()}
-            plains = [
-                results(oracle, tensors, options),
-                results(lambda **o: oracle(lambda *a, **b: reference.flash(*a, out_dtype=dtype, **b), **o), flash, options),
-            ]
-            return truth, plains
+        def flash(**o):
+            return oracle(functools.partial(reference.flash, out_dtype=dtype), **o)
 
-        truth, plains = measured(tensors)
+        def wide(form, tensors=tensors, options=options):
+            return results(form, {n: x.double() for n, x in tensors.items()}, options)
+
+        plains = [results(oracle, tensors, options), results(flash, {n: x.float() for n, x in tensors.items()}, options)]
         found = results(getattr(flash_attn, name), tensors, options | dict(return_attn_probs=True))
         assert found["out"].dtype == dtype
         assert found["lse"].dtype == torch.float32
-        errors = [budget.compare(n, x, truth[n], [p[n] for p in plains]) for n, x in found.items()]
-        if not all(e.ok for e in errors):
-            more = [measured(draw(name, dtype, s)[0]) for s in range(1, budget.DRAWS)]
-            worst = {n: max(budget.compare(n, p[0][n], t[n], [x[n] for x in p]).plain for t, p in more) for n in found}
-            errors = [budget._with_plain(e, worst[e.quantity], dtype) for e in errors]
+        errors = budget.judge(found, wide(oracle), plains, functools.partial(wide, flash))
         assert all(e.ok for e in errors), (option, *map(str, errors))
     print(f"{len(OPTIONS)} options of {name}, {dtype}")
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from tfkern import interpreter
 
-pytestmark = pytest.mark.skipif(not interpreter.interpreting(), reason="there is a GPU: kernels are not interpreted")
+pytestmark = pytest.mark.cpu  # on a GPU kernels are not interpreted
 
 
 @triton.jit

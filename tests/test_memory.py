@@ -31,7 +31,12 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+MORE = {"tiled-all-keys", "features"}  # slow tests
+
+
+@pytest.mark.parametrize(
+    "options", [pytest.param(x, id=name, marks=[pytest.mark.slow] * (name in MORE)) for name, x in OPTIONS.items()]
+)
 def test_peak(options):
     done = subprocess.run(
         [sys.executable, "-I", "-c", PROGRAM % N, repr(options)], capture_output=True, text=True, check=True

@@ -1,6 +1,7 @@
 """MultiheadAttention against torch.nn.MultiheadAttention: PyTorch's own samples, a grid of options, state dicts, errors."""
 
 import copy
+import functools
 import io
 import itertools
 import pickle
@@ -185,26 +186,16 @@ def test_within_the_budget(dtype):
     ]:
         torch.manual_seed(2)
         layer = Theirs(E, H, **options).to(dtype)
-
-        def draw(seed, kind=kind, options=options, attn=attn, pad=pad):
-            given = inputs_of(kind, options.get("batch_first", False), options.get("kdim", E), options.get("vdim", E), seed)
-            n_k = L if kind == "self" else S
-            given |= masks(attn, L, n_k, True, "attn_mask") | masks(pad, L, n_k, True, "key_padding_mask")
-            return cast(given | dict(need_weights=False), dtype)
-
-        def plain(inputs, layer=layer):
-            truth = theirs(layer, inputs, torch.float64)
-            return truth, [theirs(layer, inputs, dtype, b) for b in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION)]
-
-        truth, plains = plain(draw(0))
+        given = inputs_of(kind, options.get("batch_first", False), options.get("kdim", E), options.get("vdim", E))
+        n_k = L if kind == "self" else S
+        given |= masks(attn, L, n_k, True, "attn_mask") | masks(pad, L, n_k, True, "key_padding_mask")
+        given = cast(given | dict(need_weights=False), dtype)
+        wide = functools.partial(theirs, layer, given, torch.float64)
+        plains = [theirs(layer, given, dtype, b) for b in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = results(Ours.from_torch(layer), draw(0))
-        errors = [budget.compare(n, x, truth[n], [p[n] for p in plains]) for n, x in found.items()]
-        if not all(e.ok for e in errors):
-            more = [plain(draw(seed)) for seed in range(1, budget.DRAWS)]
-            unlucky = [max(budget.compare(e.quantity, p[0][e.quantity], t[e.quantity], [x[e.quantity] for x in p]).plain for t, p in more) for e in errors]  # fmt: skip
-            errors = [budget._with_plain(e, u, dtype) for e, u in zip(errors, unlucky, strict=True)]
+            found = results(Ours.from_torch(layer), given)
+        errors = budget.judge(found, wide(), plains, wide, products=dtype)
         assert all(e.ok for e in errors), "\n".join(map(str, errors))
 
 

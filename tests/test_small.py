@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 import tfkern
-from tfkern import checks, configs, interpreter, reference, score_mods, testing
+from tfkern import checks, configs, reference, score_mods, testing
 from tfkern.kernels import score_mods as kernel_mods
 from tfkern.testing import Case
 
@@ -118,7 +118,7 @@ def test_scores_far_below_zero(passes, device):
 
 
 @pytest.mark.parametrize("mask", [torch.float32, torch.bool], ids=str)
-@pytest.mark.skipif(not interpreter.interpreting(), reason="only the interpreter sees an address beside a tensor")
+@pytest.mark.cpu  # only the interpreter sees an address beside a tensor
 def test_a_mask_smaller_than_its_sequences_is_not_left(mask, monkeypatch):
     """On a GPU nobody checks that packed sequences fit their mask; nothing beside it may be read or written even so."""
     monkeypatch.setattr(checks, "mask", lambda *args: None)

@@ -1,6 +1,7 @@
 """timm: models with our attention layer and models that are patched, beside timm's own layer."""
 
 import copy
+import importlib.util
 import pickle
 import subprocess
 import sys
@@ -18,6 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 import torchvision_stub
 from readme import recipe
 
+pytestmark = pytest.mark.needs("timm", importlib.util.find_spec("timm") is not None)
 TINY = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=5)
 MODELS = {  # name: (timm's name, options, layers that an adapter knows)
     "ViT": ("vit_tiny_patch16_224", {}, 2),
@@ -33,7 +35,7 @@ MODELS = {  # name: (timm's name, options, layers that an adapter knows)
 @pytest.fixture(scope="module", autouse=True)
 def timm():
     with torchvision_stub.installed():
-        return pytest.importorskip("timm")
+        return importlib.import_module("timm")
 
 
 def make(timm, name: str, seed: int = 0, **more) -> nn.Module:
@@ -76,18 +78,16 @@ def attending(monkeypatch) -> list:
     return made
 
 
-def judge(found: dict, draw) -> None:
-    """found against draw(float64, seed 0), beside draw(float32, seed), the largest error of several seeds where it must be."""
-    truth, plain = draw(torch.float64, 0), draw(torch.float32, 0)
+def judge(timm, found: dict, name: str, autocast=None) -> None:
+    """found against timm's own formula in float64, beside the same in float32 or under autocast."""
+
+    def theirs(dtype=torch.float64, autocast=None):
+        return results(unfused(make(timm, name)), dtype, autocast)
+
+    truth = theirs()
     assert found.keys() == truth.keys()
-    errors = budget.judge(found, truth, [plain])
-    bad = {e.quantity: e for e in errors if not e.ok}
-    if bad:
-        more = [[draw(dtype, seed) for dtype in (torch.float64, torch.float32)] for seed in range(1, budget.DRAWS)]
-        for name, e in bad.items():
-            worst = max(budget.compare(name, p[name], t[name], [p[name]]).plain for t, p in more)
-            bad[name] = budget._with_plain(e, worst, torch.float32)
-    assert not [str(e) for e in bad.values() if not e.ok]
+    errors = budget.judge(found, truth, [theirs(torch.float32, autocast)], theirs, products=autocast or torch.float32)
+    assert not [str(e) for e in errors if not e.ok]
 
 
 @pytest.mark.parametrize("way", ["attn_layer", "patch"])
@@ -103,18 +103,13 @@ def test_models(timm, name, way, monkeypatch):
         model = make(timm, name, attn_layer=integration.Attention)
     found = results(model)
     assert len(made) == MODELS[name][2]
-    judge(found, lambda dtype, seed: results(unfused(make(timm, name, seed)), dtype))
+    judge(timm, found, name)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_autocast(timm, name):
     model = make(timm, name, attn_layer=integration.Attention)
-    found = results(model, autocast=torch.bfloat16)
-
-    def draw(dtype, seed):
-        return results(unfused(make(timm, name, seed)), dtype, torch.bfloat16 if dtype == torch.float32 else None)
-
-    judge(found, draw)
+    judge(timm, results(model, autocast=torch.bfloat16), name, torch.bfloat16)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ import model_runs
 from readme import recipe
 from zoo import DECODERS, IGNORING, MODELS, TEXT, padding
 
+pytestmark = pytest.mark.needs("transformers", importlib.util.find_spec("transformers") is not None)
 ROOT = Path(__file__).resolve().parent.parent
 BF16 = torch.bfloat16
 NAMED = {m.name.split(" ")[0]: m for m in MODELS}
@@ -38,8 +39,8 @@ def registered():
 def prepared(m, pad=None, autocast=None, change=None):
     """A function for model_runs.judge."""
 
-    def run(attn, dtype, seed):
-        inputs, model = m.inputs(seed, pad), m.make(attn, dtype, seed)
+    def run(attn, dtype):
+        inputs, model = m.inputs(pad=pad), m.make(attn, dtype)
         if change is not None:
             change(model, inputs)
         cast = None if dtype == torch.float64 else autocast
@@ -64,7 +65,7 @@ def test_padding(m, side):
 
 @pytest.mark.parametrize("m", MODELS, ids=str)
 def test_autocast(m):
-    model_runs.assert_within(model_runs.judge(prepared(m, "right" if m in TEXT else None, BF16)))
+    model_runs.assert_within(model_runs.judge(prepared(m, "right" if m in TEXT else None, BF16), BF16))
 
 
 @pytest.mark.parametrize("m", MODELS, ids=str)
@@ -153,7 +154,7 @@ def stepwise(m, attn, dtype, side, static, steps=(5, 2, 1, 1)):
 @pytest.mark.parametrize("m", CACHED, ids=str)
 def test_caches(m, side, static):
     """A prompt, a chunk, and word by word; past the sliding window."""
-    model_runs.assert_within(model_runs.judge(lambda attn, dtype, seed: stepwise(m, attn, dtype, side, static)))
+    model_runs.assert_within(model_runs.judge(lambda attn, dtype: stepwise(m, attn, dtype, side, static)))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """attn_implementation="tfkern" under torch.compile without graph breaks: models as a whole, layer by layer, and steps of decoding."""
 
+import importlib.util
 import itertools
 import sys
 import warnings
@@ -17,6 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 import model_runs
 from zoo import IGNORING, LAYERS, MODELS
 
+pytestmark = pytest.mark.needs("transformers", importlib.util.find_spec("transformers") is not None)
 NAMED = {m.name.split(" ")[0]: m for m in MODELS}
 # What a model needs to be compiled without graph breaks with any attention, and why.
 NEEDED = {
@@ -25,6 +27,12 @@ NEEDED = {
 # Each with the padding that it knows, and a few without and through AOTAutograd.
 PADS = [(m, {"decoder": "left", "image": None}.get(m.kind, "right")) for m in MODELS]
 FEW = [NAMED[name] for name in ("BERT", "T5", "Swin")]
+QUICK = [*FEW, NAMED["GPT-2"], NAMED["Mistral"]]  # of each kind one
+
+
+def mostly_slow(values: list[tuple], quick: list) -> list:
+    """Parameters of a test, of which `make test` runs those of a few models."""
+    return [pytest.param(*value, marks=[pytest.mark.slow] * (value[0] not in quick)) for value in values]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,9 +48,9 @@ def nothing_compiled():
     torch._dynamo.reset()
 
 
-def made(m, attn="tfkern", dtype=torch.float32, seed=0, **options):
+def made(m, attn="tfkern", dtype=torch.float32, **options):
     """A model that can be compiled."""
-    model = m.make(attn, dtype, seed, **options)
+    model = m.make(attn, dtype, **options)
     for name, value in NEEDED.get(m.name.split(" ")[0], ({},))[0].items():
         setattr(model.config, name, value)
     return model
@@ -64,10 +72,10 @@ def attentions(counter) -> list[int]:
 def prepared(m, pad=None, backend="eager", autocast=None, change=None):
     """A function for model_runs.judge: tfkern compiled, the others not."""
 
-    def run(attn, dtype, seed):
-        inputs, model = m.inputs(seed, pad), m.make(attn, dtype, seed)
+    def run(attn, dtype):
+        inputs, model = m.inputs(pad=pad), m.make(attn, dtype)
         if attn == "tfkern":
-            model = made(m, attn, dtype, seed)
+            model = made(m, attn, dtype)
             counter = compiled(model, backend)
         if change is not None:
             change(model, inputs)
@@ -80,7 +88,7 @@ def prepared(m, pad=None, backend="eager", autocast=None, change=None):
     return run
 
 
-@pytest.mark.parametrize(("m", "side"), PADS, ids=str)
+@pytest.mark.parametrize(("m", "side"), mostly_slow(PADS, QUICK), ids=str)
 def test_forward_and_gradients(m, side):
     errors = model_runs.judge(prepared(m, side))
     assert len(errors) > 20
@@ -136,7 +144,7 @@ def close(found: dict, want: dict) -> None:
 
 def test_autocast():
     m = NAMED["T5"]
-    model_runs.assert_within(model_runs.judge(prepared(m, "right", autocast=torch.bfloat16)))
+    model_runs.assert_within(model_runs.judge(prepared(m, "right", autocast=torch.bfloat16), torch.bfloat16))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -267,7 +275,7 @@ def test_layer_by_layer(name):
     assert integration.calls(model) == 0  # nothing is counted in graphs, and yet no warning
 
 
-@pytest.mark.parametrize("m", [*IGNORING, NAMED["BERT"]], ids=str)
+@pytest.mark.parametrize("m", mostly_slow([(m,) for m in (*IGNORING, NAMED["BERT"])], [IGNORING[0], NAMED["BERT"]]), ids=str)
 def test_a_model_that_ignores_it_is_told(m):
     """While tracing, and once."""
     integration._told.clear()

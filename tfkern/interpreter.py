@@ -1,6 +1,7 @@
 """Running kernels in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors, with its bfloat16 mended and every address
 checked against the tensors that the kernel was given: a read or write beside them raises instead of finding a neighbour."""
 
+import dataclasses
 import functools
 import os
 
@@ -17,7 +18,7 @@ def prepare() -> None:
     from float32 truncates where GPUs round to nearest even."""
     import numpy as np
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, interpreter_builder
 
     def widen(data):
         return (data.astype(np.uint32) << 16).view(np.float32)
@@ -52,6 +53,33 @@ def prepare() -> None:
 
     original_load, InterpreterBuilder.create_masked_load = InterpreterBuilder.create_masked_load, load
     original_store, InterpreterBuilder.create_masked_store = InterpreterBuilder.create_masked_store, store
+    # Without `debug` the interpreter works out whether integers overflow, in seven steps an operation, and tells nobody.
+    interpreter_builder.options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
+    _patch_once_a_launch()
+
+
+_patched: list[set] = []  # of each launch that runs: the sets of language modules that are patched
+
+
+def _patch_once_a_launch() -> None:
+    """The interpreter replaces the functions of triton.language anew at each call of a device function, which takes half of its
+    time and changes nothing: what is patched stays so until the launch ends."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def languages(function) -> frozenset:
+        return frozenset(value is tl for value in function.__globals__.values() if value is tl or value is tl.core)
+
+    def patch(function):
+        if not _patched:  # a launch that is not ours
+            return original(function)
+        if languages(function) in _patched[-1]:
+            return None
+        _patched[-1].add(languages(function))
+        return original(function)
+
+    original, interpreter._patch_lang = interpreter._patch_lang, patch
 
 
 _spans: list[tuple[int, int]] = []  # first byte and one beyond the last of each tensor of the kernel that runs
@@ -108,5 +136,9 @@ def run(kernel, grid: int, args, kwargs) -> None:
 
     prepare()
     _spans[:] = [_span(t) for t in _tensors((*args, *kwargs.values()))]
-    with np.errstate(all="ignore"):
-        kernel[(grid,)](*map(_launched, args), **kwargs)
+    _patched.append(set())
+    try:
+        with np.errstate(all="ignore"):
+            kernel[(grid,)](*map(_launched, args), **kwargs)
+    finally:
+        _patched.pop()

@@ -7,12 +7,13 @@ is kept as a Handle under all that a compiled kernel depends on, and further cal
 import functools
 import importlib.metadata
 import importlib.util
+import itertools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tfkern import interpreter
+from tfkern import interpreter, tma
 
 ALIGNMENT = 16  # bytes; the JIT compiles a form of its own for pointers that are multiples of it
 BUFFER = 2**31  # bytes; on AMD also for each tensor whose memory is smaller: 32 bits are enough to address it
@@ -75,32 +76,37 @@ class Handle(NamedTuple):
     function: int
     metadata: tuple
     kernel: object  # keeps the module loaded
+    maps: tuple[tma.Maps, ...] = ()  # of its descriptors
 
 
 # By what a compiled kernel depends on, not by lengths, so that a new length finds what an old one compiled.
 _handles: dict[tuple, Handle] = {}
 
 
+_serial = itertools.count()
+
+
 class Launch:
-    """`grid` programs of a kernel on a device, everything given but the tensors.
+    """`grid` programs of a kernel on a device, everything given but the tensors, and of those the shapes.
 
     The kernel's parameters are tensors, then its Features, then `numbers`, then `constants` by name; `options` are for the
-    compiler (num_warps …).
+    compiler (num_warps …). It gets the first of the tensors as TMA descriptors, in `blocks` of so many (rows, dims) each.
     """
 
-    def __init__(self, kernel, grid: int, device: torch.device, numbers: tuple, constants: dict, options: dict):
+    def __init__(self, kernel, grid: int, device: torch.device, numbers: tuple, constants: dict, options: dict, blocks=()):
         self.kernel, self.grid, self.device, self.index = kernel, grid, device, device.index or 0
-        self.numbers, self.constants, self.options = numbers, constants, options
+        self.numbers, self.constants, self.options, self.blocks = numbers, constants, options, blocks
         names = kernel.arg_names
         self.tail = (*numbers, *(constants[name] for name in names[len(names) - len(constants) :]))
         self.handles: dict[tuple, Handle] = {}
+        self.serial = next(_serial)  # not id(self), which another may have later
 
     def __call__(self, tensors: tuple, features: tuple = (), feature_tensors: tuple = ()) -> None:
         """Run it on the current stream of the device; feature_tensors are those within `features`."""
         if self.grid == 0:
             return
         if interpreter.interpreting():
-            arguments = (*tensors, features, *self.numbers)
+            arguments = (*self.described(tensors), features, *self.numbers)
             interpreter.run(self.kernel, self.grid, arguments, {**self.constants, **self.options})
             return
         driver = _triton()[0].active
@@ -108,17 +114,17 @@ class Launch:
             with torch.cuda.device(self.device):
                 self(tensors, features, feature_tensors)
             return
-        pointers = [x.data_ptr() if isinstance(x, Tensor) else x for x in tensors]  # None and TMA descriptors as they are
+        pointers = [None if x is None else x.data_ptr() for x in tensors]
         form = _form(pointers, feature_tensors)
         if torch.version.hip:
             memory = (x for x in (*tensors, *feature_tensors) if x is not None)
             form = form, *(x.untyped_storage().size() < BUFFER for x in memory)
         handle = self.handles.get(form) or self._known(form, tensors, features)
         if handle is None or _hooked():
-            compiled = self.by_jit(tensors, features)
-            handle = Handle(compiled.run, compiled.function, compiled.packed_metadata, compiled)
-            _handles[self._key(form, tensors, features)] = self.handles[form] = handle
+            self._compiled(form, tensors, features, self.by_jit(tensors, features))
             return
+        if self.blocks:
+            pointers = self._mapped(handle.maps, tensors, pointers)
         handle.run(
             self.grid, 1, 1, driver.get_current_stream(self.index), handle.function, handle.metadata, None, None, None,
             *pointers, features, *self.tail,
@@ -126,7 +132,30 @@ class Launch:
 
     def by_jit(self, tensors: tuple, features: tuple):
         """Run it by Triton's own launch path, which compiles what is not compiled yet; the compiled kernel."""
-        return self.kernel[(self.grid,)](*tensors, features, *self.numbers, **self.constants, **self.options)
+        arguments = (*self.described(tensors), features, *self.numbers)
+        return self.kernel[(self.grid,)](*arguments, **self.constants, **self.options)
+
+    def described(self, tensors: tuple) -> tuple:
+        """The tensors, the first of them as TMA descriptors."""
+        count = len(self.blocks)
+        return *(tma.descriptor(x, *block) for x, block in zip(tensors[:count], self.blocks, strict=True)), *tensors[count:]
+
+    def _mapped(self, maps: tuple, tensors: tuple, pointers: list) -> list:
+        """What the C launcher gets for the tensors: for descriptors, what was encoded when a tensor lay so before."""
+        if not maps:
+            return [*self.described(tensors)[: len(self.blocks)], *pointers[len(self.blocks) :]]
+        arguments = []
+        for i, kept in enumerate(maps):
+            x = tensors[i]
+            key = self.serial, pointers[i], x.stride()  # the serial stands for shape, block and dtype
+            arguments += kept.get(key) or kept.add(key, tma.descriptor(x, *self.blocks[i]))
+        return arguments + pointers[len(maps) :]
+
+    def _compiled(self, form, tensors: tuple, features: tuple, kernel) -> None:
+        """Keep what the JIT has launched."""
+        run, maps = tma.unwrapped(kernel) if self.blocks else (kernel.run, ())
+        handle = Handle(run, kernel.function, kernel.packed_metadata, kernel, maps)
+        _handles[self._key(form, tensors, features)] = self.handles[form] = handle
 
     def _known(self, form, tensors: tuple, features: tuple) -> Handle | None:
         """What another length has compiled."""
@@ -138,20 +167,20 @@ class Launch:
     def _key(self, form, tensors: tuple, features: tuple) -> tuple:
         """All that the JIT compiles anew for, and the device."""
         kinds = _kinds((tensors, features, self.numbers))
-        return self.kernel, self.index, form, kinds, *self.constants.items(), *self.options.items()
+        return self.kernel, self.index, form, kinds, self.blocks, *self.constants.items(), *self.options.items()
 
 
 def _form(pointers: list, feature_tensors: tuple):
     """Which pointers are aligned: 0 where all are, as almost always."""
     together = 0
     for pointer in pointers:
-        if isinstance(pointer, int):
+        if pointer is not None:
             together |= pointer
     for tensor in feature_tensors:
         together |= tensor.data_ptr()
     if together % ALIGNMENT == 0:
         return 0
-    return tuple(not isinstance(p, int) or p % ALIGNMENT == 0 for p in (*pointers, *(x.data_ptr() for x in feature_tensors)))
+    return tuple(p is None or p % ALIGNMENT == 0 for p in (*pointers, *(x.data_ptr() for x in feature_tensors)))
 
 
 def _kinds(x):
@@ -160,8 +189,6 @@ def _kinds(x):
         return tuple(map(_kinds, x))
     if isinstance(x, Tensor):
         return x.dtype
-    if hasattr(x, "block_shape"):  # a TMA descriptor, whose layout follows from the constants
-        return x.base.dtype
     if isinstance(x, int):
         return "i32" if -(2**31) <= x < 2**31 else "i64"
     return type(x)

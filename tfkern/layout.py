@@ -18,6 +18,21 @@ def empty_in_order_of(like: Tensor, last_dim: int) -> Tensor:
     return torch.empty_strided((*like.shape[:3], last_dim), strides, dtype=like.dtype, device=like.device)
 
 
+class Blank:
+    """A result of a kernel before there is memory for it: as `like`, with another last dim, in its memory order."""
+
+    def __init__(self, like: Tensor, last_dim: int):
+        self.shape = (*like.shape[:3], last_dim)
+        self.strides = strides_in_order_of(like, last_dim)
+        self.options = dict(dtype=like.dtype, device=like.device)
+
+    def stride(self) -> tuple:
+        return self.strides
+
+    def empty(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.strides, **self.options)
+
+
 def strides_in_order_of(like: Tensor, last_dim: int) -> tuple[int, int, int, int]:
     """Strides of that."""
     # Stable, and blind to dims of size 1 or stride 0, which say nothing about order: they stay where they stand.

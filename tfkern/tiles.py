@@ -12,7 +12,12 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 KERNELS = ("flash_fwd", "flash_bwd_dq", "flash_bwd_dkdv", "flash_bwd_dbias")
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")  # that have rows of their own
+# Bytes of shared memory that a program may have, of all that bench/compile_gate.py can compile for.
+SHARED = {
+    "sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}  # fmt: skip
 HEAD_DIM_CLASSES = (16, 32, 64, 128, 256)
 
 MODEL = "cost model, 2026-11"
@@ -32,14 +37,13 @@ class TileConfig:
     source: str = field(default="", compare=False)
 
     def lighter(self, kernel: str) -> "TileConfig":
-        """Half the rows that a program owns (keys in flash_bwd_dkdv), for what takes more registers a score."""
-        if kernel == "flash_bwd_dkdv":
-            return replace(self, block_n=max(16, self.block_n // 2))
+        """Half the scores a thread, for what takes more registers a score: half the rows that a program owns (keys in
+        flash_bwd_dkdv) where a warp has more than the 16 of one matrix instruction, else half of those it goes through."""
         if kernel == "flash_bwd_dbias":
             return self
-        if kernel == "flash_fwd":
-            return replace(self, block_m=max(16, self.block_m // 2), block_n=min(32, self.block_n))
-        return replace(self, block_m=max(16, self.block_m // 2))
+        owned, streamed = ("block_n", "block_m") if kernel == "flash_bwd_dkdv" else ("block_m", "block_n")
+        halved = owned if getattr(self, owned) > 16 * self.num_warps else streamed
+        return replace(self, **{halved: max(16, getattr(self, halved) // 2)})
 
 
 # Asymmetric on purpose: in the interpreter, which only tests use, a mix-up of the two block sizes must show.

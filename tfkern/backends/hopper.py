@@ -42,23 +42,23 @@ def forward(problem: Problem, t: Tensors) -> tuple[Tensor, Tensor]:
     """out in q's memory order, lse (B, H, Nq) float32; B is 1 for packed sequences."""
     p, t = problem, features.plain_memory(problem, t)
     q, k, v = (tma.readable(x) for x in t[:3])
-    out = layout.empty_in_order_of(q, p.v_head_dim)
-    lse = torch.empty(out.shape[:3], dtype=torch.float32, device=p.device)
-    key = "hopper", out.stride(), features.mask_vec(t)
-    if key not in p.plans:
-        dim, config, short = _config(p)  # weighs tiles against each other: not to be done in every call
-        p.plans[key] = dim, config, _plan(p, dim, config, short, out, features.mask_vec(t))
-    dim, config, plan = p.plans[key]
-    rows = (HOPPER_QUERIES, config.block_n, config.block_n, HOPPER_QUERIES)
-    descriptors = [tma.descriptor(x, n, dim) for x, n in zip((q, k, v, out), rows, strict=True)]
-    plan((*descriptors, out, lse), *features.of(p, t))
+    key = "hopper", q.stride(), features.mask_vec(t)
+    plan = p.plans.get(key)
+    if plan is None:
+        result = layout.Blank(q, p.v_head_dim)
+        plan = p.plans[key] = _plan(p, result, features.mask_vec(t)), result
+    launch_fwd, result = plan
+    out = result.empty()
+    lse = torch.empty(result.shape[:3], dtype=torch.float32, device=p.device)
+    launch_fwd((q, k, v, out, out, lse), *features.of(p, t))
     return out, lse
 
 
-def _plan(p: Problem, dim: int, config: HopperConfig, short: bool, out: Tensor, mask_vec: int) -> launch.Launch:
+def _plan(p: Problem, out: layout.Blank, mask_vec: int) -> launch.Launch:
     """All of the launch but its tensors."""
     from tfkern.kernels.hopper import flash_fwd, flash_fwd_short
 
+    dim, config, short = _config(p)
     stride_o = tma.strides(out)
     mod = p.score_mod[0] if p.score_mod else None
     given = dict(MOD=mod, LINEAR=p.linear, MASK_VEC=mask_vec, DIM=p.head_dim, **config.constants(dim))
@@ -74,7 +74,8 @@ def _plan(p: Problem, dim: int, config: HopperConfig, short: bool, out: Tensor, 
         numbers = (stride_o, *shape, tiles, items, p.scale, int(p.lower_right), p.left, p.right)
     constants = {key: given[key] for key in kernel.arg_names if key in given}  # in the kernel's order
     programs = min(items, launch.multiprocessors(p.device) * config.programs)
-    return launch.Launch(kernel, programs, p.device, numbers, constants, config.options())
+    blocks = tuple((rows, dim) for rows in (HOPPER_QUERIES, config.block_n, config.block_n, HOPPER_QUERIES))
+    return launch.Launch(kernel, programs, p.device, numbers, constants, config.options(), blocks)
 
 
 def _tiles(p: Problem) -> tuple[int, HopperTiles]:

@@ -1,6 +1,9 @@
 """The backward by the Gluon kernels for Hopper (kernels/hopper)."""
 
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
 from tfkern import features, launch, layout, tma
 from tfkern.problem import Gradients, Problem, Tensors
@@ -10,7 +13,6 @@ from tfkern.tiles import (
     HOPPER_ONE_PASS,
     HOPPER_ONE_PASS_SPILLS,
     HOPPER_QUERIES,
-    HopperConfig,
     HopperOnePass,
 )
 
@@ -28,22 +30,32 @@ def limits(p: Problem) -> list[str]:
     return [f"{name}: not in the backward's kernels" for name, given in there.items() if given]
 
 
+class Plan(NamedTuple):
+    """The launches of a backward: one for all, or one for dq and, if they are needed, another for dk and dv."""
+
+    one_pass: launch.Launch | None = None
+    dq: launch.Launch | None = None
+    dkdv: launch.Launch | None = None
+
+
 def backward(problem: Problem, t: Tensors, out, lse, do, dlse, needed, into=None) -> Gradients:
     """As portable.backward, within `limits`. In one launch where that fits; of two, that for dQ runs for any gradient, as delta
     comes of it."""
     p, t, need = problem, features.plain_memory(problem, t), Gradients(*needed)
     q, k, v, out, do = (tma.readable(x) for x in (*t[:3], out, do))
     dlse = None if dlse is None else dlse.resolve_neg().contiguous()
-    wanted = into or tuple(layout.empty_in_order_of(x, x.shape[-1]) for x in t[:3])
+    wanted = into or _results(p, t)
     dq, dk, dv = (x if tma.ready(x) else torch.empty_like(x, memory_format=torch.contiguous_format) for x in wanted)
     dslopes, delta = torch.empty_like(lse) if need.slopes else None, None
-    if (need.k or need.v) and (config := one_pass(p)):
-        _run_one_pass(p, config, t, (q, k, v, out, do, dq, dk, dv), (lse, dlse))
+    plan = _planned(p, (dq, dk, dv), need, dlse is None)
+    optional = features.of(p, t)
+    if plan.one_pass is not None:
+        plan.one_pass((q, k, v, out, do, dq, dk, dv, lse, dlse), *optional)
     else:
         delta = torch.empty_like(lse)
-        _run(p, "flash_bwd_dq", t, (q, k, v, out, do, dq), (dq, lse, dlse, delta, dslopes))
-        if need.k or need.v:
-            _run(p, "flash_bwd_dkdv", t, (q, k, v, do, dk, dv), (dk, dv, lse, delta))
+        plan.dq((q, k, v, out, do, dq, dq, lse, dlse, delta, dslopes), *optional)
+        if plan.dkdv is not None:
+            plan.dkdv((q, k, v, do, dk, dv, dk, dv, lse, delta), *optional)
         else:
             dk = dv = None
     made = zip((dq, dk, dv), wanted, strict=True)
@@ -54,10 +66,37 @@ def backward(problem: Problem, t: Tensors, out, lse, do, dlse, needed, into=None
     )  # fmt: skip
 
 
+def _results(p: Problem, t: Tensors) -> tuple[Tensor, ...]:
+    """Memory for dq, dk and dv, in the order of q, k and v."""
+    key = "results", *(x.stride() for x in t[:3])
+    blanks = p.plans.get(key)
+    if blanks is None:
+        blanks = p.plans[key] = tuple(layout.Blank(x, x.shape[-1]) for x in t[:3])
+    return tuple(x.empty() for x in blanks)
+
+
+def _planned(p: Problem, results: tuple[Tensor, ...], need: Gradients, without_dlse: bool) -> Plan:
+    """The launches, worked out once."""
+    of_keys = need.k or need.v
+    key = "backward", of_keys, without_dlse, need.slopes, *(x.stride() for x in results)
+    plan = p.plans.get(key)
+    if plan is None:
+        if of_keys and (config := one_pass(p)):
+            plan = Plan(_plan_one_pass(p, config))
+        else:
+            stride_dq, *strides = map(tma.strides, results)
+            dkdv = _plan(p, "flash_bwd_dkdv", tuple(strides)) if of_keys else None
+            plan = Plan(None, _plan(p, "flash_bwd_dq", (stride_dq,)), dkdv)
+        p.plans[key] = plan
+    return plan
+
+
 def one_pass(p: Problem) -> HopperOnePass | None:
     """The tiles of the backward in one launch, if it has memory for all queries of a key head; None too for what its kernel
     does not have, and where there are fewer key heads than fill the chip, which two kernels divide further."""
-    if p.packed or p.heavy or p.has_sinks or (p.device.type != "cpu" and p.batch * p.kv_heads < HOPPER_FULL_CHIP):
+    if p.packed or p.heavy or p.has_sinks:
+        return None
+    if p.batch * p.kv_heads < HOPPER_FULL_CHIP and launch.architecture(p.device) != "interpreter":
         return None
     if launch.triton_version() >= HOPPER_ONE_PASS_SPILLS:
         return None
@@ -66,44 +105,29 @@ def one_pass(p: Problem) -> HopperOnePass | None:
     return next((config for config in fitting if tiles <= config.tiles), None)
 
 
-def _run_one_pass(p: Problem, config: HopperOnePass, t: Tensors, tensors: tuple, plain: tuple) -> None:
-    """The whole backward in one launch, from tensors that it takes by TMA and plain ones."""
+def _plan_one_pass(p: Problem, config: HopperOnePass) -> launch.Launch:
+    """All of the one launch but its tensors."""
+    from tfkern.kernels.hopper import flash_bwd
+
     dim = min(d for d in HOPPER_ONE_PASS if p.head_dim <= d)
-    key = "flash_bwd", plain[1] is None
-    if key not in p.plans:
-        from tfkern.kernels.hopper import flash_bwd
-
-        items = p.batch * p.kv_heads
-        sizes = (p.heads, p.group, p.n_q, p.n_k, -(-p.n_q // HOPPER_QUERIES), items)
-        numbers = (*sizes, p.scale, int(p.lower_right), p.left, p.right)
-        programs = min(items, launch.multiprocessors(p.device))
-        p.plans[key] = launch.Launch(flash_bwd.flash_bwd, programs, p.device, numbers, config.constants(dim), config.options())
-    descriptors = (tma.descriptor(x, HOPPER_QUERIES, dim) for x in tensors)
-    p.plans[key]((*descriptors, *plain), *features.of(p, t))
+    items = p.batch * p.kv_heads
+    sizes = (p.heads, p.group, p.n_q, p.n_k, -(-p.n_q // HOPPER_QUERIES), items)
+    numbers = (*sizes, p.scale, int(p.lower_right), p.left, p.right)
+    programs = min(items, launch.multiprocessors(p.device))
+    blocks = ((HOPPER_QUERIES, dim),) * 8
+    return launch.Launch(flash_bwd.flash_bwd, programs, p.device, numbers, config.constants(dim), config.options(), blocks)
 
 
-def _run(p: Problem, name: str, t: Tensors, tensors: tuple, plain: tuple) -> None:
-    """One kernel, from tensors that it takes by TMA and plain ones, those that it may write without TMA first."""
-    dim = min(d for d in HOPPER_BACKWARD[name] if p.head_dim <= d)
-    found = HOPPER_BACKWARD[name][dim]
-    few = (p.n_k if name == "flash_bwd_dkdv" else p.n_q) <= HOPPER_QUERIES
-    config = found.heavy if p.heavy else found.single if few else found.usual
-    results = [x for x in plain if x is not None and x.dim() == 4]
-    key = name, *(x is None for x in plain), *(x.stride() for x in results)
-    if key not in p.plans:
-        p.plans[key] = _plan(p, name, dim, config, tuple(map(tma.strides, results)))
-    rows = (config.block_n if i in STREAMED[name] else HOPPER_QUERIES for i in range(len(tensors)))
-    descriptors = (tma.descriptor(x, n, dim) for x, n in zip(tensors, rows, strict=True))
-    p.plans[key]((*descriptors, *plain), *features.of(p, t))
-
-
-def _plan(p: Problem, name: str, dim: int, config: HopperConfig, strides: tuple) -> launch.Launch:
-    """All of a launch but its tensors."""
+def _plan(p: Problem, name: str, strides: tuple) -> launch.Launch:
+    """All of one of two launches but its tensors; `strides` are those of what it may write without TMA."""
     from tfkern.kernels.hopper import flash_bwd_dkdv, flash_bwd_dq
 
     kernel = {"flash_bwd_dq": flash_bwd_dq.flash_bwd_dq, "flash_bwd_dkdv": flash_bwd_dkdv.flash_bwd_dkdv}[name]
     of_keys = name == "flash_bwd_dkdv"
+    dim = min(d for d in HOPPER_BACKWARD[name] if p.head_dim <= d)
+    found = HOPPER_BACKWARD[name][dim]
     heads, rows = (p.kv_heads, p.n_k) if of_keys else (p.heads, p.n_q)
+    config = found.heavy if p.heavy else found.single if rows <= HOPPER_QUERIES else found.usual
     owned = HOPPER_QUERIES * config.consumers
     # of all rows of a head, or for packed sequences as many as they may need at most (kernels/sequence.py)
     tiles = rows // owned + p.batch + 1 if p.packed else -(-rows // owned)
@@ -112,4 +136,6 @@ def _plan(p: Problem, name: str, dim: int, config: HopperConfig, strides: tuple)
     value, derivative = p.score_mod or (None, None)
     given = dict(MOD=value, MOD_GRAD=derivative, LINEAR=p.linear, DIM=p.head_dim, **config.constants(dim, of_keys))
     constants = {key: given[key] for key in kernel.arg_names if key in given}  # in the kernel's order
-    return launch.Launch(kernel, (1 if p.packed else p.batch) * heads * tiles, p.device, numbers, constants, config.options())
+    blocks = tuple((config.block_n if i in STREAMED[name] else HOPPER_QUERIES, dim) for i in range(6))
+    grid = (1 if p.packed else p.batch) * heads * tiles
+    return launch.Launch(kernel, grid, p.device, numbers, constants, config.options(), blocks)

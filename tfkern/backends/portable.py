@@ -20,21 +20,6 @@ def unsupported(problem: Problem) -> list[str]:
     return reasons
 
 
-class Blank:
-    """A result of a kernel before there is memory for it: as `like`, with another last dim, in its memory order."""
-
-    def __init__(self, like: Tensor, last_dim: int):
-        self.shape = (*like.shape[:3], last_dim)
-        self.strides = layout.strides_in_order_of(like, last_dim)
-        self.options = dict(dtype=like.dtype, device=like.device)
-
-    def stride(self) -> tuple:
-        return self.strides
-
-    def empty(self) -> Tensor:
-        return torch.empty_strided(self.shape, self.strides, **self.options)
-
-
 def forward(problem: Problem, t: Tensors) -> tuple[Tensor, Tensor]:
     """out in q's memory order, lse (B, H, Nq) float32; B is 1 for packed sequences."""
     p, t = problem, features.plain_memory(problem, t)
@@ -91,10 +76,10 @@ def _memory(x):
     return tuple(map(_memory, x)) if isinstance(x, tuple) else x
 
 
-def _plan_forward(p: Problem, t: Tensors) -> tuple[launch.Launch, Blank]:
+def _plan_forward(p: Problem, t: Tensors) -> tuple[launch.Launch, layout.Blank]:
     from tfkern.kernels import flash_fwd
 
-    result = Blank(t.q, p.v_head_dim)
+    result = layout.Blank(t.q, p.v_head_dim)
     vec, strides = layout.kernel_strides(t.q, t.k, t.v, result)
     return _launch(p, t, flash_fwd.flash_fwd, vec, strides, p.heads), result
 
@@ -105,13 +90,13 @@ class BackwardPlan(NamedTuple):
     dq: launch.Launch | None
     dkdv: launch.Launch
     dbias: launch.Launch | None
-    results: tuple[Blank, Blank, Blank]
+    results: tuple[layout.Blank, layout.Blank, layout.Blank]
 
 
 def _plan_backward(p: Problem, t: Tensors, out, do, need: Gradients, into, without_dlse: bool) -> BackwardPlan:
     from tfkern.kernels import flash_bwd_dbias, flash_bwd_dkdv, flash_bwd_dq
 
-    results = tuple(Blank(x, x.shape[-1]) for x in t[:3])
+    results = tuple(layout.Blank(x, x.shape[-1]) for x in t[:3])
     dq, dk, dv = into or results
     launch_dq, one_pass = None, None
     vec, strides = layout.kernel_strides(t.q, t.k, t.v, out, do, dq, dk, dv)

@@ -1,8 +1,8 @@
 """Time tfkern beside PyTorch's attention, FlexAttention and the naive formula; each is verified before it is timed.
 
 On a GPU: medians by CUDA events at the sizes of ViT, BERT and GPT. Without one the Triton kernels can't be timed; then `speed`
-compares the CPU backend, `compile` prints what the compiler makes of every kernel for GPUs that are not here, `model` what time
-that would take on an H100, `overhead` what a call costs in Python.
+compares the CPU backend, `compile` prints what the compiler makes of every kernel for GPUs that are not here, `model` predicts
+what time that would take on an H100, with a band, `overhead` says what a call costs in Python.
 """
 
 import os
@@ -18,8 +18,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WHAT = {
     "speed": "forward and backward beside everybody else's",
     "compile": "registers, spills and shared memory of every kernel",
-    "sweep": "every candidate of tile sizes, ranked by the cost model",
-    "model": "predicted times on an H100; --against RESULTS.json: beside the measured ones",
+    "sweep": "candidates of tile sizes, ranked by the cost model; its times are for ranking alone",
+    "model": "predicted times on an H100, each with its band; --against RESULTS.json: how many measured ones lie within",
     "overhead": "microseconds of Python a call",
     "report": "the table and plots of a results file of `make gpu` (--results) again; --readme FILE: into that file",
 }
@@ -44,7 +44,7 @@ def run(args) -> int:
     if args.what == "sweep":
         return script("sweep.py")
     if args.what == "model":
-        return script("model.py", *(["--against", str(args.against)] if args.against else []))
+        return script("against.py", str(args.against)) if args.against else script("model.py")
     if args.what == "overhead":
         return process(["-c", "from tfkern.bench import overhead; overhead.main()"])
     require("matplotlib", "demo")
@@ -62,11 +62,12 @@ def speed(args) -> int:
     for row in runner.run(dtype, device, args.seconds):
         rows.append(row)
         where = f"{row['shape']:15} {row.get('direction', ''):17} {row['provider']:16}"
-        print(where, row.get("skipped") or f"{row['ms']:9.3f} ms  {row['tflops']:8.3f} TFLOP/s", flush=True)
+        reason = row.get("problem") or row.get("skipped")
+        print(where, reason or f"{row['ms']:9.3f} ms  {row['tflops']:8.3f} TFLOP/s", flush=True)
     runner.save(args.out / "results.json", rows)
     plots.draw(args.out / "results.json", args.out / "results.png")
     print(f"wrote {args.out / 'results.json'} and {args.out / 'results.png'}")
-    return 1 if any("wrong results" in row.get("skipped", "") for row in rows) else 0
+    return 1 if any("problem" in row for row in rows) else 0
 
 
 def report(args) -> int:
