@@ -56,8 +56,8 @@ def _line(report: pytest.TestReport) -> str:
 
 
 def _on_the_chip(item: pytest.Item) -> bool:
-    """Whether a test runs on the device that is there."""
-    return "device" in item.fixturenames or "on_the_chip" in item.name
+    """Whether a test runs on the device that is there, and would not run the same elsewhere."""
+    return "device" in item.fixturenames or any(item.get_closest_marker(name) for name in ("gpu", "hopper_gpu"))
 
 
 def in_turn(items: list[pytest.Item]) -> list[pytest.Item]:

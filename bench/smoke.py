@@ -6,8 +6,8 @@ from unittest import mock
 
 import torch
 
-from tfkern import backends, call, launch, testing, tiles
-from tfkern.bench import fake_gpu
+from tfkern import backends, call, testing, tiles
+from tfkern.bench import fake_gpu, launches
 from tfkern.testing import CAUSAL, Case
 
 # By the kernels of the form: the problem. The backward in one launch wants the heads of a full chip.
@@ -31,26 +31,13 @@ def forced(form: str) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def launched() -> Iterator[list[str]]:
-    """The names of the kernels that are launched within, in their order."""
-    names, original = [], launch.Launch.__call__
-
-    def noted(self, *arguments):
-        names.append(self.kernel.__name__)
-        return original(self, *arguments)
-
-    with mock.patch.object(launch.Launch, "__call__", noted):
-        yield names
-
-
 def rows(form: str, device: torch.device, dry: bool) -> Iterator[dict]:
     """The error of each result, and the kernels that ran; dry: launched into nothing, for a GPU that is not there."""
-    with forced(form), launched() as names:
+    with forced(form), launches.watched() as seen:
         errors = _into_nothing(FORMS[form]) if dry else testing.check(FORMS[form], torch.bfloat16, "hopper", device)
-    row = dict(kernels=list(dict.fromkeys(names)), errors={e.quantity: [e.error, e.budget] for e in errors})
+    row = dict(kernels=[launches.name(one) for one in seen], errors={e.quantity: [e.error, e.budget] for e in errors})
     wrong = [str(e) for e in errors if not e.ok]
-    if missing := set(form.split("+")) - set(names):
+    if missing := set(form.split("+")) - {one.kernel.__name__ for one in seen}:
         wrong.append(f"{', '.join(sorted(missing))} did not run")
     yield {**row, "problem": "wrong results: " + "; ".join(wrong)} if wrong else row
 

@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from tfkern.bench import worker
+from tfkern.bench import faults, worker
 from tfkern.bench.rows import RowFile, current, problems, read, tries
 from tfkern.bench.supervisor import START, Process, Step, Supervisor
 from tfkern.bench.worker import plain
@@ -20,7 +19,7 @@ from tfkern.bench.worker import plain
 sys.path.append(str(Path(__file__).resolve().parent))
 import rehearsal
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: `make gpu` itself is run")
+pytestmark = pytest.mark.cpu  # on a GPU `make gpu` itself is run
 
 # The problem's first line that a fault leaves, or None; what else its rows say.
 WANTED = {
@@ -163,9 +162,9 @@ def test_what_breaks_a_process():
         "No available kernel. Aborting execution.", "OutOfResources: out of resource: shared memory, Required: 294912",
         "runs on CUDA and ROCm devices, not on cpu", "wrong results: dq: error 1", "the package flash_attn does not import",
     ]  # fmt: skip
-    assert [text for text in sticky if not worker.sticky(text)] == []
-    assert [text for text in memory + harmless if worker.sticky(text)] == []
-    assert [text for text in memory if not worker.out_of_memory(text)] == []
+    assert [text for text in sticky if not faults.is_sticky(text)] == []
+    assert [text for text in memory + harmless if faults.is_sticky(text)] == []
+    assert [text for text in memory if not faults.is_out_of_memory(text)] == []
 
 
 def test_a_torn_line_is_dropped_and_told(tmp_path):
