@@ -34,9 +34,12 @@ class Candidate:
     own: bool
 
     @property
+    def tiles(self) -> str:
+        return ",".join(str(x) for key, x in vars(self.config).items() if key not in ("source", "cycles"))
+
+    @property
     def name(self) -> str:
-        numbers = ",".join(str(x) for key, x in vars(self.config).items() if key not in ("source", "cycles"))
-        return f"{self.backend} {self.kernel} {self.shape.name} {numbers}"
+        return f"{self.backend} {self.kernel} {self.shape.name} {self.tiles}"
 
     @property
     def fits(self) -> bool:
@@ -134,7 +137,7 @@ def launch(one: Candidate, device: torch.device) -> None:
 
 def rows(one: Candidate, device: torch.device) -> Iterator[dict]:
     """Milliseconds of the pass, or why there are none."""
-    row = dict(backend=one.backend, kernel=one.kernel, shape=one.shape.name, own=one.own, **vars(one.config))
+    row = dict(backend=one.backend, kernel=one.kernel, shape=one.shape.name, own=one.own, tiles=one.tiles)
     try:
         with taken(one), torch.no_grad():
             timed = _call(one, *verify.inputs(one.shape, torch.bfloat16, device), backends.choose)

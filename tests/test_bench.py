@@ -360,8 +360,8 @@ def test_tuning_takes_turns():
 def test_what_is_tuned_gets_as_far_as_the_launch():
     """On a GPU that is not there: the kernel that is tuned is launched, with the tiles that are."""
     lines = on_no_gpu("""
-from tfkern.bench import launches, prewarm, tuning
-prewarm._pretend()
+from tfkern.bench import fake_gpu, launches, tuning
+fake_gpu.pretend()
 for one in tuning.cases():
     with launches.watched(lambda *_: None) as seen:
         tuning.launch(one, "cpu")
