@@ -15,11 +15,13 @@ import tfkern
 from tfkern import call, configs, testing
 from tfkern.backends import BACKENDS, hopper, hopper_backward
 from tfkern.bench.peer_faults import FAULTS, SCORE, cases, rows
+from tfkern.testing import budget
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from hopper_cases import simulated
 
 NAMES = [fault.name for fault in FAULTS]
+DTYPES = [torch.bfloat16, *(pytest.param(x, marks=pytest.mark.slow) for x in (torch.float32, torch.float16))]
 EACH = pytest.mark.parametrize("fault", FAULTS, ids=NAMES)
 
 
@@ -33,7 +35,7 @@ def with_gradient_of_the_mask(inputs: testing.Inputs) -> testing.Inputs:
 
 
 def assert_right(fault, inputs: testing.Inputs, found: dict) -> None:
-    errors = testing.judge(found, testing.truth(fault.case, inputs), testing.plain(fault.case, inputs))
+    errors = budget.assess(fault.case, inputs, found)
     assert all(e.ok for e in errors), "\n" + "\n".join(map(str, errors))
 
 
@@ -47,7 +49,7 @@ def test_the_problem_is_what_it_should_be(fault):
 
 
 @EACH
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", ["eager", "portable"])
 def test_ours_are_right(fault, backend, dtype, device):
     inputs = with_gradient_of_the_mask(fault.inputs(dtype, device))
@@ -55,10 +57,10 @@ def test_ours_are_right(fault, backend, dtype, device):
 
 
 @EACH
-@pytest.mark.parametrize("passes", [1, 2])
-def test_a_backward_in_one_pass_and_in_two(fault, passes, device):
-    inputs = with_gradient_of_the_mask(fault.inputs(torch.float32, device))
-    with configs.override(flash_bwd_one_pass=configs.TileConfig(32, 256, 8, 1) if passes == 1 else None):
+def test_a_backward_in_one_pass(fault, device):
+    """The portable kernels take two where there are more than 64 keys."""
+    inputs = with_gradient_of_the_mask(fault.inputs(torch.bfloat16, device))
+    with configs.override(flash_bwd_one_pass=configs.TileConfig(32, 256, 8, 1)):
         assert_right(fault, inputs, testing.results(tfkern.attention, inputs, backend="portable"))
 
 
