@@ -3,6 +3,7 @@
 All have scores so far below zero that exp(-lse) overflows float32, at lse < -88.7, in places where a kernel has no key:
 - cuDNN's dQ with a mask and 64 keys more than a multiple of 128, PyTorch 2.11 to 2.13 (pytorch/pytorch issue 196678).
 - cuDNN's dK and dV of one query and 128 keys (NVIDIA/cudnn-frontend issue 1072).
+200 keys leave part of a tile empty whatever the tiles are: there others, ours among them, might do the same.
 """
 
 import functools
@@ -62,6 +63,8 @@ FAULTS = [
     Fault("192 keys, causal", 192, 192, is_causal=True),
     Fault("192 keys", 192, 192),
     Fault("one query, 128 keys", 1, 128),
+    Fault("200 keys, float mask", 200, 200, "float"),
+    Fault("200 keys", 200, 200),
 ]
 
 

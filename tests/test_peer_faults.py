@@ -14,7 +14,7 @@ import torch
 import tfkern
 from tfkern import call, configs, testing
 from tfkern.backends import BACKENDS, hopper, hopper_backward
-from tfkern.bench.peer_faults import FAULTS, SCORE, cases, rows
+from tfkern.bench.peer_faults import FAULTS, HEAD_DIM, SCORE, cases, rows
 from tfkern.testing import budget
 
 sys.path.append(str(Path(__file__).resolve().parent))
@@ -45,7 +45,11 @@ def test_the_problem_is_what_it_should_be(fault):
     assert truth["lse"].max() < -88.7
     assert truth["lse"].min() > SCORE - 5
     assert all(x.isfinite().all() for x in truth.values())
-    assert fault.n_k % 128 == 64 or fault.n_q == 1
+
+
+def test_known_faults_are_among_them():
+    assert {fault.mask for fault in FAULTS if fault.n_k % 128 == 64} >= {"bool", "float"}
+    assert any((fault.n_q, fault.n_k, HEAD_DIM) == (1, 128, 64) for fault in FAULTS)
 
 
 @EACH
@@ -94,7 +98,7 @@ def test_the_rows_of_the_table(device, monkeypatch):
 
     for name, key in (("tfkern eager", "problem"), ("sdpa math", "wrong")):
         monkeypatch.setattr("tfkern.bench.peer_faults._function", lambda name: lambda q, k, v, **o: Nan.apply(q, k, v))
-        (row,) = rows(FAULTS[-1], name, torch.float32, torch.device(device))
+        (row,) = rows(FAULTS[5], name, torch.float32, torch.device(device))
         assert row["finite"] == dict(out=True, dq=True, dk=False, dv=True)
         assert "dk: error nan" in row[key]
 
