@@ -36,11 +36,15 @@ def _write_csv(rows: list[dict], path: Path) -> None:
 
 
 def timed(results: Path) -> dict[tuple[str, str], dict[str, dict]]:
-    """{(shape, direction): {provider: row}} of what was timed."""
+    """{(shape, direction): {provider: row}} of what was timed, in CUDA graphs where any was: none with the Python around it
+    stands beside one without."""
+    rows = [row for row in json.loads(results.read_text())["rows"] if row["step"] in STEPS and "ms" in row]
+    graphs = {(row["shape"], row["direction"]) for row in rows if row["graph"]}
     by_case: dict[tuple[str, str], dict[str, dict]] = {}
-    for row in json.loads(results.read_text())["rows"]:
-        if row["step"] in STEPS and "ms" in row:
-            by_case.setdefault((row["shape"], row["direction"]), {})[row["provider"]] = row
+    for row in rows:
+        key = row["shape"], row["direction"]
+        if row["graph"] == (key in graphs):
+            by_case.setdefault(key, {})[row["provider"]] = row
     return by_case
 
 
