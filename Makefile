@@ -56,7 +56,7 @@ random: $(STAMP)
 # stopped. Runs from the checkout, with the Python that is there, its torch and Triton. ARGS=--dry-run goes the same way up to
 # the driver without a GPU.
 gpu:
-	@$(PYTHON) bench/checkout.py -m tfkern.bench.gpu --began $$(date +%s) $(if $(CALL),--call $(CALL)) \
+	@exec $(PYTHON) bench/checkout.py -m tfkern.bench.gpu --began $$(date +%s) $(if $(CALL),--call $(CALL)) \
 	  $(if $(BUDGET),--budget $(BUDGET)) $(if $(OUT),--out $(abspath $(OUT))) $(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
 
 bench: $(STAMP)

@@ -13,12 +13,13 @@ FOLDER/<gpu>/<date>.json and .csv, and the plots, also when the run is cut off. 
 import argparse
 import datetime
 import functools
-import re
 import shutil
 import signal
+import string
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tfkern.bench import chip_tests, prewarm, report, runner, steps
@@ -27,7 +28,9 @@ from tfkern.bench.supervisor import Step, Supervisor
 from tfkern.bench.worker import ROOT, plain
 
 COMMITTED = ROOT / "bench" / "results"
+DRY_BUDGET = 900.0  # enough for any machine
 REPORTING = 12.0  # seconds that the report may take
+IN_NAMES = frozenset(string.ascii_letters + string.digits + "._-")  # of files that come back from a GPU machine
 CORES = 15  # of the 16 of a GPU machine
 
 
@@ -63,7 +66,7 @@ CALLS: dict[int, tuple[float, list[Step]]] = {
         ENVIRONMENT,
         compiling(prewarm.third_call, 45),
         step("tune", steps.tune, 60, fake=True),
-        step("sanitizer", steps.sanitizer, 60, quiet=60),
+        step("sanitizer", steps.sanitizer, 55, quiet=60),
         step("training", steps.training, 40),
         step("memory", steps.memory, 15),
         step("flex", steps.flex, 25, quiet=60),
@@ -78,7 +81,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--call", type=int, choices=list(CALLS), help="which of the three")
     parser.add_argument("--budget", type=float, help="seconds for the call, in the place of its own")
     parser.add_argument("--began", type=float, default=time.time(), help="since when they count, in seconds since 1970")
-    parser.add_argument("--out", type=Path, help=f"default: {COMMITTED.relative_to(ROOT)}; of a dry run: tfkern-out")
+    parser.add_argument("--out", type=Path, help="default: bench/results; of a dry run: tfkern-out")
     parser.add_argument("--commit", help="the hash of what runs, where there is no .git")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--only", nargs="+", choices=list(names), default=list(names))
@@ -103,9 +106,10 @@ def main() -> int:
     rows = open_rows(args, machine["device"])
     if rows.torn:
         print(f"{rows.torn} lines of {rows.path} were torn, and are dropped", flush=True)
+    unfinished: list[str] = []
     try:
         for call in [args.call] if args.call else list(CALLS):
-            run(call, args, rows, machine, lambda: bool(signals))
+            unfinished += run(call, args, rows, machine, lambda: bool(signals))
             args.began = time.time()
     except RowsError as error:
         print(f"ENDED {error}", file=sys.stderr)
@@ -114,13 +118,13 @@ def main() -> int:
         finish(rows, machine)
     if signals:
         return 128 + signals[0]
-    return 1 if problems(rows.rows) else 0
+    return 1 if problems(rows.rows) or (args.dry_run and unfinished) else 0  # a real run's time need not be enough
 
 
 def open_rows(args: argparse.Namespace, device: str) -> RowFile:
     """The file of rows, begun with those that are committed where there are none yet."""
-    name = "dry-run" if args.dry_run else re.sub(r"[^a-z0-9._-]", "-", runner.folder_name(device))
-    folder = (args.out or ROOT / "tfkern-out" if args.dry_run else args.out or COMMITTED) / name
+    name = "dry-run" if args.dry_run else "".join(c if c in IN_NAMES else "-" for c in runner.folder_name(device))
+    folder = (args.out or (ROOT / "tfkern-out" if args.dry_run else COMMITTED)) / name
     path, committed = folder / "rows.jsonl", COMMITTED / name / "rows.jsonl"
     if args.fresh or (args.dry_run and args.out is None):
         path.unlink(missing_ok=True)
@@ -130,21 +134,28 @@ def open_rows(args: argparse.Namespace, device: str) -> RowFile:
     return RowFile(path)
 
 
-def run(call: int, args: argparse.Namespace, rows: RowFile, machine: dict, cut) -> None:
-    """One call's steps, each with its weight's share of the time that is left."""
+def run(call: int, args: argparse.Namespace, rows: RowFile, machine: dict, cut: Callable[[], bool]) -> list[str]:
+    """One call's steps, each with its weight's share of the time that is left; the names of those with cases left to do."""
     budget, found = CALLS[call]
+    budget = args.budget or (DRY_BUDGET if args.dry_run else budget)
     found = [step for step in found if step.name in args.only]
-    until = time.monotonic() + (args.budget or budget) - (time.time() - args.began) - REPORTING
+    until = time.monotonic() + budget - (time.time() - args.began) - REPORTING
     print(f"call {call}: {until - time.monotonic():.0f} s for {', '.join(step.name for step in found)}", flush=True)
+    unfinished = []
     about = {key: machine[key] for key in ("device", "commit") if key in machine}
     supervisor = Supervisor(rows, args.dry_run, cut, about | dict(date=f"{datetime.date.today()}"))
     for index, one in enumerate(found):
         left = until - time.monotonic()
         if cut() or left < 1:
             print(f"{one.name}: no time left; the same command goes on with it", flush=True)
+            unfinished.append(one.name)
             continue
         share = left * one.seconds / sum(later.seconds for later in found[index:])
-        print(f"{one.name}: {supervisor.run(one, share)} of {share:.0f}", flush=True)
+        outcome = supervisor.run(one, share)
+        print(f"{one.name}: {outcome} of {share:.0f}", flush=True)
+        if outcome.done < max(1, outcome.cases):
+            unfinished.append(one.name)
+    return unfinished
 
 
 def finish(rows: RowFile, machine: dict) -> None:

@@ -63,7 +63,12 @@ def current(rows: list[dict]) -> list[dict]:
 def problems(rows: list[dict]) -> list[str]:
     """What is wrong, one line each."""
     wrong = (row for row in current(rows) if row.get("problem"))
-    return [f"{row['step']} {row.get('case')}: {str(row['problem']).strip().splitlines()[0]}" for row in wrong]
+    return [f"{row['step']} {row.get('case')}: {first_line(row['problem'])}" for row in wrong]
+
+
+def first_line(text: str) -> str:
+    """What fits in a list of problems."""
+    return text.strip().splitlines()[0][:300]
 
 
 class RowFile:

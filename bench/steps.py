@@ -151,7 +151,7 @@ def memory(context: Context) -> Cases:
 
 def flex(context: Context) -> Cases:
     """FlexAttention, which compiles for each shape."""
-    return attention(context, ("flex",), graphs=(False,))
+    return attention(context, ("flex",))
 
 
 def overhead(context: Context) -> Cases:

@@ -19,7 +19,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from tfkern.bench import worker
-from tfkern.bench.rows import RowFile, tries
+from tfkern.bench.rows import RowFile, first_line, tries
 
 STARTING = 90.0  # seconds that a process may take to import, collect and name its cases
 COMPILING = 90.0  # seconds that one kernel may take to compile
@@ -228,7 +228,7 @@ class Supervisor:
     def _write(self, case: str, row: dict) -> None:
         self.rows.append(dict(step=self.step.name, case=case) | self.about | row)
         if row.get("problem"):
-            print(f"PROBLEM {self.step.name} {case}: {row['problem'].splitlines()[0]}", flush=True)
+            print(f"PROBLEM {self.step.name} {case}: {first_line(row['problem'])}", flush=True)
 
     def _outcome(self, seconds: float) -> Outcome:
         found = {case: t for (step, case), t in tries(self.rows.rows).items() if step == self.step.name}
