@@ -47,7 +47,7 @@ KERNELS = [("portable", kernel) for kernel in TILES if kernel != "flash_bwd_dbia
 
 
 def best(backend: str, kernel: str, head_dim: int) -> list[list]:
-    """The numbers of the model's best, best first; none where a kernel has not been ranked."""
+    """The numbers of the model's best, best first; none where the table has no such kernel."""
     return json.loads(RANKED.read_text())["best"].get(f"{backend} {kernel} {head_dim}", [])
 
 

@@ -142,7 +142,7 @@ def run(call: int, args: argparse.Namespace, rows: RowFile, machine: dict, cut: 
     until = time.monotonic() + budget - (time.time() - args.began) - REPORTING
     print(f"call {call}: {until - time.monotonic():.0f} s for {', '.join(step.name for step in found)}", flush=True)
     unfinished = []
-    about = {key: machine[key] for key in ("commit",) if key in machine}
+    about = {key: machine[key] for key in ("device", "commit") if key in machine}
     supervisor = Supervisor(rows, args.dry_run, cut, about | dict(date=f"{datetime.date.today()}"))
     for index, one in enumerate(found):
         left = until - time.monotonic()

@@ -98,7 +98,7 @@ def _check(case: testing.Case, backend: str) -> None:
 
 def cases(problems: Iterable[Problem]) -> Iterator[tuple[str, Callable[[], Iterator[dict]]]]:
     """(name, function that compiles it and gives a row with the seconds) of every kernel that problems launch, each once."""
-    _pretend()
+    fake_gpu.install(Driver(90, lambda *_: None))
     found: dict[str, Problem] = {}
     for problem in problems:
         for name in _launched(problem):
@@ -107,10 +107,20 @@ def cases(problems: Iterable[Problem]) -> Iterator[tuple[str, Callable[[], Itera
         yield name, functools.partial(_compile, name, problem)
 
 
-def _pretend() -> None:
-    """For the rest of the process: a driver, and an H100's number of multiprocessors, on which tiles depend."""
-    fake_gpu.pretend()
-    launch.multiprocessors = lambda device: fake_gpu.PROPERTIES["multiprocessor_count"]
+class Driver(fake_gpu.Driver):
+    """Compiles also the C that Triton launches a kernel with, which Triton keeps on disk, too: with 3.6 each has its own."""
+
+    def launcher_cls(self, src, metadata):
+        from triton.backends.nvidia import driver
+
+        try:
+            driver.library_dirs()
+        except AssertionError:  # no libcuda to link with, so that nothing will be launched here
+            return self.launcher
+        driver.CudaUtils()
+        if hasattr(driver, "make_launcher"):
+            driver.CudaLauncher(src, metadata)
+        return self.launcher
 
 
 def _launched(problem: Problem) -> list[str]:
@@ -141,7 +151,7 @@ def _run(problem: Problem, instead: Callable) -> None:
 def identity(one: launch.Launch, tensors: tuple, features: tuple, feature_tensors: tuple) -> str:
     """The name of a kernel with its tiles, and a digest of all that it is compiled for, the same in every process."""
     constants = [(key, getattr(value, "__name__", value)) for key, value in one.constants.items()]
-    what = _kind((tensors, features, one.numbers)), constants, sorted(one.options.items())
+    what = _kind((tensors, features, one.numbers)), one.blocks, constants, sorted(one.options.items())
     return f"{launches.name(one)} #{hashlib.sha256(repr(what).encode()).hexdigest()[:8]}"
 
 
@@ -151,8 +161,6 @@ def _kind(x) -> object:
         return tuple(map(_kind, x))
     if isinstance(x, Tensor):
         return str(x.dtype), x.data_ptr() % launch.ALIGNMENT == 0
-    if hasattr(x, "block_shape"):  # a TMA descriptor
-        return "tma", *x.block_shape
     if isinstance(x, int):
         return "i32" if -(2**31) <= x < 2**31 else "i64"
     return type(x).__name__

@@ -15,7 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tfkern
 from tfkern import call, reference
-from tfkern.backends import BACKENDS
+from tfkern.backends import BACKENDS, UnsupportedError
+from tfkern.bench import faults
 from tfkern.bench.shapes import Shape
 
 FLASH_ATTN = {"flash-attn 2": "flash_attn", "flash-attn 3": "flash_attn_interface", "flash-attn 4": "flash_attn.cute"}
@@ -28,6 +29,21 @@ NAIVE_BYTES = 8 * 2**30  # more N x N scores than this are not tried
 
 class UnavailableError(RuntimeError):
     """This provider can't be timed here; the message says why."""
+
+
+def is_ours(provider: str) -> bool:
+    """Whether what a provider does wrong is our fault."""
+    return provider.startswith("tfkern")
+
+
+def passed_over(provider: str, error: Exception) -> str:
+    """Why a provider has no figure: it can't, or there is too little memory, or a peer fails in a way of its own. Anything else
+    is a fault of ours, or of a GPU that is lost to the process, and is raised again."""
+    if isinstance(error, (UnavailableError, UnsupportedError)):
+        return str(error).splitlines()[-1].strip()
+    if faults.is_sticky(error) or (is_ours(provider) and not faults.is_out_of_memory(error)):
+        raise error
+    return f"failed: {faults.line(error)}"
 
 
 def _tfkern(name: str, shape: Shape, dtype: torch.dtype, device: torch.device):

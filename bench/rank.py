@@ -88,18 +88,24 @@ def main() -> int:
     parser.add_argument("--store", type=Path)
     args = parser.parse_args()
     known = sweep.Sweep(args.store)
-    kept = json.loads(candidates.RANKED.read_text())["best"] if candidates.RANKED.exists() else {}
     for head_dim in args.head_dim:
         for name in args.kernel:
             backend, kernel = name.split()
             if has(backend, kernel, head_dim):
                 ranked = hopper(kernel, head_dim) if backend == "hopper" else portable(known, kernel, head_dim)
-                kept[f"{name} {head_dim}"] = [list(numbers) for _, numbers in ranked[: candidates.BEST]]
-                print(name, head_dim, *(f"{numbers}: {rank:.1f} us" for rank, numbers in ranked[: candidates.BEST]), flush=True)
-                source = f"bench/rank.py, Triton {aot.triton.__version__}, {datetime.date.today()}; an estimate"
-                text = ",\n  ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(kept.items()))
-                candidates.RANKED.write_text(f'{{"source": {json.dumps(source)}, "best": {{\n  {text}\n}}}}\n')
+                best = ranked[: candidates.BEST]
+                print(name, head_dim, *(f"{numbers}: {rank:.1f} us" for rank, numbers in best), flush=True)
+                keep(f"{name} {head_dim}", [list(numbers) for _, numbers in best])
     return 0
+
+
+def keep(key: str, best: list[list]) -> None:
+    """Put the best of a kernel and head dim into the file."""
+    kept = json.loads(candidates.RANKED.read_text())["best"] if candidates.RANKED.exists() else {}
+    kept[key] = best
+    source = f"bench/rank.py, Triton {aot.triton.__version__}, {datetime.date.today()}; an estimate"
+    text = ",\n  ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(kept.items()))
+    candidates.RANKED.write_text(f'{{"source": {json.dumps(source)}, "best": {{\n  {text}\n}}}}\n')
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from torch import Tensor
 
 import tfkern
 from tfkern import testing
-from tfkern.backends import UnsupportedError
 from tfkern.bench import launches, verify
+from tfkern.bench.providers import passed_over
 from tfkern.bench.shapes import Shape
 
 TIMES = 100
@@ -36,8 +36,8 @@ def rows(make: Callable[[], Callable[[], dict[str, Tensor]]], times: int) -> Ite
         run = make()
         with launches.watched() as seen:
             first = run()
-    except UnsupportedError as reason:
-        yield dict(skipped=str(reason).splitlines()[-1].strip())
+    except RuntimeError as error:
+        yield dict(skipped=passed_over("tfkern", error))
         return
     row = dict(kernels=[launches.name(one) for one in seen])
     for index in range(times):

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 import tfkern
-from tfkern.bench import faults, launches, timing, verify
-from tfkern.bench.providers import PROVIDERS, UnavailableError, default_choice
+from tfkern.bench import launches, timing, verify
+from tfkern.bench.providers import PROVIDERS, UnavailableError, default_choice, is_ours, passed_over
 from tfkern.bench.shapes import CPU_SHAPES, GPU_SHAPES, Shape
 
 
@@ -53,11 +53,6 @@ def folder_name(device: str) -> str:
     return "-".join(word for word in device.lower().replace("nvidia", "").split())
 
 
-def is_ours(provider: str) -> bool:
-    """Whether what a provider does wrong is our fault."""
-    return provider.startswith("tfkern ")
-
-
 def run(dtype: torch.dtype, device: torch.device, seconds: float = 0.3, providers=None) -> Iterator[dict]:
     """A row for each shape, direction and provider: medians in ms with the 20th and 80th percentile, or why there is none."""
     for shape in GPU_SHAPES if device.type == "cuda" else CPU_SHAPES:
@@ -91,12 +86,8 @@ def figures(
                     continue
                 p20, p50, p80 = timing.milliseconds(timed, device, seconds)
                 yield {**about, "ms": p50, "p20": p20, "p80": p80, "tflops": shape.flops(direction) / p50 / 1e9}
-    except UnavailableError as reason:
-        yield {**row, "skipped": str(reason)}
     except Exception as error:
-        if faults.is_sticky(error) or (is_ours(name) and not faults.is_out_of_memory(error)):
-            raise
-        yield {**row, "skipped": f"failed: {faults.line(error)}"}
+        yield {**row, "skipped": passed_over(name, error)}
 
 
 def _wrong(provider: str, what: str) -> dict:
@@ -146,12 +137,8 @@ def peak_memory(name: str, length: int, dtype: torch.dtype, device: torch.device
         torch.autograd.grad(function(q, k, v), (q, k, v), do)
         torch.cuda.synchronize()
         yield {**row, "bytes": torch.cuda.max_memory_allocated() - before}
-    except UnavailableError as reason:
-        yield {**row, "skipped": str(reason)}
-    except RuntimeError as error:
-        if not faults.is_out_of_memory(error):
-            raise
-        yield {**row, "skipped": faults.line(error)}
+    except Exception as error:
+        yield {**row, "skipped": passed_over(name, error)}
 
 
 def load_rows(path: Path) -> list[dict]:

@@ -14,6 +14,7 @@ import torch
 
 from tfkern import backends, call, configs, tiles
 from tfkern.bench import candidates, faults, timing, verify
+from tfkern.bench.providers import passed_over
 from tfkern.bench.shapes import Shape
 
 SHAPES = [
@@ -34,9 +35,12 @@ class Candidate:
     own: bool
 
     @property
+    def tiles(self) -> str:
+        return ",".join(str(x) for key, x in vars(self.config).items() if key not in ("source", "cycles"))
+
+    @property
     def name(self) -> str:
-        numbers = ",".join(str(x) for key, x in vars(self.config).items() if key not in ("source", "cycles"))
-        return f"{self.backend} {self.kernel} {self.shape.name} {numbers}"
+        return f"{self.backend} {self.kernel} {self.shape.name} {self.tiles}"
 
     @property
     def fits(self) -> bool:
@@ -134,16 +138,16 @@ def launch(one: Candidate, device: torch.device) -> None:
 
 def rows(one: Candidate, device: torch.device) -> Iterator[dict]:
     """Milliseconds of the pass, or why there are none."""
-    row = dict(backend=one.backend, kernel=one.kernel, shape=one.shape.name, own=one.own, **vars(one.config))
+    row = dict(backend=one.backend, kernel=one.kernel, shape=one.shape.name, own=one.own, tiles=one.tiles)
     try:
+        given, right = (make(one.shape, torch.bfloat16, device) for make in (verify.inputs, verify.oracle))
         with taken(one), torch.no_grad():
-            timed = _call(one, *verify.inputs(one.shape, torch.bfloat16, device), backends.choose)
+            timed = _call(one, *given, backends.choose)
             found = {name: x for name, x in timing.again(timed).items() if name != "lse"}
-            if wrong := [str(e) for e in verify.worst(found, verify.oracle(one.shape, torch.bfloat16, device)) if not e.ok]:
+            if wrong := [str(e) for e in verify.worst(found, right) if not e.ok]:
                 yield {**row, "problem": f"wrong results: {'; '.join(wrong)}"}
                 return
             yield {**row, "ms": timing.milliseconds(timed, device, 0.03)[1]}
     except Exception as error:
-        if not (faults.is_out_of_memory(error) or faults.is_compilers(error)):
-            raise
-        yield {**row, "skipped": faults.line(error)}
+        reason = faults.line(error) if faults.is_compilers(error) else passed_over(f"tfkern {one.backend}", error)
+        yield {**row, "skipped": reason}

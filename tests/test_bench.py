@@ -12,10 +12,11 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.runtime.errors import OutOfResources
 
 import tfkern
-from tfkern import cli, reference, testing
-from tfkern.bench import candidates, faults, plots, providers, repeats, runner, timing, tuning, verify
+from tfkern import cli, configs, reference, testing
+from tfkern.bench import candidates, faults, launches, plots, providers, repeats, runner, timing, tuning, verify
 from tfkern.bench.shapes import Shape
 
 TINY = Shape("tiny", 2, 3, 40, 16, is_causal=True)
@@ -134,6 +135,9 @@ def test_errors_of_cuda_and_of_memory():
         assert faults.is_out_of_memory(RuntimeError(text))
         assert not faults.is_sticky(RuntimeError(text))
     assert not faults.is_sticky(RuntimeError("no such kernel"))
+    assert faults.is_compilers(OutOfResources(300000, 232448, "shared memory"))
+    assert faults.is_compilers(RuntimeError("PassManager::run failed"))
+    assert not any(map(faults.is_compilers, map(RuntimeError, (*sticky, "it broke"))))
     error = ValueError("failed")
     error.__cause__ = RuntimeError(sticky[0])
     assert faults.is_sticky(error)
@@ -357,11 +361,29 @@ def test_tuning_takes_turns():
     assert all(0 < len(best) <= candidates.BEST for best in ranked.values())
 
 
+@pytest.mark.parametrize("kernel", ["flash_fwd", "flash_bwd_dq", "flash_bwd_dkdv", "flash_bwd_one_pass"])
+def test_tiles_are_verified_before_they_are_timed(monkeypatch, kernel, device):
+    monkeypatch.setattr(timing, "milliseconds", lambda *_: (1.0, 2.0, 3.0))
+    one = tuning.Candidate("portable", kernel, Shape("small", 1, 1, 40, 16), configs.TileConfig(16, 64), own=False)
+    with launches.watched() as seen:
+        (row,) = tuning.rows(one, torch.device(device))
+    assert row["ms"] == 2.0
+    assert row["tiles"] == "16,64,4,2"
+    name = "flash_bwd_dkdv" if kernel == "flash_bwd_one_pass" else kernel
+    assert f"{name} 16x64 w4 s2" in map(launches.name, seen)
+    monkeypatch.setattr(verify, "inputs", lambda *args: TINY_OTHERS)
+    (row,) = tuning.rows(one, torch.device(device))
+    assert row["problem"].startswith("wrong results: ")
+
+
+TINY_OTHERS = [x.to(torch.bfloat16) for x in torch.randn(4, 1, 1, 40, 16)]
+
+
 def test_what_is_tuned_gets_as_far_as_the_launch():
     """On a GPU that is not there: the kernel that is tuned is launched, with the tiles that are."""
     lines = on_no_gpu("""
-from tfkern.bench import launches, prewarm, tuning
-prewarm._pretend()
+from tfkern.bench import fake_gpu, launches, tuning
+fake_gpu.pretend()
 for one in tuning.cases():
     with launches.watched(lambda *_: None) as seen:
         tuning.launch(one, "cpu")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tfkern.bench import chip_tests, gpu, report, runner, steps
+from tfkern.bench import chip_tests, gpu, steps
 from tfkern.bench.rows import current, read
 from tfkern.bench.supervisor import Outcome, Step
 
@@ -208,25 +208,3 @@ def test_wrong_results_are_a_problem(tmp_path, monkeypatch):
     assert len(found) == 2
     assert all(row["problem"].startswith("wrong results") for rows in found.values() for row in rows)
     assert not any("ms" in row for rows in found.values() for row in rows)
-
-
-def test_table_ratio_and_readme(tmp_path):
-    shape, kinds = "bert-base-512", ("forward", "backward")
-    made = [
-        dict(step="headline", case=name, shape=shape, direction=d, provider=name, ms=ms, p20=ms, p80=ms, tflops=1.0, graph=graph)
-        for d in kinds for name, ms, graph in (
-            ("tfkern portable", 0.2, True), ("sdpa cudnn", 0.3, True), ("sdpa flash", 0.4, True), ("naive", 0.1, True),
-            ("tfkern portable", 0.9, False), ("flex", 0.25, False),
-        )
-    ]  # fmt: skip
-    made.append(dict(step="memory", case="x", provider="tfkern portable", length=1024, bytes=2**20))
-    results = report.write(made, tmp_path, dict(runner.machine(), device="GPU"))
-    text = report.table(results)
-    assert (
-        "| bert-base-512 | forward | 0.200 (1) | sdpa cudnn | 0.300 | 1.50x | 34% |" in text
-    )  # like with like; the naive formula is no peer
-    assert {p.name.split("-", 3)[-1] for p in report.draw(results)} == {"tflops.png", "ratio.png", "memory.png"}
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.insert(text, readme)
-    assert readme.read_text() == f"before\n{report.BEGIN}\n{text}\n{report.END}\nafter\n"

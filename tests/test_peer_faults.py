@@ -14,12 +14,14 @@ import torch
 import tfkern
 from tfkern import call, configs, testing
 from tfkern.backends import BACKENDS, hopper, hopper_backward
-from tfkern.bench.peer_faults import FAULTS, SCORE, cases, rows
+from tfkern.bench.peer_faults import FAULTS, HEAD_DIM, SCORE, cases, rows
+from tfkern.testing import budget
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from hopper_cases import simulated
 
 NAMES = [fault.name for fault in FAULTS]
+DTYPES = [torch.bfloat16, *(pytest.param(x, marks=pytest.mark.slow) for x in (torch.float32, torch.float16))]
 EACH = pytest.mark.parametrize("fault", FAULTS, ids=NAMES)
 
 
@@ -33,7 +35,7 @@ def with_gradient_of_the_mask(inputs: testing.Inputs) -> testing.Inputs:
 
 
 def assert_right(fault, inputs: testing.Inputs, found: dict) -> None:
-    errors = testing.judge(found, testing.truth(fault.case, inputs), testing.plain(fault.case, inputs))
+    errors = budget.assess(fault.case, inputs, found)
     assert all(e.ok for e in errors), "\n" + "\n".join(map(str, errors))
 
 
@@ -43,11 +45,15 @@ def test_the_problem_is_what_it_should_be(fault):
     assert truth["lse"].max() < -88.7
     assert truth["lse"].min() > SCORE - 5
     assert all(x.isfinite().all() for x in truth.values())
-    assert fault.n_k % 128 == 64 or fault.n_q == 1
+
+
+def test_known_faults_are_among_them():
+    assert {fault.mask for fault in FAULTS if fault.n_k % 128 == 64} >= {"bool", "float"}
+    assert any((fault.n_q, fault.n_k, HEAD_DIM) == (1, 128, 64) for fault in FAULTS)
 
 
 @EACH
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", ["eager", "portable"])
 def test_ours_are_right(fault, backend, dtype, device):
     inputs = with_gradient_of_the_mask(fault.inputs(dtype, device))
@@ -55,10 +61,10 @@ def test_ours_are_right(fault, backend, dtype, device):
 
 
 @EACH
-@pytest.mark.parametrize("passes", [1, 2])
-def test_a_backward_in_one_pass_and_in_two(fault, passes, device):
-    inputs = with_gradient_of_the_mask(fault.inputs(torch.float32, device))
-    with configs.override(flash_bwd_one_pass=configs.TileConfig(32, 256, 8, 1) if passes == 1 else None):
+def test_a_backward_in_one_pass(fault, device):
+    """The portable kernels take two where there are more than 64 keys."""
+    inputs = with_gradient_of_the_mask(fault.inputs(torch.bfloat16, device))
+    with configs.override(flash_bwd_one_pass=configs.TileConfig(32, 256, 8, 1)):
         assert_right(fault, inputs, testing.results(tfkern.attention, inputs, backend="portable"))
 
 
@@ -92,7 +98,7 @@ def test_the_rows_of_the_table(device, monkeypatch):
 
     for name, key in (("tfkern eager", "problem"), ("sdpa math", "wrong")):
         monkeypatch.setattr("tfkern.bench.peer_faults._function", lambda name: lambda q, k, v, **o: Nan.apply(q, k, v))
-        (row,) = rows(FAULTS[-1], name, torch.float32, torch.device(device))
+        (row,) = rows(FAULTS[5], name, torch.float32, torch.device(device))
         assert row["finite"] == dict(out=True, dq=True, dk=False, dv=True)
         assert "dk: error nan" in row[key]
 
