@@ -10,7 +10,7 @@ from tfkern.bench.worker import ROOT, TEXT, Context, Serve
 # The kernels that no other machine runs first; small problems of each feature before large ones.
 FILES = ("tests/test_hopper.py", "tests/test_hopper_backward.py", "tests/test_small.py", "tests/test_attention.py")
 DRY_FILES = ("tests/test_small.py",)
-DRY = 150  # without a GPU one test in so many
+DRY = 30  # without a GPU one test in so many
 
 
 class Plugin:

@@ -50,9 +50,9 @@ CALLS: dict[int, tuple[float, list[Step]]] = {
     1: (170, [
         ENVIRONMENT,
         compiling(prewarm.first_call, 35),
-        step("features", steps.features, 20),
-        step("headline", steps.headline, 60),
-        step("smoke", steps.smokes, 20, alone=True, fake=True),
+        step("features", steps.features, 18),
+        step("headline", steps.headline, 55),
+        step("smoke", steps.smokes, 30, alone=True, fake=True),
     ]),
     2: (210, [
         ENVIRONMENT,

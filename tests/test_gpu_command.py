@@ -152,6 +152,53 @@ def test_what_runs_on_the_chip():
     assert len({name.partition("::")[0] for name in names[:4]}) == 4  # each file has its share of the time
 
 
+TESTS = """
+import pytest
+
+@pytest.fixture
+def device():
+    return "cuda"
+
+@pytest.fixture
+def broken(device):
+    raise RuntimeError("CUDA error: misaligned address")
+
+def test_passes(device): pass
+def test_fails(device): assert device == "cpu", "it is another"
+def test_skips(device): pytest.skip("not on this card")
+def test_errs(broken): pass
+def test_of_no_device(): pass
+"""
+
+
+def test_tests_become_rows(tmp_path):
+    """Each with its report; a file that can't be imported is a problem, and keeps no other from its tests."""
+    (tmp_path / "test_some.py").write_text(TESTS)
+    (tmp_path / "test_none.py").write_text("import nothing_of_that_name")
+    script = f"""
+import json
+from pathlib import Path
+import torch
+from tfkern.bench import chip_tests, worker
+chip_tests.ROOT = Path({str(tmp_path)!r})
+chip_tests.FILES = ["test_some.py", "test_none.py"]
+def serve(cases):
+    Path({str(tmp_path / "found.json")!r}).write_text(json.dumps([(name, list(rows())) for name, rows in cases]))
+chip_tests.run(worker.Context(torch.device("cpu"), False, 1e12), serve)
+"""
+    subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True)
+    found = dict(json.loads((tmp_path / "found.json").read_text()))
+    assert {name for name, (row,) in found.items() if not row.get("problem")} == {
+        f"test_some.py::test_{n}" for n in ("passes", "skips")
+    }
+    assert found["test_some.py::test_skips"][0]["skipped"] == "Skipped: not on this card"
+    said = {name: row["problem"] for name, (row,) in found.items() if row.get("problem")}
+    assert said["test_some.py::test_fails"].startswith("call failed: AssertionError: it is another")
+    assert said["test_some.py::test_errs"].startswith("setup failed: RuntimeError: CUDA error: misaligned address")
+    assert "nothing_of_that_name" in said["test_none.py"]
+    assert len(found) == 5
+
+
 def test_wrong_results_are_a_problem(tmp_path, monkeypatch):
     from tfkern.bench import providers
 
