@@ -47,9 +47,10 @@ KERNELS = [("portable", kernel) for kernel in TILES if kernel != "flash_bwd_dbia
 
 
 def best(backend: str, kernel: str, head_dim: int) -> list[list]:
-    """The numbers of the model's best, best first; of a kernel for Hopper that was not ranked the first that are here."""
-    ranked = json.loads(RANKED.read_text())["best"].get(f"{backend} {kernel} {head_dim}", [])
-    return ranked or (HOPPER[kernel][:BEST] if backend == "hopper" else [])
+    """The numbers of the model's best, best first; of a kernel that was not ranked the first that are here, with two stages."""
+    ranked = json.loads(RANKED.read_text())["best"].get(f"{backend} {kernel} {head_dim}")
+    listed = HOPPER[kernel] if backend == "hopper" else [tiles for tiles in of(kernel, head_dim) if tiles[3] == 2]
+    return ranked or listed[:BEST]
 
 
 def of(kernel: str, head_dim: int = 64, size: int = 2) -> list[tuple[int, int, int, int]]:
