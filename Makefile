@@ -6,7 +6,7 @@ WORKERS ?= auto
 # A mark that the environment is that of these files; any change to them installs anew.
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint gate mutants random gpu bench bench-suite install clean
+.PHONY: demo test test-all lint gate mutants random gpu bench bench-suite install clean
 install: $(STAMP)
 
 $(STAMP): setup.py pyproject.toml constraints.txt
@@ -20,12 +20,15 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/tfkern demo $(ARGS)
 
+# At most six minutes on two cores: tests marked slow are more of what others stand for. What finds most stays: tests/mutation/cover.py
+# tells which tests killed which share of the mutants. ARGS=--durations=30 shows what takes long.
+PYTEST := $(BIN)/pytest tests -q -n $(WORKERS) --dist worksteal
 test: $(STAMP)
-	$(BIN)/pytest tests -q -m "not slow" -n $(WORKERS) --dist worksteal $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
-# What make test leaves out: of the simulated kernels the other type, and most lines that synchronise taken out one by one.
-test-slow: $(STAMP)
-	$(BIN)/pytest tests -q -m slow -n $(WORKERS) --dist worksteal $(ARGS)
+# Everything; ARGS="-m slow" is what make test leaves out.
+test-all: $(STAMP)
+	$(PYTEST) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -24,9 +24,9 @@ NOT = "not calibrated"
 TABLE = Path(__file__).with_name("calibration.json")
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 HEADING = """\
-Predicted, not measured: the cost model's time, times what it misses published H100 figures of the same class of kernel by
-(bench/calibration.py). "by" names that kernel, which is another code than ours; "not calibrated": none is published for such a
-problem. The percentages are the band in which the time is expected."""
+Predicted, not measured: the cost model's time, corrected by a factor from published H100 times of another kernel of the same
+class ("by"; bench/calibration.py). The percentages are the band in which the time is expected. "not calibrated": nothing is
+published for such a problem, and the band is the widest of its kind."""
 
 
 def _at(lengths: tuple[int, ...], *figures: int) -> dict[int, float]:

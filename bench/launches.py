@@ -21,9 +21,9 @@ def watched(instead: Callable | None = None) -> Iterator[list[Launch]]:
 
 
 def name(launch: Launch) -> str:
-    """A kernel with its tiles: "flash_fwd 128x64 w4 s2" has block_m x block_n, warps and stages; one for Hopper, as
-    "flash_fwd_short 3x64 s11", its consumers x the rows that stream past them, and stages, but "flash_bwd 6,2" the slots for
-    tiles of queries and buffers of dS."""
+    """A kernel with its tiles: "flash_fwd 128x64 w4 s2" has block_m x block_n, warps and stages, and tma if it gets
+    descriptors. One for Hopper, as "flash_fwd_short 3x64 s11", has its consumers x the rows that stream past them, and stages;
+    "flash_bwd 6,2" has the slots for tiles of queries, and buffers of dS."""
     kernel, has = launch.kernel.__name__, launch.constants
     if "RING" in has:
         return f"{kernel} {has['TILES']},{has['RING']}"
@@ -31,4 +31,5 @@ def name(launch: Launch) -> str:
         streamed = has["BLOCK_M"] if kernel.endswith("dkdv") else has["BLOCK_N"]
         return f"{kernel} {has['CONSUMERS']}x{streamed} s{has['STAGES']}"
     options = launch.options
-    return f"{kernel} {has['BLOCK_M']}x{has['BLOCK_N']} w{options['num_warps']} s{options['num_stages']}"
+    described = " tma" if launch.blocks else ""
+    return f"{kernel} {has['BLOCK_M']}x{has['BLOCK_N']} w{options['num_warps']} s{options['num_stages']}{described}"

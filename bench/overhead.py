@@ -1,8 +1,8 @@
-"""What a call costs before the GPU has anything to do: microseconds of Python, measured without a GPU.
+"""What a call costs before the GPU has anything to do: microseconds of the CPU, measured without a GPU.
 
-Kernels are compiled for one that is not there and launched into nothing (fake_gpu.py), so that what is timed is Triton's and
-our own Python around the C launcher (which itself takes 2 to 4 microseconds more). PyTorch's attention on tiny CPU tensors
-stands beside it: its dispatch and autograd cost the same on a CPU, and its arithmetic is next to nothing.
+Kernels are compiled for an H100 that is not there, and launched by Triton's own C launcher into a driver that does nothing
+(stub_gpu.py). PyTorch's attention on tiny CPU tensors stands beside it: its dispatch and autograd cost the same on a CPU, and
+its arithmetic is next to nothing.
 
 usage: tfkern bench overhead
 """
@@ -16,57 +16,90 @@ from torch.nn import functional as F
 
 import tfkern
 from tfkern import launch
-from tfkern.bench import fake_gpu
+from tfkern.bench import stub_gpu
+
+Row = tuple[str, float, float, float]
 
 
-def microseconds(call: Callable[[], object], calls: int = 400, rounds: int = 9) -> float:
-    """The best round's mean: what stands between the rounds is other people's work."""
-    for _ in range(20):
-        call()
-    best = float("inf")
-    for _ in range(rounds):
-        start = time.perf_counter()
-        for _ in range(calls):
+def microseconds(calls: list[Callable], times: int = 200, rounds: int = 9, clock=time.perf_counter) -> list[float]:
+    """The best round's mean of each, a round of each after the other: what stands between is other people's work."""
+    best = [float("inf")] * len(calls)
+    for call in calls:
+        for _ in range(20):
             call()
-        best = min(best, (time.perf_counter() - start) / calls)
-    return best * 1e6
+    for _ in range(rounds):
+        for i, call in enumerate(calls):
+            start = clock()
+            for _ in range(times):
+                call()
+            best[i] = min(best[i], (clock() - start) / times)
+    return [x * 1e6 for x in best]
 
 
-def rows(device: torch.device, heads: int = 3, length: int = 16, head_dim: int = 64) -> list[tuple[str, float, float, float]]:
-    """(who, forward without grad, forward with grad, forward and backward) in microseconds; on a GPU the C launcher's included,
-    which is as long as the GPU keeps up."""
+def rows(device: torch.device, heads: int = 3, length: int = 16, head_dim: int = 64) -> list[Row]:
+    """(who, forward without grad, forward with grad, forward and backward) in microseconds; on a GPU as long as it keeps up."""
     if device.type == "cpu":
-        fake_gpu.pretend()
+        if stub_gpu.compiler() is None:
+            raise RuntimeError("Triton's launcher needs a C compiler: install gcc, or name one in CC")
+        stub_gpu.Stub()
     torch.set_num_threads(1)
     q, k, v = (torch.zeros(2, heads, length, head_dim, dtype=torch.bfloat16, device=device) for _ in range(3))
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     mask = torch.zeros(length, length, device=device)
+    backends = ["portable"] + ["hopper"] * (launch.architecture(device) == "sm_90")
 
-    def figures(function) -> tuple[float, float, float]:
+    def of(function) -> list[Callable]:
         do = torch.zeros_like(function(q, k, v))
-        return (
-            microseconds(lambda: function(q, k, v)),
-            microseconds(lambda: function(*leaves)),
-            microseconds(lambda: torch.autograd.grad(function(*leaves), leaves, do)),
-        )
+        return [
+            lambda: function(q, k, v),
+            lambda: function(*leaves),
+            lambda: torch.autograd.grad(function(*leaves), leaves, do),
+        ]
 
-    def new_length() -> None:
+    def ours(backend: str, **options) -> Callable:
+        return lambda *tensors: tfkern.attention(*tensors, backend=backend, **options)
+
+    found = []
+    for what, options in (
+        ("tfkern", {}), ("… causal", dict(is_causal=True)), ("… with dropout", dict(dropout_p=0.1)),
+        ("… with a bias", dict(attn_mask=mask)),
+    ):  # fmt: skip
+        found += [(f"{what}, {backend}", of(ours(backend, **options))) for backend in backends]
+    for backend in backends:
+        found.append((f"… launched by Triton's JIT, {backend}", [_by_jit(call) for call in of(ours(backend))]))
+    found.append((f"F.scaled_dot_product_attention ({device.type})", of(F.scaled_dot_product_attention)))
+    figures = iter(microseconds([call for _, calls in found for call in calls]))
+    measured = [(who, *(next(figures) for _ in calls)) for who, calls in found]
+    for backend in backends:
+        new = _new_length(backend, heads, head_dim, device)
+        measured.append((f"… of a length not seen before, {backend}", new, float("nan"), float("nan")))
+    return measured
+
+
+def _by_jit(call: Callable) -> Callable:
+    """The call, with all its launches by Triton's own path."""
+
+    def patched():
+        launch.Launch.__call__ = lambda self, tensors, features, _: self.by_jit(tensors, features)
+        try:
+            return call()
+        finally:
+            launch.Launch.__call__ = ours
+
+    ours = launch.Launch.__call__
+    return patched
+
+
+def _new_length(backend: str, heads: int, head_dim: int, device: torch.device) -> float:
+    """Of a forward whose length was not there before."""
+    lengths = list(range(1101, 1901))  # of one choice of tiles
+    q, k, v = (torch.zeros(2, heads, lengths[-1], head_dim, dtype=torch.bfloat16, device=device) for _ in range(3))
+
+    def call() -> None:
         n = lengths.pop()
-        tfkern.attention(q[:, :, :n], k[:, :, :n], v[:, :, :n])
+        tfkern.attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], backend=backend)
 
-    found = [("tfkern.attention", *figures(tfkern.attention))]
-    found.append(("… causal", *figures(lambda *t: tfkern.attention(*t, is_causal=True))))
-    found.append(("… with a bias", *figures(lambda *t: tfkern.attention(*t, mask))))
-    found.append(("… with dropout", *figures(lambda *t: tfkern.attention(*t, dropout_p=0.1))))
-    q, k, v = (torch.zeros(2, heads, 2000, head_dim, dtype=torch.bfloat16, device=device) for _ in range(3))
-    lengths = list(range(1, 1901))
-    found.append(("… of a length not seen before", microseconds(new_length, calls=200), float("nan"), float("nan")))
-    q, k, v = (x[:, :, :length].contiguous() for x in (q, k, v))
-    ours, launch.Launch.__call__ = launch.Launch.__call__, lambda self, tensors, features, _: self.by_jit(tensors, features)
-    found.append(("… launched by Triton's JIT", *figures(tfkern.attention)))
-    launch.Launch.__call__ = ours
-    found.append((f"F.scaled_dot_product_attention ({device.type})", *figures(F.scaled_dot_product_attention)))
-    return found
+    return microseconds([call], times=80)[0]
 
 
 def table(found) -> str:

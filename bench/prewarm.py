@@ -17,7 +17,7 @@ from torch import Tensor
 
 import tfkern
 from tfkern import launch, testing
-from tfkern.bench import fake_gpu, launches, peer_faults, repeats, shapes, smoke, tuning
+from tfkern.bench import fake_gpu, faults, launches, peer_faults, repeats, sanitized, shapes, smoke, tuning
 from tfkern.bench.shapes import Shape
 
 FEATURES = [case for case in (*testing.CASES, *testing.FEATURE_CASES) if case.name in testing.SHORT]
@@ -72,8 +72,11 @@ def second_call() -> Iterator[Problem]:
 
 
 def third_call() -> Iterator[Problem]:
-    """CALL=3: in the order in which tuning.py wants them."""
+    """CALL=3: tiles in the order in which tuning.py wants them; then what the sanitizer, models and long sequences run."""
     yield from map(candidate, tuning.cases())
+    yield from map(smoke_form, smoke.FORMS)
+    yield from (attention(shape, backend) for backend in repeats.BACKENDS for shape in shapes.GPU_SHAPES)
+    yield from (check(case, "portable") for case in sanitized.PORTABLE)
 
 
 def _smoke(form: str) -> None:
@@ -101,7 +104,12 @@ def cases(problems: Iterable[Problem]) -> Iterator[tuple[str, Callable[[], Itera
     fake_gpu.install(Driver(90, lambda *_: None))
     found: dict[str, Problem] = {}
     for problem in problems:
-        for name in _launched(problem):
+        try:
+            names = _launched(problem)
+        except Exception as error:  # one problem's fault must not take the others' kernels away
+            yield problem.name, functools.partial(iter, [dict(problem=faults.line(error))])
+            continue
+        for name in names:
             found.setdefault(name, problem)
     for name, problem in found.items():
         yield name, functools.partial(_compile, name, problem)

@@ -1,17 +1,19 @@
 #!/usr/bin/env python3
 """Rank the candidates of tile sizes by the cost model and keep the best few of each kernel in ranked.json, for `make gpu`.
 
-usage: rank.py [--kernel "portable flash_fwd" …] [--head-dim 64 128] [--store FILE]
+usage: rank.py [--kernel "portable flash_fwd" …] [--head-dim 64 128] [--store FILE] [--seconds N]
 
 Kernels that are not named keep what the file has. Needs no GPU; a kernel takes minutes, as candidates are compiled. --store is
-sweep.py's: what it has is not compiled again.
+sweep.py's: what it has is not compiled again. After so many --seconds the portable kernels are ranked by what is known.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -29,7 +31,8 @@ DTYPE = "bf16"
 def portable(known: sweep.Sweep, kernel: str, head_dim: int) -> list[tuple[float, tuple]]:
     """(rank, tiles) of all that sweep.py looks into, ranked without a mask, the best first."""
     row = sweep.Row("sm_90", kernel, DTYPE, head_dim)
-    known.run(row)
+    with contextlib.suppress(TimeoutError):
+        known.run(row)
     seen = {tiles for at, tiles, variant in known.known if at == row and variant == "plain"}
     found = [(known.rank(row, tiles, ("plain",)), tiles) for tiles in candidates.of(kernel, head_dim) if tiles in seen]
     return sorted(one for one in found if math.isfinite(one[0]))
@@ -86,8 +89,9 @@ def main() -> int:
     parser.add_argument("--kernel", nargs="+", default=names, choices=names)
     parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--store", type=Path)
+    parser.add_argument("--seconds", type=float, default=math.inf)
     args = parser.parse_args()
-    known = sweep.Sweep(args.store)
+    known = sweep.Sweep(args.store, time.monotonic() + args.seconds)
     for head_dim in args.head_dim:
         for name in args.kernel:
             backend, kernel = name.split()
@@ -95,7 +99,8 @@ def main() -> int:
                 ranked = hopper(kernel, head_dim) if backend == "hopper" else portable(known, kernel, head_dim)
                 best = ranked[: candidates.BEST]
                 print(name, head_dim, *(f"{numbers}: {rank:.1f} us" for rank, numbers in best), flush=True)
-                keep(f"{name} {head_dim}", [list(numbers) for _, numbers in best])
+                if best:
+                    keep(f"{name} {head_dim}", [list(numbers) for _, numbers in best])
     return 0
 
 

@@ -65,11 +65,12 @@ def cases(first_only: bool = False) -> Iterator[Candidate]:
 
 
 def of(backend: str, kernel: str, shape: Shape) -> Iterator[Candidate]:
-    """The candidates of a kernel for a shape: those of the table, then the model's, the best first."""
+    """The candidates of a kernel for a shape: those of the table, then the model's, the best first. None of a kernel that the
+    table does not have for its head dim."""
     own = _hopper_table(kernel, shape) if backend == "hopper" else _portable_table(kernel, shape)
     kind = tiles.HopperOnePass if kernel == "flash_bwd" else tiles.HopperConfig if backend == "hopper" else configs.TileConfig
     best = [kind(*numbers) for numbers in candidates.best(backend, kernel, shape.head_dim)]
-    for config in dict.fromkeys([*own, *best]):
+    for config in dict.fromkeys([*own, *best] if own else []):
         one = Candidate(backend, kernel, shape, config, config in own)
         if one.fits:
             yield one

@@ -76,6 +76,20 @@ def built(case, dtype):
     return inputs, (problem, tensors)
 
 
+# What `make test` simulates: each feature, layout and head dim once, and what killed mutants (tests/mutation/cover.py).
+QUICK = {
+    "full", "one-query", "one-key", "causal-wide", "window-lower-right", "padded", "padded-causal", "mqa-causal", "d80", "d128",
+    "d256", "d256-causal", "layout-bnhd", "layout-strided", "bool-mask", "bias", "bias-of-keys", "dropout", "packed-slopes",
+    "packed-bias-dropout", "softcap", "slopes", "sinks", "score-mod", "everything", "several-tiles-causal", "many-heads", "cut-inside",
+    "window-of-many-tiles", "packed-long", "hidden-keys", "groups", "many-items", "all-slots-again", "dead-keys-first",
+}  # fmt: skip
+
+
+def slow_but(quick, values: list[tuple]) -> list:
+    """Parameters of a test; `make test` runs those of which quick(*value) is true."""
+    return [pytest.param(*value, marks=[pytest.mark.slow] * (not quick(*value))) for value in values]
+
+
 def mostly_slow(values: list[tuple], quick: int) -> list:
     """Parameters of a test, of which `make test` runs one in `quick`."""
     return [value if i % quick == 0 else pytest.param(*value, marks=pytest.mark.slow) for i, value in enumerate(values)]

@@ -6,13 +6,14 @@ import json
 import os
 import struct
 import sys
+import weakref
 
 # -I, which keeps the checkout's folders from shadowing packages, also drops this, by which another Triton may come.
 sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
 
 import torch  # noqa: E402
 
-from tfkern import backends, call, launch  # noqa: E402
+from tfkern import backends, call, launch, tma  # noqa: E402
 from tfkern.bench import stub_gpu  # noqa: E402
 
 
@@ -56,16 +57,17 @@ PROBLEMS = {
 stub = stub_gpu.Stub()
 stub.listen()
 launch.multiprocessors = lambda device: 132
-rows, jit_calls = [], []
-ours, by_jit = launch.Launch.__call__, launch.Launch.by_jit
+rows, lent, jit_calls, descriptors = [], [], [], []
+ours, by_jit, descriptor = launch.Launch.__call__, launch.Launch.by_jit, tma.descriptor
 launch.Launch.by_jit = lambda *args: (jit_calls.append(1), by_jit(*args))[1]
+tma.descriptor = lambda *args: (descriptors.append(1), descriptor(*args))[1]
 
 
 def heard(action) -> tuple:
-    """(what the driver was given, the tensor maps that were encoded, how often the JIT ran) within an action."""
-    stub.launches.clear(), stub.encodings.clear(), jit_calls.clear()
+    """(what the driver was given, the tensor maps that were encoded, what the action returned)"""
+    stub.launches.clear(), stub.encodings.clear(), jit_calls.clear(), descriptors.clear()
     result = action()
-    return list(stub.launches), list(stub.encodings), len(jit_calls), result
+    return list(stub.launches), list(stub.encodings), result
 
 
 def flat(argument) -> list[bytes]:
@@ -86,15 +88,17 @@ def described(x: torch.Tensor, encoding: stub_gpu.Encoding) -> list[bytes]:
 
 
 def compared(self, tensors, features=(), feature_tensors=()) -> None:
+    lent.extend(weakref.ref(x) for x in (*tensors, *feature_tensors) if x is not None)
     for _ in range(2):  # the first call of a kernel is the JIT's; of tensors that lie so, it encodes
         ours(self, tensors, features, feature_tensors)
-    raw, encoded_again, jitted, _ = heard(lambda: ours(self, tensors, features, feature_tensors))
-    jit, encodings, _, kernel = heard(lambda: self.by_jit(tensors, features))
+    raw, _, _ = heard(lambda: ours(self, tensors, features, feature_tensors))
+    again = dict(jitted=len(jit_calls), descriptors=len(descriptors), encodings=len(stub.encodings))
+    jit, encodings, kernel = heard(lambda: self.by_jit(tensors, features))
     count = len(self.blocks)
     expected = [part for x, e in zip(tensors[:count], encodings, strict=True) for part in described(x, e)]
     expected += flat((tensors[count:], features, self.numbers)) + [bytes(8)] * 2  # two scratch pads, of no size
     rows.append(dict(
-        kernel=self.kernel.__name__, jitted=jitted, encoded_again=len(encoded_again), launches=[len(raw), len(jit)],
+        kernel=self.kernel.__name__, again=again, launches=[len(raw), len(jit)],
         same={key: getattr(raw[0], key) == getattr(jit[0], key) for key in stub_gpu.Launched._fields},
         expected=raw[0].parameters == tuple(expected),
         grid=[raw[0].grid, (self.grid, 1, 1)], block=[raw[0].block, (32 * kernel.metadata.num_warps, 1, 1)],
@@ -107,15 +111,23 @@ def compared(self, tensors, features=(), feature_tensors=()) -> None:
     ))  # fmt: skip
 
 
-launch.Launch.__call__ = compared
-found = {}
-for name in sys.argv[1].split(","):
-    rows.clear()
+def run(name: str) -> None:
     backend, qkv, options = PROBLEMS[name]()
     problem, t = call.build(*qkv, enable_gqa=True, **options)
     t = t._replace(seed=torch.zeros(2, dtype=torch.int64) if problem.dropout_p else None)
     out, lse = backends.BACKENDS[backend].forward(problem, t)
+    if name == "hopper-plain":  # keys at the same address, but by other strides, and fewer of them: other tensor maps
+        dense_strides = torch.empty(t.k.shape, device="meta").stride()
+        backends.BACKENDS[backend].forward(problem, t._replace(k=t.k.as_strided(t.k.shape, dense_strides)))
+        backends.BACKENDS[backend].forward(*call.build(t.q, t.k[:, :, :200], t.v[:, :, :200]))
     needed = [x is not None for x in t[:6]]
     backends.BACKENDS[backend].backward(problem, t, out, lse, torch.empty_like(out), torch.empty_like(lse), needed)
-    found[name] = list(rows)
+
+
+launch.Launch.__call__ = compared
+found = {}
+for name in sys.argv[1].split(","):
+    rows.clear(), lent.clear()
+    run(name)
+    found[name] = dict(launches=list(rows), alive=sum(x() is not None for x in lent))
 print(json.dumps(found))

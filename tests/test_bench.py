@@ -3,8 +3,6 @@
 import contextlib
 import functools
 import json
-import os
-import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -15,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.runtime.errors import OutOfResources
 
 import tfkern
-from tfkern import cli, configs, reference, testing
-from tfkern.bench import candidates, faults, launches, plots, providers, repeats, runner, timing, tuning, verify
+from tfkern import cli, reference, testing
+from tfkern.bench import faults, plots, providers, repeats, runner, timing, verify
 from tfkern.bench.shapes import Shape
 
 TINY = Shape("tiny", 2, 3, 40, 16, is_causal=True)
@@ -294,107 +292,6 @@ def test_a_graph_that_holds_nothing_is_noticed(monkeypatch):
 def test_without_a_gpu_there_are_no_graphs():
     (row,) = runner.figures("naive", TINY, torch.float32, torch.device("cpu"), 0.01, graphs=True)
     assert row["skipped"] == "there are no CUDA graphs without a GPU"
-
-
-def on_no_gpu(script: str, **environment) -> list[str]:
-    """The lines that a script prints in a process that compiles for a GPU."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", **environment}
-    done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.splitlines()
-
-
-def test_what_is_timed_reaches_every_kernel():
-    """With the tiles that an H100 takes; and what is prewarmed are all kernels that are timed, each once."""
-    names = on_no_gpu("""
-from tfkern.bench import prewarm, shapes
-print(*dict(prewarm.cases(prewarm.attention(s, b) for b in ("portable", "hopper") for s in shapes.GPU_SHAPES)), sep="\\n")
-""")
-    kernels = {name.split()[0] for name in names}
-    assert kernels == {"flash_fwd", "flash_fwd_short", "flash_bwd_dq", "flash_bwd_dkdv", "flash_bwd"}
-    assert len(names) == len(set(names)) == 23
-    assert [name.split(" #")[0] for name in names if "flash_bwd " in name] == ["flash_bwd 6,2", "flash_bwd 8,1"]
-
-
-def test_what_is_prewarmed_is_not_compiled_again(tmp_path):
-    """By the real path, in another process, with the same folder of kernels; what needs another kernel compiles one."""
-    script = """
-from tfkern.bench import prewarm
-from tfkern.testing import Case
-case = prewarm.check(Case("small", 1, 16, 16), "portable")
-for name, rows in list(prewarm.cases([case]))[:1]:
-    for row in rows():
-        print(name, row["seconds"] >= 0, row.get("problem"))
-"""
-    folder = {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONHASHSEED": "1"}
-    lines = on_no_gpu(script, **folder)
-    assert [line.split(" #")[0] for line in lines] == ["flash_fwd 128x64 w4 s2"]
-    assert lines[0].endswith("True None")
-    there = {path.name for path in tmp_path.iterdir()}
-    real = """
-import os, torch, tfkern
-from tfkern.bench import fake_gpu
-fake_gpu.pretend()
-q, k, v = torch.zeros(3, 3, 1, 200, 16, dtype=torch.bfloat16)
-for causal in (False, True):
-    tfkern.attention(q, k, v, is_causal=causal)
-    print(*os.listdir(os.environ["TRITON_CACHE_DIR"]))
-"""
-    full, causal = on_no_gpu(real, **folder)
-    assert set(full.split()) == there
-    assert len(set(causal.split()) - there) == 1
-
-
-def test_tuning_takes_turns():
-    """Every kernel's first comes before any kernel's third; the tables' tiles come first."""
-    found = list(tuning.cases())
-    assert len({one.name for one in found}) == len(found)
-    places = {}
-    for index, one in enumerate(found):
-        places.setdefault((one.backend, one.kernel, one.shape.name), []).append((index, one.own))
-    assert {key[:2] for key in places} == set(candidates.KERNELS)
-    assert all(some[0][1] for some in places.values())
-    assert max(some[0][0] for some in places.values()) < min(some[2][0] for some in places.values() if len(some) > 2)
-    assert all(one.fits for one in found)
-    ranked = json.loads(candidates.RANKED.read_text())["best"]
-    assert {tuple(key.split()[:2]) for key in ranked} == set(candidates.KERNELS)
-    assert all(0 < len(best) <= candidates.BEST for best in ranked.values())
-
-
-@pytest.mark.parametrize("kernel", ["flash_fwd", "flash_bwd_dq", "flash_bwd_dkdv", "flash_bwd_one_pass"])
-def test_tiles_are_verified_before_they_are_timed(monkeypatch, kernel, device):
-    monkeypatch.setattr(timing, "milliseconds", lambda *_: (1.0, 2.0, 3.0))
-    one = tuning.Candidate("portable", kernel, Shape("small", 1, 1, 40, 16), configs.TileConfig(16, 64), own=False)
-    with launches.watched() as seen:
-        (row,) = tuning.rows(one, torch.device(device))
-    assert row["ms"] == 2.0
-    assert row["tiles"] == "16,64,4,2"
-    name = "flash_bwd_dkdv" if kernel == "flash_bwd_one_pass" else kernel
-    assert f"{name} 16x64 w4 s2" in map(launches.name, seen)
-    monkeypatch.setattr(verify, "inputs", lambda *args: TINY_OTHERS)
-    (row,) = tuning.rows(one, torch.device(device))
-    assert row["problem"].startswith("wrong results: ")
-
-
-TINY_OTHERS = [x.to(torch.bfloat16) for x in torch.randn(4, 1, 1, 40, 16)]
-
-
-def test_what_is_tuned_gets_as_far_as_the_launch():
-    """On a GPU that is not there: the kernel that is tuned is launched, with the tiles that are."""
-    lines = on_no_gpu("""
-from tfkern.bench import fake_gpu, launches, tuning
-fake_gpu.pretend()
-for one in tuning.cases():
-    with launches.watched(lambda *_: None) as seen:
-        tuning.launch(one, "cpu")
-    tiles = [x.constants for x in seen if x.kernel.__name__ == one.kernel or one.kernel == "flash_bwd_one_pass"][-1]
-    wanted = one.config.constants(tiles["D"]) if one.backend == "hopper" else dict(BLOCK_M=one.config.block_m, BLOCK_N=one.config.block_n)
-    if one.kernel == "flash_bwd_dkdv" and one.backend == "hopper":
-        wanted = one.config.constants(tiles["D"], owns_keys=True)
-    print(one.name, "as wanted" if all(tiles.get(k, v) == v for k, v in wanted.items()) else (tiles, wanted))
-""")
-    assert len(lines) == len(list(tuning.cases()))
-    assert [line for line in lines if not line.endswith(" as wanted")] == []
 
 
 def test_repeats(monkeypatch, device):

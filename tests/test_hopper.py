@@ -20,6 +20,7 @@ from gluonsim import SimulationError
 from hopper_cases import (
     CASES,
     KERNELS,
+    QUICK,
     SCHEDULES,
     SHORT,
     SUPPORTED,
@@ -31,6 +32,7 @@ from hopper_cases import (
     mostly_slow,
     only,
     simulated,
+    slow_but,
     tight,
     without,
 )
@@ -45,7 +47,7 @@ def test_what_is_supported():
 FORMS = [("flash_fwd", name) for name in SUPPORTED] + [("flash_fwd_short", name) for name in SHORT]
 
 
-@pytest.mark.parametrize(("form", "name"), FORMS)
+@pytest.mark.parametrize(("form", "name"), slow_but(lambda form, name: name in QUICK, FORMS))
 @TYPES
 def test_forward(form, name, dtype):
     inputs = built(CASES[name], dtype)[0]
@@ -78,7 +80,9 @@ TUNED = [
 ]
 
 
-@pytest.mark.parametrize(("form", "config", "name"), TUNED, ids=str)
+@pytest.mark.parametrize(
+    ("form", "config", "name"), slow_but(lambda form, config, name: name == "several-tiles-causal", TUNED), ids=str
+)
 def test_every_candidate_of_tuning(form, config, name, monkeypatch):
     """One to three consumers, taking turns or not, more stages: what `make gpu` times must be right."""
     monkeypatch.setitem(tiles.HOPPER, 64, tiles.HOPPER[64].alone(tiles.HopperConfig(*config), form == "flash_fwd_short"))
@@ -152,6 +156,7 @@ def test_every_missing_synchronisation_is_found(form, part, line, tmp_path, monk
     assert not (found and text in HARMLESS), f"{text} does harm after all: {found}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", TELLING)
 def test_the_kernels_themselves_are_whole(form, monkeypatch):
     from tfkern.kernels.hopper import flash_fwd, flash_fwd_short

@@ -22,7 +22,7 @@ from tfkern.testing import budget
 sys.path.append(str(Path(__file__).resolve().parent))
 from gluonsim import SimulationError
 from hopper_cases import CASES as FORWARD
-from hopper_cases import KERNELS, SCHEDULES, TYPES, built, faults, lines, mostly_slow, simulated, without
+from hopper_cases import KERNELS, QUICK, SCHEDULES, TYPES, built, faults, lines, mostly_slow, simulated, slow_but, without
 from hopper_cases import SUPPORTED as IN_FORWARD
 
 ALL = (True, True, True)
@@ -91,7 +91,10 @@ def assert_right(name, grads, inputs):
 
 @pytest.mark.parametrize(
     ("name", "number"),
-    [*((name, 1) for name in FITTING), *((name, 2) for name in SUPPORTED if CASES[name] not in ONE_LAUNCH)],
+    slow_but(
+        lambda name, number: name in QUICK,
+        [*((name, 1) for name in FITTING), *((name, 2) for name in SUPPORTED if CASES[name] not in ONE_LAUNCH)],
+    ),
     ids=lambda x: {1: "one launch", 2: "two launches"}.get(x, x),
 )
 @TYPES
@@ -247,12 +250,14 @@ def test_every_missing_synchronisation_is_found(name, line, tmp_path, monkeypatc
     assert not (found and text in HARMLESS), f"{text} does harm after all: {found}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", THROUGH)
 def test_the_kernels_themselves_are_whole(name, monkeypatch):
     kernel = getattr(importlib.import_module(f"tfkern.kernels.hopper.{name}"), name)
     assert faults_found(name, kernel, monkeypatch) is None
 
 
+@pytest.mark.slow
 def test_the_compiler_overlaps_what_it_should():
     """As of the forward, in test_hopper.py; make gate has the rest."""
     gate = KERNELS.parent.parent / "bench" / "hopper_gate.py"
@@ -263,6 +268,7 @@ def test_the_compiler_overlaps_what_it_should():
     assert done.stdout.count("exp2 under a wgmma") == 6
 
 
+@pytest.mark.slow
 def test_one_launch_past_the_jit():
     """On a GPU that is not there: two compilations serve all lengths, and each backward is one launch."""
     script = """

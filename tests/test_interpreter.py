@@ -83,3 +83,31 @@ def test_numbers_are_float32_as_on_a_gpu():
     out = torch.zeros(3, dtype=torch.float64)
     interpreter.run(_numbers, 1, (out, 1e300, Pair(1e300, (1e300,))), {})
     assert out.isposinf().all()
+
+
+@triton.jit
+def _twice(x):
+    return x + x
+
+
+@triton.jit
+def _four_times(X, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(X + i, _twice(_twice(tl.load(X + i))))
+
+
+def test_the_language_is_patched_once_a_launch_and_restored(monkeypatch):
+    """Not at each call of a device function, which takes most of the time."""
+    patched, original = [], triton.runtime.interpreter._patch_builtin
+    monkeypatch.setattr(
+        triton.runtime.interpreter, "_patch_builtin", lambda place, *rest: (patched.append(place), original(place, *rest))
+    )
+    before = tl.load, tl.range, tl.math.exp, tl.tensor.__add__
+    x = torch.arange(16.0)
+    interpreter.run(_four_times, 2, (x, 16), {})
+    assert torch.equal(x, 16 * torch.arange(16.0))
+    assert patched.count(tl) == 1
+    assert (tl.load, tl.range, tl.math.exp, tl.tensor.__add__) == before
+    with pytest.raises(triton.runtime.errors.InterpreterError):
+        interpreter.run(_four_times, 1, (x, 32), {})
+    assert (tl.load, tl.range, tl.math.exp, tl.tensor.__add__) == before

@@ -205,4 +205,5 @@ def _triton():
 def _hooked() -> bool:
     """Whether a profiler wants to be told of launches, with what only the JIT's own path tells it."""
     runtime = _triton()[1]
-    return any(getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

@@ -15,7 +15,7 @@ from torch import Tensor
 from tfkern import layout
 
 ALIGNED = 8  # 16-bit numbers in the 16 bytes that TMA steps by
-KEPT = 1024  # encoded descriptors a parameter: tensors of more layers than models have; some 0.6 MB
+KEPT = 1024  # encoded descriptors of a parameter: of more tensors than models have layers
 
 
 def readable(x: Tensor) -> Tensor:
@@ -78,11 +78,12 @@ def unwrapped(compiled) -> tuple:
     it in another way than those we know, its launcher as it is, and no Maps."""
     encodes = getattr(compiled.run, "launch", None)
     inner = inspect.getclosurevars(encodes).nonlocals if inspect.isfunction(encodes) else {}
-    if not {"launcher", "tensordesc_meta"} <= inner.keys() or None in inner["tensordesc_meta"]:
+    found = inner.get("tensordesc_meta") or [None]
+    if None in found or "launcher" not in inner:
         return compiled.run, ()
     run = copy.copy(compiled.run)
     run.launch = inner["launcher"]
-    return run, tuple(map(Maps, inner["tensordesc_meta"]))
+    return run, tuple(map(Maps, found))
 
 
 @functools.cache

@@ -1,14 +1,15 @@
-"""Break the kernels, one place at a time, and see whether the fast tests notice: `make mutants`.
+"""Break the kernels, one place at a time, and see whether the tests notice: `make mutants`.
 
 Kernels in kernels/hopper have faults of synchronisation planted (faults.py), which the simulator is to catch; all others have
 operators, bounds and masks changed (mutants.py).
 
-usage: python tests/mutation [--file NAME …] [--workers N] [--limit N] [--survivors]
+usage: python tests/mutation [--file NAME …] [--workers N] [--limit N] [--survivors] [--fast]
 
 Each mutant runs in a process of its own, in Triton's interpreter, until the first test fails. One that nothing notices must
 stand in equivalent.json with the reason why it changes no result. --survivors runs only those that are new, or that nothing
 noticed last time and that have no reason yet, after the tests have been sharpened. Writes last.json (who killed which) and
 result.md, where files that were not run keep what was found last; ends 1 if fewer than 95% are killed or a survivor has no reason.
+--fast and --limit keep nothing: --fast leaves slow tests out, to see whether `make test` notices as much.
 """
 
 import argparse
@@ -72,8 +73,8 @@ from faults import faults  # noqa: E402
 from mutants import Mutant, mutants  # noqa: E402
 
 
-def killed_by(mutant: Mutant) -> str | None:
-    """Run the fast tests against a mutant: the first that fails, "time" or "crash"; None if all pass."""
+def killed_by(mutant: Mutant, marks: str = "") -> str | None:
+    """Run the tests with these marks against a mutant: the first that fails, "time" or "crash"; None if all pass."""
     with tempfile.TemporaryDirectory() as folder:
         kernels = Path(folder) / "kernels"
         shutil.copytree(KERNELS, kernels, ignore=shutil.ignore_patterns("__pycache__"))
@@ -81,7 +82,7 @@ def killed_by(mutant: Mutant) -> str | None:
         report = Path(folder) / "report"
         for files, selected, first in _rounds(mutant.file):
             child = multiprocessing.get_context("fork").Process(
-                target=_run_tests, args=(files, selected, first, kernels, report)
+                target=_run_tests, args=(files, selected, marks, first, kernels, report)
             )
             child.start()
             child.join()
@@ -102,7 +103,7 @@ def _rounds(file: str) -> list[tuple[list[str], str, list[str]]]:
     return [(files, SELECTED, first) for files in (quick, [name for name in TESTS if name not in quick])]
 
 
-def _run_tests(files: list[str], selected: str, first: list[str], kernels: Path, report: Path) -> None:
+def _run_tests(files: list[str], selected: str, marks: str, first: list[str], kernels: Path, report: Path) -> None:
     """In the child: put the mutated kernels in the place of ours and run pytest until something fails."""
     resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
     with open(os.devnull, "w") as nothing:
@@ -139,9 +140,9 @@ def _run_tests(files: list[str], selected: str, first: list[str], kernels: Path,
 
     path = report
     plugins = [f"-pno:{name}" for name in ("cacheprovider", "xdist", "benchmark", "hypothesispytest")]  # slow to start
-    arguments = ["-x", "-q", *plugins, "-k", selected, *(str(ROOT / "tests" / name) for name in files)]
+    arguments = ["-x", "-q", *plugins, "-m", marks, "-k", selected, *(str(ROOT / "tests" / name) for name in files)]
     status = pytest.main(arguments, plugins=[First()])
-    os._exit(0 if status == 0 else 1)
+    os._exit(0 if status in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED) else 1)
 
 
 def _hazard(failure: str) -> str:
@@ -159,9 +160,9 @@ def named(found: list[Mutant]) -> dict[str, Mutant]:
     return names
 
 
-def work(name: str, mutant: Mutant) -> tuple[str, str | None, float]:
+def work(name: str, mutant: Mutant, marks: str) -> tuple[str, str | None, float]:
     start = time.perf_counter()
-    return name, killed_by(mutant), time.perf_counter() - start
+    return name, killed_by(mutant, marks), time.perf_counter() - start
 
 
 def main() -> int:
@@ -170,7 +171,9 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--limit", type=int, help="only every so-manieth mutant, to have that many")
     parser.add_argument("--survivors", action="store_true", help="only those that survived last time")
+    parser.add_argument("--fast", action="store_true", help="without slow tests")
     args = parser.parse_args()
+    marks = "not slow" if args.fast else ""
     os.environ["TRITON_INTERPRET"] = "1"
     # Imported once, before the forks; what is mutated is imported in the children.
     import pytest  # noqa: F401
@@ -192,21 +195,22 @@ def main() -> int:
     if args.limit:
         todo = todo[:: max(1, len(todo) // args.limit)]
     for whole in {found[name].file.startswith("hopper/"): found[name].file for name in todo}.values():
-        if killer := killed_by(Mutant(whole, 0, "", "", (KERNELS / whole).read_text())):
+        if killer := killed_by(Mutant(whole, 0, "", "", (KERNELS / whole).read_text()), marks):
             raise RuntimeError(f"{killer} fails on the kernels as they are")
     print(f"{len(todo)} mutants", flush=True)
     results = {}
     # Threads, each with one child at a time: a pool of processes could not end a child that hangs.
     with ThreadPoolExecutor(args.workers) as pool:
-        for done in as_completed([pool.submit(work, name, found[name]) for name in todo]):
+        for done in as_completed([pool.submit(work, name, found[name], marks) for name in todo]):
             name, killer, seconds = done.result()
             results[name] = killer
             print(f"{len(results):4} {killer or 'SURVIVED':60.60} {seconds:6.1f} s  {name}", flush=True)
-    if not args.limit:
+    keep = not (args.limit or args.fast)
+    if keep:
         results = before | results
     text, good = conclude({name: mutant for name, mutant in found.items() if name in results}, results, reasons)
     print(text)
-    if not args.limit:
+    if keep:
         LAST.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
         (HERE / "result.md").write_text(text)
     return 0 if good else 1

@@ -42,6 +42,7 @@ def run(args) -> int:
     if args.what == "compile":
         return script("compile_gate.py")
     if args.what == "sweep":
+        print("Times here are the cost model's own, for ranking tiles alone. `tfkern bench model` has predictions, with bands.")
         return script("sweep.py")
     if args.what == "model":
         return script("against.py", str(args.against)) if args.against else script("model.py")
