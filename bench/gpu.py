@@ -13,6 +13,7 @@ FOLDER/<gpu>/<date>.json and .csv, and the plots, also when the run is cut off. 
 import argparse
 import datetime
 import functools
+import os
 import shutil
 import signal
 import string
@@ -174,4 +175,6 @@ def finish(rows: RowFile, machine: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # a process that the GPU holds for ever would be waited for

@@ -96,12 +96,13 @@ class Process:
         with contextlib.suppress(OSError):
             (os.killpg if number == signal.SIGKILL else os.kill)(self.process.pid, number)
 
-    def end(self, patience: float = 0.0) -> str:
-        """Kill it if it does not end by itself; how it ended and the last that it printed."""
+    def end(self, patience: float = 0.0, killed: float = 5.0) -> str:
+        """Kill it if it does not end by itself, and wait a while, since the GPU may hold it; how it ended and the last that it
+        printed."""
         self.process.join(patience)
         self.signal(signal.SIGKILL)
         self.process.kill()
-        self.process.join(5.0)  # the GPU may hold it for longer
+        self.process.join(killed)
         self.connection.close()
         code = self.process.exitcode
         how = signal.Signals(-code).name if code is not None and code < 0 else f"exit {code}"
@@ -219,9 +220,10 @@ class Supervisor:
             for process in self.crew:
                 process.signal(number)
             time.sleep(wait_for)
+        by = time.monotonic() + 5.0  # for all together
         while self.crew:
             process = self.crew.pop()
-            how = process.end()
+            how = process.end(0.0, max(0.0, by - time.monotonic()))
             if process.case:
                 self._write(process.case, dict(cut=f"{reason}: {how}"))
 

@@ -55,6 +55,8 @@ def main(connection: Connection, run: Callable[[Context, Serve], None], dry: boo
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _tell_of_compiling(connection)
     try:
+        if device.type == "cpu" and not dry:  # what a CPU gives must never stand for what a GPU gives
+            raise RuntimeError("the GPU is not there any more")
         run(Context(device, dry, deadline), lambda cases: _serve(connection, cases))
     except BaseException:
         traceback.print_exc()

@@ -69,9 +69,9 @@ def test_a_hang_and_a_crash_say_where(rehearsed):
     assert not any(str(worker.ROOT) in text for text in said.values())
 
 
-def supervised(tmp_path, run, seconds=60.0, **options) -> tuple[RowFile, object]:
+def supervised(tmp_path, run, seconds=60.0, dry=True, **options) -> tuple[RowFile, object]:
     rows = RowFile(tmp_path / "rows.jsonl")
-    supervisor = Supervisor(rows, dry=True)
+    supervisor = Supervisor(rows, dry)
     supervisor.slow = 1.0
     outcome = supervisor.run(Step("step", run, seconds, **{"quiet": 30, **options}), seconds)
     rows.close()
@@ -91,6 +91,13 @@ def test_a_step_that_cannot_name_its_cases(tmp_path):
     rows, outcome = supervised(tmp_path, functools.partial(plain, rehearsal.three))  # and later can
     assert problems(rows.rows) == []
     assert (outcome.cases, outcome.done) == (3, 3)
+
+
+def test_a_lost_gpu_is_not_replaced_by_the_cpu(tmp_path):
+    rows, outcome = supervised(tmp_path, functools.partial(plain, rehearsal.three), dry=False)
+    (problem,) = (row["problem"] for row in current(rows.rows))
+    assert "the GPU is not there any more" in problem
+    assert outcome.done == 0
 
 
 def test_each_in_a_process_of_its_own(tmp_path):
