@@ -122,14 +122,19 @@ def _who(row: dict) -> str:
 
 def _finite(rows: list[dict]) -> list[str]:
     """Whose gradients are NaN where scores are far below zero (peer_faults.py)."""
-    lines = _heading("scores near -120", "provider", "gradients")
-    for row in rows:
-        if "finite" in row:
-            bad = [name for name, fine in row["finite"].items() if not fine]
-            wrong = row.get("wrong") or row.get("problem")
-            found = f"{', '.join(bad)} not finite" if bad else f"wrong: {wrong}" if wrong else "right"
-            lines.append(_row(row["fault"], _who(row), found))
-    return lines
+    found = [row for row in rows if "finite" in row]
+    who, faults = (list(dict.fromkeys(row[key] for row in found)) for key in ("provider", "fault"))
+    cells = {(row["fault"], row["provider"]): _gradients(row) for row in found}
+    lines = _heading("scores near -120", *who)
+    return lines + [_row(fault, *(cells.get((fault, one), "") for one in who)) for fault in faults]
+
+
+def _gradients(row: dict) -> str:
+    """Whether they are finite and right; of PyTorch's default also by which kernel."""
+    bad = [name for name, fine in row["finite"].items() if not fine]
+    wrong = row.get("wrong") or row.get("problem")
+    found = f"{', '.join(bad)} not finite" if bad else f"wrong: {wrong}" if wrong else "right"
+    return f"{found} ({row['kernels'][0]})" if row["provider"] == "sdpa default" and row.get("kernels") else found
 
 
 def _tiles(rows: list[dict]) -> list[str]:

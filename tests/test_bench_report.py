@@ -24,6 +24,10 @@ ROWS = [
     dict(step="memory", case="x", provider="tfkern portable", length=1024, bytes=2**20),
     dict(step="peer-faults", case="x", fault="192 keys", provider="sdpa cudnn", finite=dict(out=True, dq=False), wrong="dq: error nan"),
     dict(step="peer-faults", case="y", fault="192 keys", provider="tfkern portable", finite=dict(out=True, dq=True)),
+    dict(
+        step="peer-faults", case="z", fault="64 keys", provider="sdpa default", finite=dict(out=True), kernels=["MATH"],
+        wrong="dk: error 2, budget 1",
+    ),
     dict(step="tune", case="x", backend="hopper", kernel="flash_bwd", shape="197", own=True, tiles="6,2", ms=0.4),
     dict(step="tune", case="y", backend="hopper", kernel="flash_bwd", shape="197", own=False, tiles="6,1", ms=0.3),
 ]  # fmt: skip
@@ -48,8 +52,8 @@ def test_table(written):
     )  # the naive formula is no peer
     assert f"| {SHAPE} | forward | calls | tfkern portable | 0.250 (1) |  |  |  | 27% |" in text  # no peer was timed so
     assert f"| {SHAPE} | backward | CUDA graph | tfkern portable | 0.600 (1) |  |  |  | " in text
-    assert "| 192 keys | sdpa cudnn | dq not finite |" in text
-    assert "| 192 keys | tfkern portable | right |" in text
+    assert "| scores near -120 | sdpa cudnn | tfkern portable | sdpa default |\n" in text
+    assert "| 192 keys | dq not finite | right |  |\n| 64 keys |  |  | wrong: dk: error 2, budget 1 (MATH) |" in text
     assert "| hopper flash_bwd | 197 | 0.400 | 0.300 | 6,1 |" in text
 
 
