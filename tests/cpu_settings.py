@@ -21,12 +21,11 @@ FILES = [
     "test_sdpa_flash_hook.py", "test_small.py", "test_timm.py", "test_transformers.py",
 ]  # fmt: skip
 # Of ATen's own kernels, oneDNN and MKL, from the narrowest instructions to the CPU's best.
-INSTRUCTIONS = {
-    "default": ("default", "SSE41", "SSE4_2"), "avx2": ("avx2", "AVX2", "AVX2"), "avx512": ("avx512", "DEFAULT", "AVX512"),
-}  # fmt: skip
+VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+INSTRUCTIONS = [("default", "SSE41", "SSE4_2"), ("avx2", "AVX2", "AVX2"), ()]
 SETTINGS = [
-    dict(ATEN_CPU_CAPABILITY=aten, ONEDNN_MAX_CPU_ISA=onednn, MKL_ENABLE_INSTRUCTIONS=mkl, TFKERN_TEST_THREADS=str(threads))
-    for threads in (1, 2, 3) for aten, onednn, mkl in INSTRUCTIONS.values()
+    dict(zip(VARIABLES, values, strict=False)) | dict(TFKERN_TEST_THREADS=str(threads))
+    for threads in (1, 2, 3) for values in INSTRUCTIONS if values or threads > 1  # else it is what `make test` has
 ]  # fmt: skip
 
 
@@ -40,9 +39,12 @@ def main() -> int:
         command = [sys.executable, __file__, *arguments, "--setting"]
         return max(subprocess.run([*command, str(number)], check=False).returncode for number in range(len(SETTINGS)))
     number = datetime.date.today().toordinal() % len(SETTINGS) if args.setting is None else args.setting
-    print(" ".join(f"{name}={value}" for name, value in SETTINGS[number].items()), flush=True)
     os.environ.update(SETTINGS[number])
-    import pytest  # and with it torch, which reads the environment once
+    import pytest
+    import torch  # reads the environment once
+
+    given = " ".join(f"{name}={value}" for name, value in SETTINGS[number].items())
+    print(f"setting {number}: {given}; ATen computes with {torch.backends.cpu.get_cpu_capability()}", flush=True)
 
     return pytest.main(["-q", *(arguments or ["-m", "not slow"]), *(str(TESTS / name) for name in FILES)])
 

@@ -121,7 +121,7 @@ def calls(backend):
     f = lambda: tfkern.attention(*leaves, backend=backend)
     do = torch.zeros_like(f())
     return [torch.no_grad()(f), lambda: torch.autograd.grad(f(), leaves, do)]
-print(overhead.microseconds(calls("portable") + calls("hopper"), 50, 40, time.thread_time))
+print(overhead.microseconds(calls("portable") + calls("hopper"), clock=time.thread_time))
 """
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, env=environment, check=False)
