@@ -7,5 +7,5 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["tfkern", "tfkern.*"]), "tfkern.kernels", "tfkern.kernels.hopper", "tfkern.bench"],
     package_dir={"tfkern.kernels": "kernels", "tfkern.bench": "bench"},
-    package_data={"tfkern.bench": ["spills.json", "calibration.json", "ranked.json", "stub_libcuda.c"]},
+    package_data={"tfkern.bench": ["*.json", "*.c"]},
 )

@@ -31,6 +31,11 @@ def test_the_table_is_of_the_tiles_of_today():
     assert len(calibration.raw()) == len(calibration.GROUPS) - 1  # no backward in one launch at D = 128
 
 
+def test_the_page_shows_the_table():
+    page = (BENCH / "README.md").read_text()
+    assert [line for line in calibrate.show().splitlines() if line.startswith("|") and line not in page] == []
+
+
 @pytest.mark.slow
 def test_the_table_is_what_the_model_says(compiling):
     """Every row again, with the same compiler."""

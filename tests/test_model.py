@@ -322,6 +322,7 @@ print(json.dumps(rows))
 """
 
 
+@pytest.mark.slow
 def test_hopper_is_predicted_from_its_machine_code_and_derated():
     """The model's own times: nearer the floor than the portable kernels', not below it, the backward in one launch before that in
     two. What is shown is never faster than they are: at the published problems it is what FlashAttention-3 was measured at."""
@@ -337,12 +338,12 @@ def test_hopper_is_predicted_from_its_machine_code_and_derated():
             assert calibration.floor(problem, direction) <= raw < row["portable"], row
             assert row["shown"][way] >= raw
     assert found[2]["raw"]["backward in one launch"] < found[2]["raw"]["backward"]
+    if hopper_model.aot.triton.__version__ != calibration.table()["triton"]:
+        return  # whose code the table is not of
     forward, causal, backward, _ = (row["shown"] for row in found)
     for shown, problem, direction, rate in [
         (forward["forward"], geometry.Problem(32, 32, 512, 64, False), "forward", 333),
         (causal["forward"], geometry.Problem(8, 32, 2048, 64, True), "forward", 371),
         (backward["backward"], geometry.Problem(32, 32, 512, 64, False), "backward", 272),
     ]:
-        assert shown == pytest.approx(
-            calibration.microseconds(problem, direction, rate), rel=0.1
-        )  # other Tritons compile otherwise
+        assert shown == pytest.approx(calibration.microseconds(problem, direction, rate), rel=0.01)
