@@ -57,13 +57,12 @@ mutants: $(STAMP)
 random: $(STAMP)
 	$(BIN)/pytest tests/test_random.py -q -rP -n $(WORKERS) --problems 2000 $(ARGS)
 
-# Everything that a GPU machine can prove, in BUDGET seconds, the most valuable first; called again, it goes on. Uses the Python
-# that is there, with its torch and Triton, and no network. ARGS=--dry-run goes through the steps without a GPU.
-BUDGET ?= 540
-OUT ?= bench/results
+# What a GPU machine can prove, in three calls: make gpu CALL=1 COMMIT=<hash>, then 2, then 3; each goes on where earlier ones
+# stopped. Runs from the checkout, by .venv's Python if it is there, or python3 with its torch and Triton, or what PYTHON names.
+# ARGS=--dry-run goes the same way up to the driver without a GPU.
 gpu:
-	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
-	$(PYTHON) -m tfkern.bench.gpu --budget $(BUDGET) --out $(OUT) $(ARGS)
+	@exec $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON)) bench/checkout.py -m tfkern.bench.gpu --began $$(date +%s) $(if $(CALL),--call $(CALL)) \
+	  $(if $(BUDGET),--budget $(BUDGET)) $(if $(OUT),--out $(abspath $(OUT))) $(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/tfkern bench $(ARGS)

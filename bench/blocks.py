@@ -3,6 +3,7 @@
 Autocast to bf16, a fused AdamW, inputs on the device. Milliseconds a step: what attention is worth to who trains a model.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,8 +13,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
 import tfkern
-from tfkern.bench import runner
-from tfkern.bench.providers import pinned_sdpa
+from tfkern.bench import timing
+from tfkern.bench.providers import passed_over, pinned_sdpa
 from tfkern.models.bert import BERTConfig, MaskedLM
 from tfkern.models.gpt import GPT, GPTConfig
 from tfkern.models.vit import ViT, ViTConfig
@@ -63,8 +64,9 @@ def _sdpa(kind: SDPBackend | None):
 
 
 ATTENTIONS: dict[str, Callable] = {
-    "tfkern": tfkern.attention, "sdpa default": _sdpa(None), "sdpa flash": _sdpa(SDPBackend.FLASH_ATTENTION),
-    "sdpa cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION),
+    "tfkern portable": functools.partial(tfkern.attention, backend="portable"), "sdpa default": _sdpa(None),
+    "sdpa cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION), "sdpa flash": _sdpa(SDPBackend.FLASH_ATTENTION),
+    "tfkern hopper": functools.partial(tfkern.attention, backend="hopper"),
 }  # fmt: skip
 
 
@@ -85,8 +87,8 @@ def step_row(model: str, attention: str, device: torch.device, tiny: bool) -> It
         optimizer.zero_grad(set_to_none=True)
 
     try:
-        p20, p50, p80 = runner.time_it(step, device, 0.01 if tiny else 1.0)
+        p20, p50, p80 = timing.milliseconds(step, device, 0.01 if tiny else 1.0)
     except RuntimeError as error:
-        yield dict(model=model, attention=attention, skipped=f"failed: {str(error).splitlines()[0]}")
+        yield dict(model=model, attention=attention, skipped=passed_over(attention, error))
         return
     yield dict(model=model, attention=attention, batch=batch, ms=p50, p20=p20, p80=p80)

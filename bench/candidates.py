@@ -1,4 +1,10 @@
-"""Tile sizes worth trying: what sweep.py ranks by the cost model and tuning.py by time. Plain data, imports nothing."""
+"""Tile sizes worth trying: all that rank.py ranks by the cost model, and the best, which tuning.py times. Plain data."""
+
+import json
+from pathlib import Path
+
+RANKED = Path(__file__).with_name("ranked.json")  # written by rank.py
+BEST = 4  # of each kernel and head dim
 
 # (rows that a program owns, rows that it goes through at a time, warps) by kernel: 16 rows a warp, as many as a matrix
 # instruction of one warp has, or 32.
@@ -34,6 +40,17 @@ HOPPER = {
     "flash_bwd": [(6, 2), (8, 1), (6, 1)],  # as HopperOnePass: slots for tiles of queries, buffers of dS
     "flash_bwd_dkdv": [(64, 3, 2, False, 232, 1), (64, 4, 2, False, 232, 1), (64, 3, 1, False, 240, 1)],
 }  # fmt: skip
+
+
+# (backend, kernel): what takes turns in tuning.py. Of the gradient of a bias nothing is timed.
+KERNELS = [("portable", kernel) for kernel in TILES if kernel != "flash_bwd_dbias"] + [("hopper", kernel) for kernel in HOPPER]
+
+
+def best(backend: str, kernel: str, head_dim: int) -> list[list]:
+    """The numbers of the model's best, best first; of a kernel that was not ranked the first that are here, with two stages."""
+    ranked = json.loads(RANKED.read_text())["best"].get(f"{backend} {kernel} {head_dim}")
+    listed = HOPPER[kernel] if backend == "hopper" else [tiles for tiles in of(kernel, head_dim) if tiles[3] == 2]
+    return ranked or listed[:BEST]
 
 
 def of(kernel: str, head_dim: int = 64, size: int = 2) -> list[tuple[int, int, int, int]]:

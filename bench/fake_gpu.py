@@ -57,5 +57,6 @@ def install(stand_in: Driver) -> None:
         raise RuntimeError("TRITON_INTERPRET is on: kernels would be interpreted, not launched; run without it")
     launch.architecture = lambda device: f"sm_{stand_in.architecture}"
     launch.unsupported = lambda device: []
+    launch.multiprocessors = lambda device: PROPERTIES["multiprocessor_count"]  # on which tiles depend
     os.environ["TFKERN_BACKENDS"] = "portable"  # on a GPU it is the first
     driver.set_active(stand_in)

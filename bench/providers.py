@@ -15,19 +15,35 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tfkern
 from tfkern import call, reference
-from tfkern.backends import BACKENDS
+from tfkern.backends import BACKENDS, UnsupportedError
+from tfkern.bench import faults
 from tfkern.bench.shapes import Shape
 
 FLASH_ATTN = {"flash-attn 2": "flash_attn", "flash-attn 3": "flash_attn_interface", "flash-attn 4": "flash_attn.cute"}
+SDPA = {
+    "sdpa default": None, "sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION, "sdpa math": SDPBackend.MATH,
+}  # fmt: skip
 NAIVE_BYTES = 8 * 2**30  # more N x N scores than this are not tried
 
 
 class UnavailableError(RuntimeError):
-    """This provider can't be timed here; the message says why. `wrong` if it is that its results are."""
+    """This provider can't be timed here; the message says why."""
 
-    @property
-    def wrong(self) -> bool:
-        return str(self).startswith("wrong results")
+
+def is_ours(provider: str) -> bool:
+    """Whether what a provider does wrong is our fault."""
+    return provider.startswith("tfkern")
+
+
+def passed_over(provider: str, error: Exception) -> str:
+    """Why a provider has no figure: it can't, or there is too little memory, or a peer fails in a way of its own. Anything else
+    is a fault of ours, or of a GPU that is lost to the process, and is raised again."""
+    if isinstance(error, (UnavailableError, UnsupportedError)):
+        return str(error).splitlines()[-1].strip()
+    if faults.is_sticky(error) or (is_ours(provider) and not faults.is_out_of_memory(error)):
+        raise error
+    return f"failed: {faults.line(error)}"
 
 
 def _tfkern(name: str, shape: Shape, dtype: torch.dtype, device: torch.device):
@@ -57,22 +73,23 @@ def _sdpa(kind: SDPBackend | None, shape: Shape, dtype: torch.dtype, device: tor
     return run
 
 
-@functools.cache
-def _compiled_flex():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
+def default_choice(q, k, v, **options) -> str:
+    """Which of its backends F.scaled_dot_product_attention takes for these arguments: since PyTorch 2.11 cuDNN on an H100."""
+    return SDPBackend(torch._fused_sdp_choice(q, k, v, **options)).name
 
 
 def _flex(shape: Shape, dtype: torch.dtype, device: torch.device):
-    from torch.nn.attention.flex_attention import create_block_mask
+    """Compiled for this shape and no other. One compiled function would meet Dynamo's limit of recompilations after a few
+    shapes and from there on run unfused; with fullgraph it raises instead."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if device.type != "cuda":
         raise UnavailableError("compiled FlexAttention has no backward on a CPU")
+    torch._dynamo.reset()
     mask = None
     if shape.is_causal:
         mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, shape.length, shape.length, device=device)
-    return lambda q, k, v: _compiled_flex()(q, k, v, block_mask=mask)
+    return functools.partial(torch.compile(flex_attention, dynamic=False, fullgraph=True), block_mask=mask)
 
 
 def _naive(shape: Shape, dtype: torch.dtype, device: torch.device):
@@ -99,11 +116,7 @@ def _flash_attn(module: str, shape: Shape, dtype: torch.dtype, device: torch.dev
 
 PROVIDERS: dict[str, Callable[[Shape, torch.dtype, torch.device], Callable]] = {
     **{f"tfkern {name}": functools.partial(_tfkern, name) for name in BACKENDS},
-    "sdpa default": functools.partial(_sdpa, None),
-    "sdpa flash": functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION),
-    "sdpa cudnn": functools.partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
-    "sdpa efficient": functools.partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION),
-    "sdpa math": functools.partial(_sdpa, SDPBackend.MATH),
+    **{name: functools.partial(_sdpa, kind) for name, kind in SDPA.items()},
     "flex": _flex,
     **{name: functools.partial(_flash_attn, module) for name, module in FLASH_ATTN.items()},
     "naive": _naive,

@@ -1,25 +1,20 @@
-"""Verify, then time: forward, and forward with backward. A provider whose results are wrong is not timed."""
+"""Verify, then time: forward, and forward with backward. What is verified is what is timed, at its own size; results that are
+wrong are not timed."""
 
-import dataclasses
 import datetime
-import functools
 import importlib.metadata
 import json
 import platform
-import statistics
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 import tfkern
-from tfkern import reference, testing
-from tfkern.bench.providers import PROVIDERS, UnavailableError
+from tfkern.bench import launches, timing, verify
+from tfkern.bench.providers import PROVIDERS, UnavailableError, default_choice, is_ours, passed_over
 from tfkern.bench.shapes import CPU_SHAPES, GPU_SHAPES, Shape
-
-VERIFY_HEADS = 2  # the oracle is N x N in float64: 4.3 GB a tensor at the longest
 
 
 def machine() -> dict:
@@ -66,114 +61,84 @@ def run(dtype: torch.dtype, device: torch.device, seconds: float = 0.3, provider
                 reason = "Triton's interpreter is for checking, not for timing"
                 yield dict(shape=shape.name, provider=name, skipped=reason)
                 continue
-            try:
-                yield from figures(name, shape, dtype, device, seconds)
-            except UnavailableError as reason:
-                yield dict(shape=shape.name, provider=name, skipped=str(reason))
+            yield from figures(name, shape, dtype, device, seconds)
 
 
 def figures(
     name: str, shape: Shape, dtype: torch.dtype, device: torch.device, seconds: float, graphs: bool = False
 ) -> Iterator[dict]:
-    """The rows of one provider on one shape; with `graphs` replayed from a CUDA graph, without the Python around it.
-    UnavailableError where it can't be had, fails, or is wrong."""
-    if graphs and device.type != "cuda":
-        raise UnavailableError("there are no CUDA graphs without a GPU")
+    """The rows of one provider on one shape; with `graphs` replayed from a CUDA graph, without the Python around it. A peer
+    that fails is a row that says so; what we do wrong is a `problem`, or raises."""
+    row = dict(shape=shape.name, provider=name, graph=graphs)
     try:
+        if graphs and device.type != "cuda":
+            raise UnavailableError("there are no CUDA graphs without a GPU")
         function = PROVIDERS[name](shape, dtype, device)
-        if wrong := [str(e) for e in verify(function, shape, dtype, device) if not e.ok]:
-            raise UnavailableError("wrong results: " + "; ".join(wrong))
-        for direction, call in calls(function, shape, dtype, device).items():
-            p20, p50, p80 = time_it(captured(call) if graphs else call, device, seconds)
-            tflops = shape.flops(direction) / p50 / 1e9
-            yield dict(
-                shape=shape.name, direction=direction, provider=name, ms=p50, p20=p20, p80=p80, tflops=tflops, graph=graphs
-            )
-    except RuntimeError as error:  # out of memory among them: one provider's failure is its row, not the end
-        if isinstance(error, UnavailableError):
-            raise
-        raise UnavailableError(f"failed: {str(error).splitlines()[0]}") from error
+        with timing.stream(graphs):
+            tensors = verify.inputs(shape, dtype, device)
+            right = verify.oracle(shape, dtype, device)
+            for direction, call in calls(function, *tensors).items():
+                kernels = _kernels(name, call, tensors, shape)
+                timed = timing.replayed(call) if graphs else call
+                about = {**row, "direction": direction, "kernels": kernels}
+                if wrong := [str(e) for e in verify.worst(timing.again(timed), right) if not e.ok]:
+                    yield {**about, **_wrong(name, "; ".join(wrong))}
+                    continue
+                p20, p50, p80 = timing.milliseconds(timed, device, seconds)
+                yield {**about, "ms": p50, "p20": p20, "p80": p80, "tflops": shape.flops(direction) / p50 / 1e9}
+    except Exception as error:
+        yield {**row, "skipped": passed_over(name, error)}
 
 
-def calls(function, shape: Shape, dtype, device) -> dict[str, Callable[[], object]]:
+def _wrong(provider: str, what: str) -> dict:
+    """The end of a row about wrong results, which are never timed."""
+    return {"problem" if is_ours(provider) else "skipped": f"wrong results: {what}"}
+
+
+def _kernels(name: str, call: timing.Call, tensors, shape: Shape) -> list[str]:
+    """What a call runs, as far as one can ask: our kernels, and the choice of PyTorch's default."""
+    with launches.watched() as seen:
+        call()
+    if name == "sdpa default":
+        return [default_choice(*tensors[:3], is_causal=shape.is_causal)]
+    return [launches.name(one) for one in seen]
+
+
+def calls(function, q, k, v, do) -> dict[str, timing.Call]:
     """What is timed. Forward runs without autograd, as in inference; backward from one forward's graph."""
-    q, k, v, do = shape.inputs(dtype, device)
 
-    def forward():
+    def forward() -> dict:
         with torch.no_grad():
-            return function(q, k, v)
+            return {"out": function(q, k, v)}
+
+    def gradients(out, **options) -> dict:
+        return dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, (q, k, v), do, **options), strict=True))
 
     out = function(q, k, v)
     return {
         "forward": forward,
-        "backward": lambda: torch.autograd.grad(out, (q, k, v), do, retain_graph=True),
-        "forward+backward": lambda: torch.autograd.grad(function(q, k, v), (q, k, v), do),
+        "backward": lambda: gradients(out, retain_graph=True),
+        "forward+backward": lambda: gradients(function(q, k, v)),
     }
-
-
-def captured(call: Callable[[], object]) -> Callable[[], object]:
-    """The replay of a CUDA graph of a call."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def peak_memory(name: str, length: int, dtype: torch.dtype, device: torch.device) -> Iterator[dict]:
     """Bytes beyond the inputs that a forward and a backward of one head group take at their peak."""
-    shape = Shape(f"memory-{length}", 1, 8, length, 64)
-    function = PROVIDERS[name](shape, dtype, device)
-    q, k, v, do = shape.inputs(dtype, device)
-    if device.type != "cuda":
+    shape, row = Shape(f"memory-{length}", 1, 8, length, 64), dict(provider=name, length=length)
+    try:
+        function = PROVIDERS[name](shape, dtype, device)
+        q, k, v, do = shape.inputs(dtype, device)
+        if device.type != "cuda":
+            torch.autograd.grad(function(q, k, v), (q, k, v), do)
+            raise UnavailableError("there is no GPU whose memory could be measured")
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         torch.autograd.grad(function(q, k, v), (q, k, v), do)
-        yield dict(provider=name, length=length, skipped="there is no GPU whose memory could be measured")
-        return
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    torch.autograd.grad(function(q, k, v), (q, k, v), do)
-    torch.cuda.synchronize()
-    yield dict(provider=name, length=length, bytes=torch.cuda.max_memory_allocated() - before)
-
-
-def verify(function, shape: Shape, dtype, device) -> list[testing.Error]:
-    """Out and gradients against the float64 oracle, at the shape's own length, on a few heads of one batch."""
-    q, k, v, do = dataclasses.replace(shape, batch=1, heads=VERIFY_HEADS).inputs(dtype, device)
-
-    def results(f, *tensors):
-        tensors = [t.detach().requires_grad_() for t in tensors]
-        out = f(*tensors)
-        grads = torch.autograd.grad(out, tensors, do.to(out.dtype))
-        return dict(zip(("out", "dq", "dk", "dv"), (out, *grads), strict=True))
-
-    naive = functools.partial(reference.attention, is_causal=shape.is_causal)
-    plains = [results(naive, q, k, v)]
-    if dtype == torch.float32:
-        plains.append(results(functools.partial(reference.flash, is_causal=shape.is_causal), q, k, v))
-    return testing.judge(results(function, q, k, v), results(naive, q.double(), k.double(), v.double()), plains)
-
-
-def time_it(call: Callable[[], object], device: torch.device, seconds: float) -> tuple[float, float, float]:
-    """20th percentile, median and 80th percentile in ms, over about `seconds` after a warm-up."""
-    if device.type == "cuda":
-        from triton.testing import do_bench
-
-        return tuple(do_bench(call, warmup=25, rep=int(seconds * 1000), quantiles=[0.2, 0.5, 0.8]))
-    call()
-    times = []
-    start = time.perf_counter()
-    while len(times) < 5 or time.perf_counter() - start < seconds:
-        before = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - before) * 1e3)
-    fifths = statistics.quantiles(times, n=5)
-    return fifths[0], statistics.median(times), fifths[3]
+        torch.cuda.synchronize()
+        yield {**row, "bytes": torch.cuda.max_memory_allocated() - before}
+    except Exception as error:
+        yield {**row, "skipped": passed_over(name, error)}
 
 
 def load_rows(path: Path) -> list[dict]:

@@ -33,11 +33,21 @@ class Shape:
 
     def inputs(self, dtype: torch.dtype, device, generator=None):
         """q, k, v requiring grad, and do: views of packed projections, as a model's layer has them."""
-        packed = torch.randn(
-            self.batch, self.length, 3, self.heads, self.head_dim, device=device, generator=generator
-        ).to(dtype)  # fmt: skip
+        packed = torch.randn(self._packed, device=device, generator=generator)
+        q, k, v, do = self._views(packed.to(dtype))
+        return q, k, v, do.normal_(generator=generator)
+
+    def memory(self, dtype: torch.dtype, device):
+        """The same without numbers in it."""
+        return self._views(torch.empty(self._packed, dtype=dtype, device=device))
+
+    @property
+    def _packed(self) -> tuple[int, ...]:
+        return self.batch, self.length, 3, self.heads, self.head_dim
+
+    def _views(self, packed: torch.Tensor):
         q, k, v = (x.detach().requires_grad_() for x in packed.permute(2, 0, 3, 1, 4))
-        return q, k, v, torch.randn_like(q)
+        return q, k, v, torch.empty_like(q, requires_grad=False)
 
 
 GPU_SHAPES = [

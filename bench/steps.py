@@ -1,96 +1,157 @@
-"""The steps of `make gpu` (gpu.py): each goes through its cases, writes a row for each as it comes, and leaves out those that
-an earlier call has written.
+"""The steps of `make gpu` (gpu.py): each gives its cases, the most valuable first, and a case makes rows (rows.py)."""
 
-A row is a dict with `step`, the `case` that it is about, and figures, or the reason why there is none (`skipped`), or what is
-wrong (`problem`).
-"""
-
-import argparse
 import functools
-import json
+import os
+import shutil
 import subprocess
 import sys
-import tempfile
-import time
-import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-
-import tfkern
 from tfkern import testing
-from tfkern.bench import blocks, runner, shapes
-from tfkern.bench.providers import PROVIDERS, UnavailableError
+from tfkern.bench import blocks, peer_faults, prewarm, repeats, runner, shapes, smoke, tuning
+from tfkern.bench.worker import Cases, Context
 
-ROOT = Path(__file__).resolve().parent.parent
-SMALL_TESTS = ["tests/test_small.py", "tests/test_attention.py", "tests/test_hopper.py"]  # its cases run on the chip
-REPEATS = 250
-
-
-class Context:
-    """Where a step runs: the device, whether it is for show, and when its time is up."""
-
-    def __init__(self, device: torch.device, dry: bool, deadline: float):
-        self.device, self.dry, self.deadline = device, dry, deadline
-        self.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-
-    def left(self) -> float:
-        return self.deadline - time.monotonic()
-
-    def shapes(self) -> list[shapes.Shape]:
-        return shapes.DRY_SHAPES if self.dry else shapes.GPU_SHAPES
+HEADLINE = ("tfkern portable", "sdpa default", "sdpa cudnn", "sdpa flash", "sdpa efficient")
+SANITIZER = "/usr/local/cuda/bin/compute-sanitizer"  # where it is not on the PATH
+TOOLS = [
+    ("nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks_event_reasons.active,power.draw,"
+     "power.limit,temperature.gpu,memory.total,memory.used", "--format=csv"),
+    ("nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv"),
+    ("nvcc", "--version"),
+    ("df", "-h", "/tmp"),
+    ("free", "-g"),
+]  # fmt: skip
 
 
-# A step gives (case, function that makes the rows of that case), the most valuable case first.
-Cases = Iterator[tuple[str, Callable[[], Iterator[dict]]]]
+def environment(context: Context) -> Cases:
+    """What the figures hang on, as the machine's own tools say it."""
+
+    def rows():
+        yield dict(runner.machine(), cores=os.cpu_count(), variables=sorted(k for k in os.environ if k.startswith("TRITON")))
+        for command in TOOLS:
+            if shutil.which(command[0]):
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                yield dict(command=" ".join(command), says=(done.stdout + done.stderr).splitlines())
+
+    yield "environment", rows
 
 
-def attention(context: Context, graphs: bool = False) -> Cases:
-    """Every provider on every shape, verified, then timed."""
-    seconds = 0.01 if context.dry else 0.2
-    for shape in context.shapes():
-        for name in PROVIDERS:
-            yield f"{shape.name} {name}", functools.partial(_figures, name, shape, context, seconds, graphs)
+def compiled(context: Context, problems: Callable[[], Iterator[prewarm.Problem]]) -> Cases:
+    """The kernels that a call needs, before it needs them; of a dry run every tenth."""
+    cases = list(prewarm.cases(problems()))
+    return cases[:: 10 if context.dry else 1]
 
 
-def _figures(name: str, shape: shapes.Shape, context: Context, seconds: float, graphs: bool) -> Iterator[dict]:
-    try:
-        yield from runner.figures(name, shape, context.dtype, context.device, seconds, graphs)
-    except UnavailableError as reason:
-        yield dict(shape=shape.name, provider=name, skipped=str(reason), **({"problem": str(reason)} if reason.wrong else {}))
+def features(context: Context) -> Cases:
+    """The portable kernels, a dozen features against the oracle."""
+    for case in _features(context):
+        yield case.name, functools.partial(_checked, case, context)
 
 
-def tests(context: Context, files: list[str]) -> Cases:
-    """pytest, each file by itself: what it counted, and the names of what failed."""
+def _features(context: Context) -> list[testing.Case]:
+    return prewarm.FEATURES[:: 4 if context.dry else 1]
+
+
+def _checked(case: testing.Case, context: Context) -> Iterator[dict]:
+    errors = testing.check(case, context.dtype, "portable", context.device)
+    row = dict(backend="portable", errors={e.quantity: [e.error, e.budget] for e in errors})
+    wrong = "; ".join(str(e) for e in errors if not e.ok)
+    yield {**row, "problem": f"wrong results: {wrong}"} if wrong else row
+
+
+def headline(context: Context) -> Cases:
+    """The portable kernels beside PyTorch's, verified, then timed in CUDA graphs."""
+    return attention(context, HEADLINE)
+
+
+def attention(context: Context, names: tuple[str, ...], graphs: tuple[bool, ...] = (True,)) -> Cases:
+    """Providers on every shape; without a GPU there are no graphs."""
+    seconds = 0.01 if context.dry else 0.1
+    for graph in graphs if not context.dry else (False,):
+        for shape in _shapes(context):
+            for name in names:
+                case = f"{shape.name} {name}{', graph' if graph else ''}"
+                given = name, shape, context.dtype, context.device, seconds, graph
+                yield case, functools.partial(runner.figures, *given)
+
+
+def _shapes(context: Context) -> list[shapes.Shape]:
+    return shapes.DRY_SHAPES if context.dry else shapes.GPU_SHAPES
+
+
+def smokes(context: Context) -> Cases:
+    """Each kernel for Hopper, once."""
+    for form in smoke.FORMS:
+        yield form, functools.partial(smoke.rows, form, context.device, context.dry)
+
+
+def hopper(context: Context) -> Cases:
+    """The kernels for Hopper, verified, then timed, in graphs first."""
+    return attention(context, ("tfkern hopper",), graphs=(True, False))
+
+
+def repeat(context: Context) -> Cases:
+    """The same inputs and seed give the same bits, many times over."""
+    features = _features(context)[: 1 if context.dry else None]
+    return repeats.cases(_shapes(context), features, context.dtype, context.device, 1 if context.dry else repeats.TIMES)
+
+
+def peers(context: Context) -> Cases:
+    """Where peers' gradients are NaN, who gives what."""
+    return peer_faults.cases(context.dtype, context.device)
+
+
+def tune(context: Context) -> Cases:
+    """Candidates of tile sizes, by time; on a machine without a GPU one of each kernel is compiled."""
     if context.dry:
-        yield "all", functools.partial(_pytest, context, *files)
+        yield from prewarm.cases(map(prewarm.candidate, tuning.cases(first_only=True)))
         return
-    for file in files:
-        yield file, functools.partial(_pytest, context, file)
+    for one in tuning.cases():
+        yield one.name, functools.partial(tuning.rows, one, context.device)
 
 
-def _pytest(context: Context, *files: str) -> Iterator[dict]:
-    with tempfile.NamedTemporaryFile(suffix=".xml") as report:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report.name}", *files]
-        start = time.monotonic()
-        done = subprocess.run(
-            command + ["--collect-only"] * context.dry, cwd=ROOT, capture_output=True, text=True, check=False,
-            timeout=max(5.0, context.left()),
-        )  # fmt: skip
-        row = dict(seconds=round(time.monotonic() - start, 1))
-        if context.dry:
-            yield {**row, **(dict(problem=done.stdout[-2000:] + done.stderr[-2000:]) if done.returncode else {})}
-            return
-        suite = ET.parse(report.name).getroot().find("testsuite")
-        row |= {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
-        row["failed"] = [
-            c.get("name") for c in suite.iter("testcase") if c.find("failure") is not None or c.find("error") is not None
-        ]
-        if row["failed"]:
-            row["problem"] = f"{len(row['failed'])} tests failed"
-            row["output"] = done.stdout[-6000:]
-        yield row
+def sanitizer(context: Context) -> Cases:
+    """compute-sanitizer over small problems, forward and backward; without it they run by themselves."""
+    for backend in ("hopper", "portable"):
+        for tool in ("memcheck", "racecheck"):
+            yield f"{tool} {backend}", functools.partial(_watched, tool, backend, context)
+
+
+def _watched(tool: str, backend: str, context: Context) -> Iterator[dict]:
+    program = shutil.which("compute-sanitizer") or SANITIZER
+    command = [sys.executable, "-m", "tfkern.bench.sanitized", backend]
+    there = Path(program).exists() and context.device.type == "cuda"
+    if there:
+        command = [program, f"--tool={tool}", "--error-exitcode=9", *command]
+    interpreted = str(int(context.dry and backend == "portable"))
+    variables = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_INTERPRET": interpreted}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
+    row = dict(summary=[line for line in done.stdout.splitlines() if "SUMMARY" in line])
+    if done.returncode:
+        yield {**row, "problem": f"exit {done.returncode}: {done.stderr[-500:]}{done.stdout[-1400:]}"}
+    else:
+        yield row if there else {**row, "skipped": "compute-sanitizer is not here"}
+
+
+def training(context: Context) -> Cases:
+    """A training step of whole models."""
+    pairs = [(model, name) for model in blocks.MODELS for name in blocks.ATTENTIONS]
+    for model, name in pairs[:: 4 if context.dry else 1]:
+        yield f"{model} {name}", functools.partial(blocks.step_row, model, name, context.device, context.dry)
+
+
+def memory(context: Context) -> Cases:
+    """Peak memory forward and backward, to a length of 128k."""
+    for length in (64,) if context.dry else (1024, 4096, 16384, 65536, 131072):
+        for name in ("tfkern portable", "sdpa flash", "sdpa efficient", "naive"):
+            given = name, length, context.dtype, context.device
+            yield f"{length} {name}", functools.partial(runner.peak_memory, *given)
+
+
+def flex(context: Context) -> Cases:
+    """FlexAttention, which compiles for each shape."""
+    return attention(context, ("flex",))
 
 
 def overhead(context: Context) -> Cases:
@@ -102,144 +163,3 @@ def overhead(context: Context) -> Cases:
             yield dict(who=who, **dict(zip(("no_grad_us", "grad_us", "both_us"), figures, strict=True)))
 
     yield "overhead", rows
-
-
-def tune(context: Context) -> Cases:
-    """Every candidate of tile sizes, by time; on a machine without a GPU one of each is compiled."""
-    from tfkern.bench import tuning
-
-    for case, config in tuning.cases(first_only=context.dry):
-        yield f"{case} {config}", functools.partial(tuning.time_one, case, config, context.device, context.dry)
-
-
-def tune_hopper(context: Context) -> Cases:
-    """The same of the kernels for Hopper."""
-    from tfkern.bench import tuning
-
-    for case, config in tuning.hopper_cases(first_only=context.dry):
-        yield f"{case} {config}", functools.partial(tuning.time_hopper, case, config, context.device, context.dry)
-
-
-def repeat(context: Context) -> Cases:
-    """The same inputs and seed give the same bits, many times over."""
-    cases = {case.name: case for case in (*testing.CASES, *testing.FEATURE_CASES)}
-    for name in list(cases)[:: 1 if not context.dry else len(cases)]:
-        yield name, functools.partial(_same_bits, cases[name], context)
-
-
-def _same_bits(case, context: Context) -> Iterator[dict]:
-    dtype = torch.float32 if context.dry else torch.bfloat16
-    inputs = testing.make_inputs(case, dtype, context.device)
-    function = functools.partial(tfkern.attention_varlen if case.lengths else tfkern.attention, backend="portable")
-    first = testing.results(function, inputs)
-    count = 1 if context.dry else REPEATS
-    for index in range(count):
-        again = testing.results(function, inputs)
-        for name, x in first.items():
-            if not torch.equal(x.view(torch.uint8), again[name].view(torch.uint8)):
-                yield dict(problem=f"{name} differs in repeat {index + 1}")
-                return
-    yield dict(repeats=count)
-
-
-def block_steps(context: Context) -> Cases:
-    """A training step of whole models."""
-    for model in blocks.MODELS:
-        for name in blocks.ATTENTIONS:
-            yield f"{model} {name}", functools.partial(blocks.step_row, model, name, context.device, context.dry)
-
-
-def memory(context: Context) -> Cases:
-    """Peak memory forward and backward, to a length of 128k."""
-    lengths = (64,) if context.dry else (1024, 4096, 16384, 65536, 131072)
-    for length in lengths:
-        for name in ("tfkern portable", "sdpa flash", "sdpa efficient", "naive"):
-            yield f"{length} {name}", functools.partial(_memory, name, length, context)
-
-
-def _memory(name: str, length: int, context: Context) -> Iterator[dict]:
-    try:
-        yield from runner.peak_memory(name, length, context.dtype, context.device)
-    except RuntimeError as error:  # a peer that is not here, or that runs out of memory, which is a result
-        yield dict(provider=name, length=length, skipped=str(error).splitlines()[0])
-
-
-def sanitizer(context: Context) -> Cases:
-    """compute-sanitizer over a few small problems, forward and backward, with every feature."""
-    import shutil
-
-    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-
-    def check(tool: str) -> Iterator[dict]:
-        command = [sys.executable, "-m", "tfkern.bench.sanitized"]
-        if not Path(program).exists():
-            if context.dry:
-                subprocess.run(command, check=True, timeout=max(5.0, context.left()))
-            yield dict(skipped="compute-sanitizer is not here")
-            return
-        done = subprocess.run(
-            [program, f"--tool={tool}", "--error-exitcode=9", *command], capture_output=True, text=True, check=False,
-            timeout=max(5.0, context.left()),
-        )  # fmt: skip
-        summary = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
-        yield dict(summary=summary, **({} if done.returncode == 0 else {"problem": done.stdout[-3000:] + done.stderr[-1000:]}))
-
-    for tool in ("memcheck", "racecheck"):
-        yield tool, functools.partial(check, tool)
-
-
-def all_tests() -> list[str]:
-    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob("test_*.py"))
-
-
-STEPS: dict[str, Callable[[Context], Cases]] = {
-    "tests-small": functools.partial(tests, files=SMALL_TESTS),
-    "attention": attention,
-    "overhead": overhead,
-    "graphs": functools.partial(attention, graphs=True),
-    "tune-hopper": tune_hopper,
-    "tune": tune,
-    "repeat": repeat,
-    "blocks": block_steps,
-    "memory": memory,
-    "sanitizer": sanitizer,
-    "tests-all": lambda context: tests(context, [f for f in all_tests() if f not in SMALL_TESTS]),
-}
-
-
-def main() -> int:
-    """0: all cases are there; 3: time was up; 1: a case broke, and the others went on."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("step", choices=list(STEPS))
-    parser.add_argument("--rows", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--dry-run", action="store_true")
-    args = parser.parse_args()
-    # what went wrong in an earlier call is tried again
-    written = [row for row in runner.load_rows(args.rows) if row["step"] != args.step or not row.get("problem")]
-    args.rows.write_text("".join(json.dumps(row) + "\n" for row in written))
-    done = {(row["step"], row.get("case")) for row in written}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    context = Context(device, args.dry_run, time.monotonic() + args.seconds)
-    broken = 0
-    with args.rows.open("a") as file:
-        for case, rows in STEPS[args.step](context):
-            if (args.step, case) in done:
-                continue
-            if context.left() < 2:
-                return 3
-            try:
-                found = list(rows())
-            except subprocess.TimeoutExpired:
-                return 3
-            except Exception as error:  # one case's failure is its row, not the end of the step
-                found = [dict(problem=f"{type(error).__name__}: {str(error)[:2000]}")]
-                broken += 1
-            for row in found:
-                file.write(json.dumps(dict(step=args.step, case=case, **row)) + "\n")
-                file.flush()
-    return 1 if broken else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

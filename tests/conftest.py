@@ -73,7 +73,7 @@ def pytest_terminal_summary(terminalreporter, config):
 @pytest.fixture(autouse=True)
 def poisoned_buffers():
     """Every torch.empty is filled with NaN, so that what a kernel forgets to write shows."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=DEVICE == "cuda")  # there the oracle has sums of any order
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)

@@ -135,7 +135,7 @@ SUPPORTED = [name for name, case in CASES.items() if not hopper.limits(built(cas
 
 SHORT = [name for name in SUPPORTED if _may_be_short(CASES[name])]
 
-KERNELS = Path(tfkern.__file__).parent.parent / "kernels" / "hopper"
+KERNELS = Path(tfkern.__file__).resolve().parent.parent / "kernels" / "hopper"
 SYNCHRONISES = re.compile(r"\b(mbarrier\.\w+|fence_async_shared|tma\.store_wait|warpgroup_mma_wait|meet|\w+_turns?)\(")
 
 

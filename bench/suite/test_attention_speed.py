@@ -6,7 +6,7 @@ Every function is verified before it is timed, and synchronised inside what is t
 import pytest
 import torch
 
-from tfkern.bench import runner
+from tfkern.bench import runner, timing, verify
 from tfkern.bench.providers import PROVIDERS, UnavailableError
 from tfkern.bench.shapes import CPU_SHAPES, GPU_SHAPES
 
@@ -24,9 +24,9 @@ def test_speed(benchmark, shape, provider, direction):
         function = PROVIDERS[provider](shape, DTYPE, DEVICE)
     except UnavailableError as reason:
         pytest.skip(str(reason))
-    errors = runner.verify(function, shape, DTYPE, DEVICE)
+    call = runner.calls(function, *verify.inputs(shape, DTYPE, DEVICE))[direction]
+    errors = verify.worst(timing.again(call), verify.oracle(shape, DTYPE, DEVICE))
     assert all(e.ok for e in errors), "\n".join(map(str, errors))
-    call = runner.calls(function, shape, DTYPE, DEVICE)[direction]
 
     def synchronised():
         call()

@@ -94,7 +94,9 @@ def _planned(p: Problem, results: tuple[Tensor, ...], need: Gradients, without_d
 def one_pass(p: Problem) -> HopperOnePass | None:
     """The tiles of the backward in one launch, if it has memory for all queries of a key head; None too for what its kernel
     does not have, and where there are fewer key heads than fill the chip, which two kernels divide further."""
-    if p.packed or p.heavy or p.has_sinks or (p.device.type != "cpu" and p.batch * p.kv_heads < HOPPER_FULL_CHIP):
+    if p.packed or p.heavy or p.has_sinks:
+        return None
+    if p.batch * p.kv_heads < HOPPER_FULL_CHIP and launch.architecture(p.device) != "interpreter":
         return None
     if launch.triton_version() >= HOPPER_ONE_PASS_SPILLS:
         return None

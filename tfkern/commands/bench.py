@@ -63,11 +63,12 @@ def speed(args) -> int:
     for row in runner.run(dtype, device, args.seconds):
         rows.append(row)
         where = f"{row['shape']:15} {row.get('direction', ''):17} {row['provider']:16}"
-        print(where, row.get("skipped") or f"{row['ms']:9.3f} ms  {row['tflops']:8.3f} TFLOP/s", flush=True)
+        reason = row.get("problem") or row.get("skipped")
+        print(where, reason or f"{row['ms']:9.3f} ms  {row['tflops']:8.3f} TFLOP/s", flush=True)
     runner.save(args.out / "results.json", rows)
     plots.draw(args.out / "results.json", args.out / "results.png")
     print(f"wrote {args.out / 'results.json'} and {args.out / 'results.png'}")
-    return 1 if any("wrong results" in row.get("skipped", "") for row in rows) else 0
+    return 1 if any("problem" in row for row in rows) else 0
 
 
 def report(args) -> int:

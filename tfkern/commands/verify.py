@@ -7,11 +7,8 @@ import torch
 
 from tfkern import call, launch, testing
 from tfkern.backends import BACKENDS, order
+from tfkern.testing import SHORT
 
-SHORT = (
-    "vit-197", "causal", "lower-right-wide", "window", "padded", "gqa-everything", "d80", "layout-strided",
-    "bias-of-heads", "dropout-bias", "packed-bias-dropout", "everything",
-)  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

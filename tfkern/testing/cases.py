@@ -160,3 +160,9 @@ FEATURE_CASES = [
     Case("empty-keys-features", 2, 10, 16, n_k=0, mask="float bhqk", slopes="h", sinks=True, options=DROPOUT),
     Case("empty-head-dim", 2, 10, 0, v_head_dim=8, mask="float 11qk"),
 ]  # fmt: skip
+
+# A dozen that between them meet every feature.
+SHORT = (
+    "vit-197", "causal", "lower-right-wide", "window", "padded", "gqa-everything", "d80", "layout-strided",
+    "bias-of-heads", "dropout-bias", "packed-bias-dropout", "everything",
+)  # fmt: skip

@@ -1,0 +1,101 @@
+"""The rows of a run: one JSON object a line, appended as they come, by one process.
+
+A row has `step`, the `case` that it is about, and figures, or why there are none (`skipped`), or what is wrong (`problem`).
+Each try of a case is a row that it `began`, those of its figures, and a row that it `ended`. Of several tries the last counts.
+"""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+MARKS = ("began", "ended")
+
+
+class RowsError(Exception):
+    """Rows can't be written any more; the message says where and why."""
+
+
+@dataclass
+class Try:
+    """What the last try of a case has written."""
+
+    rows: list[dict] = field(default_factory=list)
+    ended: bool = False
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to do: it ran to its end, and nothing was wrong."""
+        return self.ended and not any(row.get("problem") for row in self.rows)
+
+
+def read(path: Path) -> tuple[list[dict], int]:
+    """The rows of a file, none if it is not there, and how many of its lines are no whole row."""
+    rows, torn = [], 0
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            torn += 1
+    return rows, torn
+
+
+def tries(rows: list[dict]) -> dict[tuple[str, str], Try]:
+    """{(step, case): its last try}, in the order in which these began."""
+    found: dict[tuple[str, str], Try] = {}
+    for row in rows:
+        key = row["step"], row.get("case")
+        if "began" in row:
+            found.pop(key, None)
+        last = found.setdefault(key, Try())
+        if "ended" in row:
+            last.ended = True
+        elif "began" not in row:
+            last.rows.append(row)
+    return found
+
+
+def current(rows: list[dict]) -> list[dict]:
+    """The rows of each case's last try, without the marks of where it began and ended."""
+    return [row for last in tries(rows).values() for row in last.rows]
+
+
+def problems(rows: list[dict]) -> list[str]:
+    """What is wrong, one line each."""
+    wrong = (row for row in current(rows) if row.get("problem"))
+    return [f"{row['step']} {row.get('case')}: {first_line(row['problem'])}" for row in wrong]
+
+
+def first_line(text: str) -> str:
+    """What fits in a list of problems."""
+    return text.strip().splitlines()[0][:300]
+
+
+class RowFile:
+    """A file of rows to append to. It holds whole lines alone: what a cut has torn is dropped, and counted in `torn`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows, self.torn = read(path)
+        if self.torn:
+            whole = path.with_suffix(".whole")
+            whole.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            whole.replace(path)
+        self._file = path.open("ab", buffering=0)
+        self._size = path.stat().st_size
+
+    def append(self, row: dict) -> None:
+        """Write a row, or leave the file as it was and raise RowsError."""
+        line = (json.dumps(row, default=str) + "\n").encode()
+        try:
+            if (written := self._file.write(line)) < len(line):
+                raise OSError(f"{written} of {len(line)} bytes were written")
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), self._size)
+            raise RowsError(f"rows can't be written to {self.path}: {error}") from error
+        self._size += len(line)
+        self.rows.append(row)
+
+    def close(self) -> None:
+        self._file.close()
