@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 import tfkern
-from tfkern import checks, configs, interpreter, launch, reference, score_mods, testing, tma
+from tfkern import checks, configs, launch, reference, score_mods, testing, tma
 from tfkern.kernels import score_mods as kernel_mods
 from tfkern.testing import Case
 
