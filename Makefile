@@ -60,8 +60,9 @@ random: $(STAMP)
 # What a GPU machine can prove, in three calls: make gpu CALL=1 COMMIT=<hash>, then 2, then 3; each goes on where earlier ones
 # stopped. Runs from the checkout, by .venv's Python if it is there, or python3 with its torch and Triton, or what PYTHON names.
 # ARGS=--dry-run goes the same way up to the driver without a GPU.
+GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
 gpu:
-	@exec $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON)) bench/checkout.py -m tfkern.bench.gpu --began $$(date +%s) $(if $(CALL),--call $(CALL)) \
+	@exec $(GPU_PYTHON) bench/checkout.py -m tfkern.bench.gpu --began $$(date +%s) $(if $(CALL),--call $(CALL)) \
 	  $(if $(BUDGET),--budget $(BUDGET)) $(if $(OUT),--out $(abspath $(OUT))) $(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
 
 bench: $(STAMP)
