@@ -121,6 +121,7 @@ def test_an_address_that_tma_cannot_take(device):
                 torch.testing.assert_close(f, t, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # of the interpreter's maximum of a row
 @pytest.mark.parametrize(
     ("options", "query", "keys"),
     [
