@@ -21,14 +21,16 @@ from tfkern.bench import stub_gpu
 Row = tuple[str, float, float, float]
 
 
-def microseconds(calls: list[Callable], times: int = 200, rounds: int = 9, clock=time.perf_counter) -> list[float]:
-    """The best round's mean of each, a round of each after the other: what stands between is other people's work."""
+def microseconds(calls: list[Callable], times: int = 10, rounds: int = 150, clock=time.perf_counter) -> list[float]:
+    """The best round's mean of each, a round of each after the other. Rounds are shorter than the slices of time in which a
+    busy machine turns to other people's work."""
     best = [float("inf")] * len(calls)
     for call in calls:
         for _ in range(20):
             call()
     for _ in range(rounds):
         for i, call in enumerate(calls):
+            call()  # what ran before has left the caches its own
             start = clock()
             for _ in range(times):
                 call()
@@ -99,7 +101,7 @@ def _new_length(backend: str, heads: int, head_dim: int, device: torch.device) -
         n = lengths.pop()
         tfkern.attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], backend=backend)
 
-    return microseconds([call], times=80)[0]
+    return microseconds([call], rounds=70)[0]
 
 
 def table(found) -> str:

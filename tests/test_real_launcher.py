@@ -1,6 +1,7 @@
 """Triton's own launcher in C, over a CUDA driver that only listens (bench/stub_gpu.py): our launches hand it what the JIT's do,
 and what the kernels' parameters ask for. PYTHONPATH may put another Triton before the installed one."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -50,7 +51,9 @@ def launches():
             command = [sys.executable, "-I", str(SCRIPT), ",".join(names)]
             done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
             assert done.returncode == 0, done.stderr[-3000:]
-            kept.update(json.loads(done.stdout.splitlines()[-1]))
+            found = json.loads(done.stdout.splitlines()[-1])
+            assert found["triton"] == importlib.metadata.version("triton")  # PYTHONPATH's
+            kept.update(found["problems"])
         return kept[name]
 
     return of
@@ -125,7 +128,7 @@ def calls(backend):
     f = lambda: tfkern.attention(*leaves, backend=backend)
     do = torch.zeros_like(f())
     return [torch.no_grad()(f), lambda: torch.autograd.grad(f(), leaves, do)]
-print(overhead.microseconds(calls("portable") + calls("hopper"), 50, 40, time.thread_time))
+print(overhead.microseconds(calls("portable") + calls("hopper"), clock=time.thread_time))
 """
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, env=environment, check=False)
