@@ -144,11 +144,12 @@ def found(us: float, **more) -> dict:
 
 
 def known(times: dict[tuple, dict]) -> sweep.Sweep:
-    """A sweep that has found this of some tiles, and of all others that they are slow."""
+    """A sweep that has found this of some tiles (or one thing of each variant), and of all others that they are slow."""
     result = sweep.Sweep(None, until=-math.inf)
     for tile in {*candidates.of("flash_fwd"), *sweep.table(ROW), *times}:
-        for variant in sweep.VARIANTS:
-            result.known[ROW, tile, variant] = times.get(tile, found(100.0))
+        each = times.get(tile, found(100.0))
+        for variant, what in zip(sweep.VARIANTS, each if isinstance(each, tuple) else (each, each), strict=True):
+            result.known[ROW, tile, variant] = what
     return result
 
 
@@ -179,6 +180,11 @@ def test_among_nearly_equal_candidates_the_lighter_is_chosen(best, taken):
     assert swept.chosen(ROW, swept.run(ROW)) == taken
 
 
+def test_too_many_spilled_bytes_under_a_causal_mask_count_too():
+    swept = known({FAST: (found(5.0), found(5.0, spilled=sweep.MAX_SPILLED + 1)), OTHER: found(10.0)})
+    assert swept.chosen(ROW, swept.run(ROW)) == OTHER
+
+
 def test_what_the_table_has_stays_unless_another_is_faster_or_lighter():
     (table,) = sweep.table(ROW)
     for us, spilled, taken in ((9.9, 0, table), (9.0, 0, FAST), (9.9, 8, table)):
@@ -206,3 +212,20 @@ def test_a_sweep_goes_on_where_it_was_ended(tmp_path, monkeypatch):
     last = sweep.Sweep(store).run(ROW)
     assert len(done) == len(set(done)) == len(store.read_text().splitlines())
     assert sweep.Sweep(store, until=-math.inf).run(ROW) == last  # nothing is left to do
+
+
+def test_the_command_prints_what_is_chosen(tmp_path, monkeypatch, capsys):
+    summary, store = tmp_path / "summary.md", tmp_path / "found.jsonl"
+    monkeypatch.setattr(sweep, "evaluate", lambda row, config, variant: found(5.0 if config.block_n == 128 else 10.0))
+    command = ["sweep.py", "--arch", *ROW[:1], "--kernel", "flash_fwd", "--store", str(store), "--summary", str(summary)]
+    monkeypatch.setattr(sys, "argv", command)
+    assert sweep.main() == 0
+    (chosen,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("*")]
+    assert "128x128 w8" in chosen
+    assert "rank     5.0 us" in chosen
+    head, rule, line = summary.read_text().splitlines()
+    assert head.count("|") == rule.count("|") == line.count("|")
+    assert line.startswith("| sm_80 | flash_fwd | bf16 | 64 | 64x32 w4 s2 | 128x128 w8 ")
+    store.unlink()
+    monkeypatch.setattr(sys, "argv", [*command, "--seconds", "0"])
+    assert sweep.main() == 3
