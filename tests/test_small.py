@@ -121,6 +121,26 @@ def test_an_address_that_tma_cannot_take(device):
                 torch.testing.assert_close(f, t, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # of the interpreter's maximum of a row
+@pytest.mark.parametrize(
+    ("options", "query", "keys"),
+    [
+        (dict(window=(4, 0)), 40, slice(0, 32)),
+        (dict(window=(None, 3), dropout_p=0.4), 20, slice(32, 64)),
+    ],
+    ids=["window", "dropout"],
+)
+def test_a_query_is_not_read_by_a_tile_of_keys_that_it_does_not_see(options, query, keys, device):
+    """It may hold NaN, and stand in a tile with queries that do see them: TMA would bring it too."""
+    q, k, v, do = (torch.randn(1, 1, 70, 8, device=device).bfloat16() for _ in range(4))
+    q[:, :, query] = do[:, :, query] = torch.nan
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    with configs.override(**TILES, flash_bwd_one_pass=None, flash_bwd_dkdv_described=configs.TileConfig(16, 32)):
+        _, dk, dv = torch.autograd.grad(tfkern.attention(*leaves, backend="portable", **options), leaves, do)
+    assert dk[:, :, keys].isfinite().all()
+    assert dv[:, :, keys].isfinite().all()
+
+
 @triton.jit
 def _hide_row_3(score, b, h, i, j):
     return tl.where(i == 3, float("-inf"), score)

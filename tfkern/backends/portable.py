@@ -118,7 +118,7 @@ def _plan_backward(p: Problem, t: Tensors, out, do, need: Gradients, into, witho
 
 def _plan_dkdv(p: Problem, t: Tensors, do, dk, dv, aligned: bool) -> launch.Launch:
     """dK and dV by themselves, queries and their gradients by TMA if it can bring them: it cuts tiles where a tensor ends, not
-    where a window, a packed sequence or a mask does."""
+    where a window or a packed sequence does, or where dropout's tiles begin. What is heavy has lighter tiles anyway."""
     from tfkern.kernels.flash_bwd_dkdv import flash_bwd_dkdv
 
     cut = p.heavy or p.packed or p.left is not None
