@@ -159,7 +159,7 @@ def overhead(context: Context) -> Cases:
     from tfkern.bench import overhead as measure
 
     def rows():
-        for who, *figures in measure.rows(context.device):
+        for who, *figures in measure.rows(context.device, rounds=1 if context.dry else 150):
             yield dict(who=who, **dict(zip(("no_grad_us", "grad_us", "both_us"), figures, strict=True)))
 
     yield "overhead", rows
