@@ -35,15 +35,17 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 
 # `make test` compiles every kernel with all of the band, for sm_90 also without features and causal, and at one head dim with
-# each feature; this compiles what is left. For sm_100, where it takes longest, the main variants and the features.
+# each feature; this compiles what is left. For sm_100, where it takes longest, the main variants and the features; for chips
+# with little shared memory that have sm_80's or sm_86's rows, what needs most of it.
 GATE := $(BIN)/python bench/compile_gate.py
 gate: $(STAMP)
 	$(GATE) --arch sm_80 sm_100 gfx942 --variant plain causal
 	$(GATE) --arch sm_100 --variant all
 	$(GATE) --arch sm_80 sm_90 gfx942 --dtype bf16 --variant padded odd strided
 	$(GATE) --arch sm_80 sm_90 gfx942 --dtype tf32 --variant all
-	$(GATE) --arch sm_80 sm_90 gfx942 --dtype fp16 --variant plain
-	$(GATE) --dtype bf16 --head-dim 64 --variant features
+	$(GATE) --arch sm_80 sm_90 gfx942 --dtype fp16 --head-dim 64 128 --variant plain
+	$(GATE) --arch sm_80 sm_90 sm_100 gfx942 --dtype bf16 --head-dim 64 --variant features
+	$(GATE) --arch sm_86 sm_89 sm_120 --dtype bf16 --head-dim 64 128 256 --variant plain
 	$(GATE) --arch sm_80 sm_90 gfx942 --dtype fp32 --head-dim 64 --variant everything
 	$(BIN)/python bench/hopper_gate.py
 

@@ -1,5 +1,6 @@
 """Compile kernels for a GPU that need not be there, and read what the compiler made of them. Imports Triton, not torch."""
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -59,13 +60,19 @@ def compile_kernel(kernel, arch: str, arguments: dict, config):
     return triton.compile(source(kernel, arguments), target=TARGETS[arch], options=launch)
 
 
-def cuobjdump(compiled, *what: str) -> str:
-    """What the cuobjdump of the Triton wheel prints of a cubin."""
+def cuobjdump(compiled) -> str:
+    """What the cuobjdump of the Triton wheel prints of a cubin: resources and machine code."""
+    return _dumped(compiled.asm["cubin"])
+
+
+@functools.lru_cache(maxsize=1)  # resources are asked for first, then the code of the same binary
+def _dumped(cubin: bytes) -> str:
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        return subprocess.run([program, *what, file.name], capture_output=True, text=True, check=True).stdout
+        command = [program, "--dump-resource-usage", "--dump-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def resources(compiled, arch: str) -> Resources:
@@ -75,7 +82,7 @@ def resources(compiled, arch: str) -> Resources:
         vgprs, spills = (int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count"))
         code = re.findall(r"^\t[sv]_|^\t(?:ds|global|buffer)_", text, re.M)
         return Resources(vgprs, 4 * spills, compiled.metadata.shared, len(code))
-    text = cuobjdump(compiled, "--dump-resource-usage", "--dump-sass")
+    text = cuobjdump(compiled)
     # Triton kernels have no stack of their own: what is on it was spilled.
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text).groups())
     instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", text, re.M))

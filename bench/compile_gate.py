@@ -151,7 +151,7 @@ def run(arch, kernel, dtype, head_dim, config, variant, bounds: dict[str, int]) 
         found = aot.resources(compiled, arch)
     except Exception as error:  # whatever the compiler throws is the finding
         return {**row, "problem": f"does not compile: {error!r}"}
-    row.update(vars(found), seconds=round(time.perf_counter() - start, 2))
+    row.update(vars(found), across=aot.reduces_across_warps(compiled), seconds=round(time.perf_counter() - start, 2))
     row["problem"] = problem(row, bounds)
     return row
 

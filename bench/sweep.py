@@ -6,12 +6,14 @@ usage: sweep.py [--arch sm_90 …] [--kernel flash_fwd …] [--dtype bf16 …] [
 
 Needs Triton alone. A candidate's rank is the geometric mean of its predicted microseconds (cost_model.py) over LENGTHS, without
 a mask and causal. To save time it goes in three steps: every tile with two stages, without a mask; the best NEXT tiles with
-other stages; the best NEXT of all, and what the table has, under a causal mask. --store keeps what was found, and goes on from
-there; --seconds ends early. --summary writes a table in Markdown: what the table has, and what is chosen. Every row of an
-architecture: --dtype bf16 fp32 --head-dim 16 32 64 128 256. On a GPU, `make gpu` times the same candidates (tuning.py).
+other stages; under a causal mask the best NEXT of all, of those nearly as good what spills least, and what the table has.
+--store keeps what was found, and goes on from there; --seconds ends early. --summary writes a table in Markdown: what the table
+has, and what is chosen. Every row of an architecture: --dtype bf16 fp32 --head-dim 16 32 64 128 256. On a GPU, `make gpu` times
+the same candidates (tuning.py).
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -35,7 +37,7 @@ TOKENS = 32768  # in a batch; 12 heads: the shapes of BERT, GPT-2 and ViT
 HEADS = 12
 VARIANTS = ("plain", "causal")
 NEXT = 2
-NEAR = 1.03  # times the best: then fewer spills, no reduction across warps and fewer registers decide
+NEAR = 1.03  # times the best: then fewer spills decide, no reduction across warps, what the table has, and fewer registers
 MAX_SPILLED = 160  # bytes a thread; with more, a candidate is chosen only if all have more
 
 
@@ -52,7 +54,7 @@ def code_of(binary, arch: str) -> list:
     """The instructions of a compiled kernel."""
     if arch.startswith("gfx"):
         return amdgcn.parse(binary.asm["amdgcn"])
-    return sass.parse(aot.cuobjdump(binary, "--dump-sass"))
+    return sass.parse(aot.cuobjdump(binary))
 
 
 def problems(row: Row, variant: str) -> list[geometry.Problem]:
@@ -152,13 +154,21 @@ class Sweep:
             return math.inf
         return math.exp(sum(math.log(us) for x in found for us in x["us"].values()) / sum(len(x["us"]) for x in found))
 
+    def order(self, row: Row, tiles: tuple) -> tuple:
+        """To sort by before the last step."""
+        return self.of(row, tiles, "plain").get("spilled", 0) > MAX_SPILLED, self.rank(row, tiles, ("plain",))
+
     def run(self, row: Row) -> list[tuple]:
         """The candidates of a row that came to the last step, best first."""
-        candidates_ = candidates.of(row.kernel, row.head_dim, compile_gate.DTYPES[row.dtype])
-        first = sorted((c for c in candidates_ if c[3] == 2), key=lambda c: self.rank(row, c, ("plain",)))
+        order = functools.partial(self.order, row)
+        all_of = candidates.of(row.kernel, row.head_dim, compile_gate.DTYPES[row.dtype])
+        first = sorted((c for c in all_of if c[3] == 2), key=order)
         kept = {c[:3] for c in first[:NEXT]}
-        second = sorted((c for c in candidates_ if c[:3] in kept), key=lambda c: self.rank(row, c, ("plain",)))
-        return sorted({*second[:NEXT], *table(row)}, key=lambda c: self.rank(row, c))
+        known = sorted({*first, *(c for c in all_of if c[:3] in kept)}, key=order)
+        (_, best), *_ = ranks = [order(c) for c in known]
+        near = [c for c, (heavy, us) in zip(known, ranks, strict=True) if not heavy and us <= NEAR * best] or known[:1]
+        lightest = min(near, key=lambda c: self.of(row, c, "plain").get("spilled", 0))
+        return sorted({*known[:NEXT], lightest, *table(row)}, key=functools.partial(self.rank, row))
 
     def chosen(self, row: Row, last: list[tuple]) -> tuple:
         """Of those, the one for the table."""
@@ -168,7 +178,8 @@ class Sweep:
 
         def burden(tiles):
             found = [self.of(row, tiles, variant) for variant in VARIANTS]
-            return spilled(tiles), any(x["across"] for x in found), max(x["registers"] for x in found)
+            across, registers = any(x["across"] for x in found), max(x["registers"] for x in found)
+            return spilled(tiles), across, tiles not in table(row), registers
 
         sound = [c for c in last if math.isfinite(self.rank(row, c))]
         light = [c for c in sound if spilled(c) <= MAX_SPILLED] or sound

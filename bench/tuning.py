@@ -5,7 +5,6 @@ forward or backward, verified first, with the other kernels' tiles as in the tab
 """
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from unittest import mock
@@ -120,6 +119,7 @@ def _call(one: Candidate, q, k, v, do, choose) -> timing.Call:
     problem, tensors = call.build(q, k, v, is_causal=one.shape.is_causal)
     backend = choose(problem, one.backend)
 
+    @torch.no_grad()
     def forward():
         return dict(zip(("out", "lse"), backend.forward(problem, tensors), strict=True))
 
@@ -127,13 +127,18 @@ def _call(one: Candidate, q, k, v, do, choose) -> timing.Call:
         return forward
     made = forward()
     needed = (True,) * 3 + (False,) * 3  # the gradients of q, k and v
-    run = functools.partial(backend.backward, problem, tensors, *made.values(), do, None, needed)
-    return lambda: dict(zip(("dq", "dk", "dv"), run(), strict=False))
+
+    @torch.no_grad()
+    def backward():
+        found = backend.backward(problem, tensors, *made.values(), do, None, needed)
+        return dict(dq=found.q, dk=found.k, dv=found.v)
+
+    return backward
 
 
 def launch(one: Candidate, device: torch.device) -> None:
     """As what is timed, but on memory that holds nothing, and whatever GPU is there."""
-    with taken(one), torch.no_grad():
+    with taken(one):
         _call(one, *one.shape.memory(torch.bfloat16, device), lambda _, name: backends.BACKENDS[name])()
 
 
@@ -142,7 +147,7 @@ def rows(one: Candidate, device: torch.device) -> Iterator[dict]:
     row = dict(backend=one.backend, kernel=one.kernel, shape=one.shape.name, own=one.own, tiles=one.tiles)
     try:
         given, right = (make(one.shape, torch.bfloat16, device) for make in (verify.inputs, verify.oracle))
-        with taken(one), torch.no_grad():
+        with taken(one):
             timed = _call(one, *given, backends.choose)
             found = {name: x for name, x in timing.again(timed).items() if name != "lse"}
             if wrong := [str(e) for e in verify.worst(found, right) if not e.ok]:

@@ -12,6 +12,7 @@ import weakref
 sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
 
 import torch  # noqa: E402
+import triton  # noqa: E402
 
 from tfkern import backends, call, launch, tma  # noqa: E402
 from tfkern.bench import stub_gpu  # noqa: E402
@@ -130,4 +131,4 @@ for name in sys.argv[1].split(","):
     rows.clear(), lent.clear()
     run(name)
     found[name] = dict(launches=list(rows), alive=sum(x() is not None for x in lent))
-print(json.dumps(found))
+print(json.dumps(dict(triton=triton.__version__, problems=found)))

@@ -50,6 +50,32 @@ def test_gate(arch, kernel, tmp_path):
     variants = ["plain", "causal", "all"] if arch == "sm_90" else ["all"]  # `make gate` compiles the others
     rows = gate(tmp_path, "--arch", arch, "--kernel", kernel, "--variant", *variants)
     assert len(rows) == 2 * len(tiles.HEAD_DIM_CLASSES) * len(variants)  # dtypes x head dims x variants
+    if arch in ("sm_80", "sm_90") and kernel == "flash_fwd":  # its softmax stays within a warp, but for sums of 256 columns
+        assert {row["head_dim"] for row in rows if row["across"] and row["dtype"] == "bf16"} <= {256}
+
+
+@pytest.mark.parametrize(
+    ("arch", "variant", "head_dims"),
+    [
+        ("sm_120", "plain", ["256"]),
+        *(pytest.param(arch, "all", ["64", "128", "256"], marks=pytest.mark.slow) for arch in ("sm_86", "sm_89", "sm_120")),
+    ],
+)
+def test_gate_of_chips_with_little_shared_memory(arch, variant, head_dims, tmp_path):
+    """Graphics cards: a program may have 99 KiB, where an A100's may have 163."""
+    assert tiles.SHARED[arch] == 99 * 1024
+    rows = gate(tmp_path, "--arch", arch, "--dtype", "bf16", "--head-dim", *head_dims, "--variant", variant)
+    assert len(rows) == len(tiles.KERNELS) * len(head_dims)
+    assert all(0 < row["shared"] <= 99 * 1024 for row in rows)
+
+
+def test_unknown_chips_get_the_rows_that_need_least_shared_memory():
+    assert configs.table_arch("sm_80") == configs.table_arch("sm_87") == "sm_80"
+    assert configs.table_arch("sm_90") == "sm_90"
+    assert configs.table_arch("sm_100") == configs.table_arch("sm_103") == "sm_100"
+    assert {configs.table_arch(f"sm_{n}") for n in (86, 89, 110, 120, 121, 130)} == {"sm_86"}
+    assert configs.table_arch("gfx950") == configs.table_arch("gfx1100") == "gfx942"
+    assert min(tiles.SHARED[arch] for arch in tiles.ARCHITECTURES if arch.startswith("sm")) == tiles.SHARED["sm_86"]
 
 
 @pytest.mark.slow

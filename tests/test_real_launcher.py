@@ -1,6 +1,7 @@
 """Triton's own launcher in C, over a CUDA driver that only listens (bench/stub_gpu.py): our launches hand it what the JIT's do,
 and what the kernels' parameters ask for. PYTHONPATH may put another Triton before the installed one."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -49,7 +50,9 @@ def launches():
             command = [sys.executable, "-I", str(SCRIPT), ",".join(names)]
             done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
             assert done.returncode == 0, done.stderr[-3000:]
-            kept.update(json.loads(done.stdout.splitlines()[-1]))
+            found = json.loads(done.stdout.splitlines()[-1])
+            assert found["triton"] == importlib.metadata.version("triton")  # PYTHONPATH's
+            kept.update(found["problems"])
         return kept[name]
 
     return of

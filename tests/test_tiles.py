@@ -18,17 +18,47 @@ import sweep
 
 from tfkern import configs, tiles
 
-ROWS = [
-    (arch, kernel, size, head_dim)
+ROWS = {
+    (arch, kernel, size, head_dim): configs.tile_config(arch, kernel, size, head_dim)
     for arch in tiles.ARCHITECTURES
     for kernel in tiles.KERNELS
     for size in (2, 4)
     for head_dim in tiles.HEAD_DIM_CLASSES
-]
+}
+CHOSEN = [key for key, config in ROWS.items() if config.source == tiles.MODEL]
 
 
 def owned(kernel: str, config) -> int:
     return config.block_n if kernel == "flash_bwd_dkdv" else config.block_m
+
+
+def test_where_rows_come_from():
+    """Those of 16 bits on sm_80 and on graphics cards, and the gradients of biases on sm_90, were all ranked by the model. What was
+    not says so."""
+    assert {config.source for config in ROWS.values()} <= {tiles.MODEL, tiles.FIT, tiles.COMPILES}
+    ranked = {key for key in ROWS if key[2] == 2 and (key[0] in ("sm_80", "sm_86") or key[:2] == ("sm_90", "flash_bwd_dbias"))}
+    assert ranked <= set(CHOSEN)
+
+
+def test_a_warp_has_rows_of_its_own():
+    """Sixteen at least, as a matrix instruction of one warp has: with fewer, warps share rows, make their products twice or
+    reduce together. Sums of 256 columns take more warps' registers."""
+    for arch, kernel, size, head_dim in CHOSEN:
+        config = ROWS[arch, kernel, size, head_dim]
+        if size == 2 and head_dim < 256 and kernel != "flash_bwd_dbias":
+            assert owned(kernel, config) >= 16 * config.num_warps, (arch, kernel, head_dim, config)
+
+
+def test_lighter_tiles_have_half_the_rows_and_no_idle_warps():
+    """But four warps, and 16 rows."""
+    tile = configs.TileConfig
+    assert tile(128, 64, 4).lighter("flash_fwd") == tile(64, 32, 4)
+    assert tile(128, 64, 8).lighter("flash_fwd") == tile(64, 32, 4)
+    assert tile(256, 64, 8).lighter("flash_bwd_dq") == tile(128, 64, 8)
+    assert tile(64, 64, 4).lighter("flash_bwd_dq") == tile(32, 64, 4)
+    assert tile(32, 128, 8).lighter("flash_bwd_dkdv") == tile(32, 64, 4)
+    assert tile(32, 16, 4).lighter("flash_bwd_dkdv") == tile(32, 16, 4)
+    assert tile(64, 64, 8).lighter("flash_bwd_dbias") == tile(64, 64, 8)
 
 
 TTGIR = """
@@ -114,15 +144,16 @@ def found(us: float, **more) -> dict:
 
 
 def known(times: dict[tuple, dict]) -> sweep.Sweep:
-    """A sweep that has found this of some tiles, and of all others that they are slow."""
+    """A sweep that has found this of some tiles (or one thing of each variant), and of all others that they are slow."""
     result = sweep.Sweep(None, until=-math.inf)
     for tile in {*candidates.of("flash_fwd"), *sweep.table(ROW), *times}:
-        for variant in sweep.VARIANTS:
-            result.known[ROW, tile, variant] = times.get(tile, found(100.0))
+        each = times.get(tile, found(100.0))
+        for variant, what in zip(sweep.VARIANTS, each if isinstance(each, tuple) else (each, each), strict=True):
+            result.known[ROW, tile, variant] = what
     return result
 
 
-FAST, OTHER = (64, 32, 4, 3), (64, 32, 4, 2)
+FAST, OTHER = (64, 64, 4, 3), (64, 64, 4, 2)
 
 
 def test_a_sweep_goes_on_from_the_best_tile_to_its_other_stages():
@@ -149,6 +180,20 @@ def test_among_nearly_equal_candidates_the_lighter_is_chosen(best, taken):
     assert swept.chosen(ROW, swept.run(ROW)) == taken
 
 
+def test_too_many_spilled_bytes_under_a_causal_mask_count_too():
+    swept = known({FAST: (found(5.0), found(5.0, spilled=sweep.MAX_SPILLED + 1)), OTHER: found(10.0)})
+    assert swept.chosen(ROW, swept.run(ROW)) == OTHER
+
+
+def test_what_the_table_has_stays_unless_another_is_faster_or_lighter():
+    (table,) = sweep.table(ROW)
+    for us, spilled, taken in ((9.9, 0, table), (9.0, 0, FAST), (9.9, 8, table)):
+        swept = known({FAST: found(us, registers=64, spilled=spilled), table: found(10.0)})
+        assert swept.chosen(ROW, swept.run(ROW)) == taken
+    swept = known({FAST: found(9.9), table: found(10.0, spilled=8)})
+    assert swept.chosen(ROW, swept.run(ROW)) == FAST
+
+
 def test_a_sweep_goes_on_where_it_was_ended(tmp_path, monkeypatch):
     done, limit = [], [4]
 
@@ -167,3 +212,20 @@ def test_a_sweep_goes_on_where_it_was_ended(tmp_path, monkeypatch):
     last = sweep.Sweep(store).run(ROW)
     assert len(done) == len(set(done)) == len(store.read_text().splitlines())
     assert sweep.Sweep(store, until=-math.inf).run(ROW) == last  # nothing is left to do
+
+
+def test_the_command_prints_what_is_chosen(tmp_path, monkeypatch, capsys):
+    summary, store = tmp_path / "summary.md", tmp_path / "found.jsonl"
+    monkeypatch.setattr(sweep, "evaluate", lambda row, config, variant: found(5.0 if config.block_n == 128 else 10.0))
+    command = ["sweep.py", "--arch", *ROW[:1], "--kernel", "flash_fwd", "--store", str(store), "--summary", str(summary)]
+    monkeypatch.setattr(sys, "argv", command)
+    assert sweep.main() == 0
+    (chosen,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("*")]
+    assert "128x128 w8" in chosen
+    assert "rank     5.0 us" in chosen
+    head, rule, line = summary.read_text().splitlines()
+    assert head.count("|") == rule.count("|") == line.count("|")
+    assert line.startswith("| sm_80 | flash_fwd | bf16 | 64 | 64x32 w4 s2 | 128x128 w8 ")
+    store.unlink()
+    monkeypatch.setattr(sys, "argv", [*command, "--seconds", "0"])
+    assert sweep.main() == 3

@@ -1,10 +1,11 @@
 """The tile sizes themselves, and where each comes from. Plain data: imports neither torch nor Triton.
 
-Sources: MODEL, first by the cost model among all candidates (`tfkern bench sweep`, bench/cost_model.py), or next to it where
-the first spilled more (sm_90, dK and dV at D = 128, is such a second); FIT, first of a list of sensible tiles, largest first,
-that spilled next to nothing on Triton 3.6.0, 3.7.1 and 3.9.0 (sm_100: on 3.7.1 alone). Of both, bench/spills.json has what is
-spilled, and `python bench/compile_gate.py` prints registers, spills and shared memory. COMPILES: chosen by hand, not compared
-with other tiles, as those of the Gluon kernels. Nothing here has been timed on a GPU yet; `make gpu` does that.
+Sources: MODEL, chosen by the cost model among all candidates (`tfkern bench sweep`, bench/sweep.py), or next to it where the
+first spilled more (sm_90, dK and dV at D = 128, is such a second); FIT, not compared by the model yet: first of a list of
+sensible tiles, largest first, that spilled next to nothing on Triton 3.6.0, 3.7.1 and 3.9.0 (sm_100: on 3.7.1 alone). Of both,
+bench/spills.json has what is spilled, and `python bench/compile_gate.py` prints registers, spills and shared memory. COMPILES:
+chosen by hand, not compared with other tiles, as those of the Gluon kernels. Nothing here has been timed on a GPU yet;
+`make gpu` does that.
 """
 
 import functools
@@ -12,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 KERNELS = ("flash_fwd", "flash_bwd_dq", "flash_bwd_dkdv", "flash_bwd_dbias")
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")  # that have rows of their own
+ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")  # that have rows of their own
+SERVED_BY = {"sm_80": "sm_80", "sm_87": "sm_80", "sm_90": "sm_90", "sm_100": "sm_100", "sm_103": "sm_100"}
 # Bytes of shared memory that a program may have, of all that bench/compile_gate.py can compile for.
 SHARED = {
     "sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "sm_120": 99 * 1024,
@@ -37,13 +39,14 @@ class TileConfig:
     source: str = field(default="", compare=False)
 
     def lighter(self, kernel: str) -> "TileConfig":
-        """Half the scores a thread, for what takes more registers a score: half the rows that a program owns (keys in
-        flash_bwd_dkdv) where a warp has more than the 16 of one matrix instruction, else half of those it goes through."""
+        """Half the rows that a program owns (keys in flash_bwd_dkdv), for what takes more registers a score, and no more warps
+        than have 16 of them each, but four."""
         if kernel == "flash_bwd_dbias":
             return self
         owned, streamed = ("block_n", "block_m") if kernel == "flash_bwd_dkdv" else ("block_m", "block_n")
-        halved = owned if getattr(self, owned) > 16 * self.num_warps else streamed
-        return replace(self, **{halved: max(16, getattr(self, halved) // 2)})
+        rows, step = max(16, getattr(self, owned) // 2), getattr(self, streamed)
+        warps = min(self.num_warps, max(4, rows // 16))
+        return replace(self, **{owned: rows, streamed: min(32, step) if kernel == "flash_fwd" else step, "num_warps": warps})
 
 
 # Asymmetric on purpose: in the interpreter, which only tests use, a mix-up of the two block sizes must show.
@@ -61,6 +64,18 @@ def _rows(*configs: TileConfig) -> dict[int, TileConfig]:
 
 C = functools.partial(TileConfig, source=FIT)
 M = functools.partial(TileConfig, source=MODEL)
+SM_80 = {
+    ("flash_fwd", 2): _rows(M(64, 64, 4, 2), M(64, 64, 4, 2), M(64, 32, 4, 2), M(128, 32, 4, 2), M(64, 64, 4, 1)),
+    ("flash_fwd", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(32, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 8, 1)),
+    ("flash_bwd_dq", 2): _rows(M(64, 64, 4, 2), M(128, 32, 4, 2), M(128, 32, 4, 2), M(128, 32, 4, 2), M(32, 32, 4, 2)),
+    ("flash_bwd_dq", 4): _rows(C(64, 32, 4, 2), C(32, 32, 4, 2), C(32, 32, 8, 2), C(32, 16, 4, 2), C(16, 16, 4, 2)),
+    ("flash_bwd_dkdv", 2): _rows(M(64, 64, 4, 1), M(32, 64, 4, 1), M(32, 64, 4, 2), M(64, 64, 4, 1), M(32, 32, 4, 1)),
+    ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 1), C(32, 32, 4, 1), C(16, 32, 4, 1), C(16, 32, 8, 1), C(16, 16, 8, 2)),
+    ("flash_bwd_dbias", 2): _rows(M(64, 64, 4, 1), M(64, 32, 4, 1), M(64, 32, 4, 1), M(64, 32, 4, 1), M(32, 16, 4, 1)),
+    ("flash_bwd_dbias", 4): _rows(C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 32, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2)),
+}  # fmt: skip
+# Of chips with 99 KiB of shared memory a program, and 100 a multiprocessor.
+SM_86 = {**SM_80, ("flash_bwd_dkdv", 2): {**SM_80["flash_bwd_dkdv", 2], 128: M(16, 64, 4, 2)}}
 SM_90 = {
     ("flash_fwd", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), M(128, 64, 4, 2), C(128, 64, 8, 2), C(64, 32, 8, 2)),
     ("flash_fwd", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2), C(32, 16, 8, 2), C(32, 16, 8, 2)),
@@ -68,7 +83,7 @@ SM_90 = {
     ("flash_bwd_dq", 4): _rows(C(32, 32, 4, 2), C(32, 32, 4, 2), C(64, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 4, 2)),
     ("flash_bwd_dkdv", 2): _rows(C(32, 64, 4, 2), C(32, 64, 4, 2), M(32, 64, 4, 1), M(32, 64, 4, 1), C(16, 32, 8, 2)),
     ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 1), C(32, 32, 4, 1), C(32, 32, 8, 2), C(16, 32, 8, 2), C(16, 16, 8, 2)),
-    ("flash_bwd_dbias", 2): _rows(C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 32, 8, 2), C(16, 32, 8, 2)),
+    ("flash_bwd_dbias", 2): _rows(M(64, 32, 4, 1), M(64, 32, 4, 1), M(64, 64, 4, 1), M(128, 64, 8, 1), M(64, 64, 8, 1)),
     ("flash_bwd_dbias", 4): _rows(C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 8, 2)),
 }  # fmt: skip
 # As sm_90's where nothing better is known; the others chosen on Triton 3.7.1 alone. Of dK and dV at D = 128 the model could not
@@ -78,18 +93,11 @@ SM_100 = {
     ("flash_fwd", 2): {**SM_90["flash_fwd", 2], 64: M(64, 64, 4, 1)},
     ("flash_bwd_dq", 2): {**SM_90["flash_bwd_dq", 2], 64: M(64, 32, 4, 2), 128: C(128, 32, 8, 2)},
     ("flash_bwd_dkdv", 2): {**SM_90["flash_bwd_dkdv", 2], 64: M(32, 128, 8, 1), 128: TileConfig(32, 128, 8, 1, COMPILES)},
+    ("flash_bwd_dbias", 2): _rows(C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 32, 8, 2), C(16, 32, 8, 2)),
 }
 TABLE = {
-    "sm_80": {
-        ("flash_fwd", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), M(64, 32, 4, 2), C(64, 64, 8, 2), C(64, 32, 8, 2)),
-        ("flash_fwd", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(32, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 8, 1)),
-        ("flash_bwd_dq", 2): _rows(C(64, 64, 4, 2), C(64, 64, 4, 2), M(128, 32, 4, 2), C(128, 32, 8, 2), C(64, 32, 8, 1)),
-        ("flash_bwd_dq", 4): _rows(C(64, 32, 4, 2), C(32, 32, 4, 2), C(32, 32, 8, 2), C(32, 16, 4, 2), C(16, 16, 4, 2)),
-        ("flash_bwd_dkdv", 2): _rows(C(32, 64, 4, 1), C(32, 64, 4, 1), M(32, 64, 4, 2), C(32, 64, 8, 1), C(16, 32, 8, 2)),
-        ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 1), C(32, 32, 4, 1), C(16, 32, 4, 1), C(16, 32, 8, 1), C(16, 16, 8, 2)),
-        ("flash_bwd_dbias", 2): _rows(C(64, 32, 8, 2), C(64, 32, 8, 2), C(64, 32, 8, 2), C(32, 32, 8, 2), C(16, 32, 8, 2)),
-        ("flash_bwd_dbias", 4): _rows(C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 32, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2)),
-    },
+    "sm_80": SM_80,
+    "sm_86": SM_86,
     "sm_90": SM_90,
     "sm_100": SM_100,
     "gfx942": {
