@@ -38,7 +38,7 @@ def microseconds(calls: list[Callable], times: int = 10, rounds: int = 150, cloc
     return [x * 1e6 for x in best]
 
 
-def rows(device: torch.device, heads: int = 3, length: int = 16, head_dim: int = 64) -> list[Row]:
+def rows(device: torch.device, heads: int = 3, length: int = 16, head_dim: int = 64, rounds: int = 150) -> list[Row]:
     """(who, forward without grad, forward with grad, forward and backward) in microseconds; on a GPU as long as it keeps up."""
     if device.type == "cpu":
         if stub_gpu.compiler() is None:
@@ -70,7 +70,7 @@ def rows(device: torch.device, heads: int = 3, length: int = 16, head_dim: int =
     for backend in backends:
         found.append((f"… launched by Triton's JIT, {backend}", [_by_jit(call) for call in of(ours(backend))]))
     found.append((f"F.scaled_dot_product_attention ({device.type})", of(F.scaled_dot_product_attention)))
-    figures = iter(microseconds([call for _, calls in found for call in calls]))
+    figures = iter(microseconds([call for _, calls in found for call in calls], rounds=rounds))
     measured = [(who, *(next(figures) for _ in calls)) for who, calls in found]
     for backend in backends:
         new = _new_length(backend, heads, head_dim, device)

@@ -28,7 +28,8 @@ def environment(context: Context) -> Cases:
     """What the figures hang on, as the machine's own tools say it."""
 
     def rows():
-        yield dict(runner.machine(), cores=os.cpu_count(), variables=sorted(k for k in os.environ if k.startswith("TRITON")))
+        about = {key: value for key, value in runner.machine().items() if key != "commit"}  # every row has it
+        yield about | dict(cores=os.cpu_count(), variables=sorted(key for key in os.environ if key.startswith("TRITON")))
         for command in TOOLS:
             if shutil.which(command[0]):
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -38,9 +39,9 @@ def environment(context: Context) -> Cases:
 
 
 def compiled(context: Context, problems: Callable[[], Iterator[prewarm.Problem]]) -> Cases:
-    """The kernels that a call needs, before it needs them; of a dry run every tenth."""
+    """The kernels that a call needs, before it needs them; of a dry run one in twenty."""
     cases = list(prewarm.cases(problems()))
-    return cases[:: 10 if context.dry else 1]
+    return cases[:: 20 if context.dry else 1]
 
 
 def features(context: Context) -> Cases:
@@ -114,7 +115,7 @@ def tune(context: Context) -> Cases:
 def sanitizer(context: Context) -> Cases:
     """compute-sanitizer over small problems, forward and backward; without it they run by themselves."""
     for backend in ("hopper", "portable"):
-        for tool in ("memcheck", "racecheck"):
+        for tool in ("memcheck", "racecheck")[: 1 if context.dry else None]:
             yield f"{tool} {backend}", functools.partial(_watched, tool, backend, context)
 
 
@@ -159,7 +160,7 @@ def overhead(context: Context) -> Cases:
     from tfkern.bench import overhead as measure
 
     def rows():
-        for who, *figures in measure.rows(context.device):
+        for who, *figures in measure.rows(context.device, rounds=1 if context.dry else 150):
             yield dict(who=who, **dict(zip(("no_grad_us", "grad_us", "both_us"), figures, strict=True)))
 
     yield "overhead", rows

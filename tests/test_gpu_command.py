@@ -41,6 +41,7 @@ def test_without_a_gpu_or_a_call_it_says_what_to_do(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow  # CI runs `make gpu ARGS=--dry-run` as well
 def test_dry_run_and_again(tmp_path):
     only = ("--dry-run", "--only", "environment", "headline", "memory", "--commit", "0123abc")
     first = command(tmp_path, *only)
