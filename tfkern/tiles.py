@@ -37,13 +37,14 @@ class TileConfig:
     source: str = field(default="", compare=False)
 
     def lighter(self, kernel: str) -> "TileConfig":
-        """Half the rows that a program owns (keys in flash_bwd_dkdv), for what takes more registers a score, and no more warps
-        than have 16 of them each, but four."""
+        """Half the rows that a program owns (keys in flash_bwd_dkdv), for what takes more registers a score. Where each warp
+        had 16 of them, half the warps too, but four."""
         if kernel == "flash_bwd_dbias":
             return self
         owned, streamed = ("block_n", "block_m") if kernel == "flash_bwd_dkdv" else ("block_m", "block_n")
-        rows, step = max(16, getattr(self, owned) // 2), getattr(self, streamed)
-        warps = min(self.num_warps, max(4, rows // 16))
+        before, step, warps = getattr(self, owned), getattr(self, streamed), self.num_warps
+        rows = max(16, before // 2)
+        warps = min(warps, max(4, rows // 16)) if before >= 16 * warps else warps
         return replace(self, **{owned: rows, streamed: min(32, step) if kernel == "flash_fwd" else step, "num_warps": warps})
 
 
