@@ -134,13 +134,13 @@ def tiles(kernel: str, arch: str, size: int, head_dim: int, variant: str) -> lis
     """What the table holds for a kernel in a variant: one; for a backward in one pass or with descriptors any number."""
     configs = load("tfkern.configs")
     there = VARIANTS[variant]
-    heavy = bool(HEAVY & there)
+    heavy = bool(HEAVY & there) or variant == "strided"
     if kernel == configs.DESCRIBED:
         config = configs.described(arch, size, head_dim)
         return [] if config is None or variant == "strided" or there & CUT else [config]
     if kernel != configs.ONE_PASS:
         return [configs.tile_config(arch, kernel, size, head_dim, heavy)]
-    if heavy or "cu_q" in there or variant == "strided":  # then portable.py takes two
+    if heavy or "cu_q" in there:  # then portable.py takes two
         return []
     return configs.one_pass_tiles(arch, size, head_dim)
 

@@ -57,6 +57,7 @@ def test_lighter_tiles_have_half_the_rows_and_no_idle_warps():
     assert tile(256, 64, 8).lighter("flash_bwd_dq") == tile(128, 64, 8)
     assert tile(64, 64, 4).lighter("flash_bwd_dq") == tile(32, 64, 4)
     assert tile(32, 128, 8).lighter("flash_bwd_dkdv") == tile(32, 64, 4)
+    assert tile(32, 16, 8).lighter("flash_fwd") == tile(16, 16, 8)  # of float32, where warps had fewer before
     assert tile(32, 16, 4).lighter("flash_bwd_dkdv") == tile(32, 16, 4)
     assert tile(64, 64, 8).lighter("flash_bwd_dbias") == tile(64, 64, 8)
 

@@ -20,7 +20,8 @@ def head_dim_class(head_dim: int) -> int:
 
 def tile_config(arch: str, kernel: str, itemsize: int, block_d: int, heavy: bool = False) -> TileConfig:
     """The tiles for one launch. arch is "sm_NN", "gfx…" or "interpreter"; block_d a head-dim class; itemsize 2 or 4 bytes;
-    `heavy` where scores go through more than a band: a mask, a bias, dropout, softcap, ALiBi or a score_mod."""
+    `heavy` where scores go through more than a band: a mask, a bias, dropout, softcap, ALiBi or a score_mod; or where the last
+    dim is not dense."""
     if kernel in _overrides:
         return _overrides[kernel]
     if arch == "interpreter":

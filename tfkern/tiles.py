@@ -3,9 +3,8 @@
 Sources: MODEL, chosen by the cost model among all candidates (`tfkern bench sweep`, bench/sweep.py), or next to it where the
 first spilled more or was slower from 1,024 keys on (sm_90: the forward at D = 128, dQ at D = 256); FIT, not compared by the
 model yet: first of a list of sensible tiles, largest first, that spilled next to nothing on Triton 3.6.0, 3.7.1 and 3.9.0
-(sm_100: on 3.7.1 alone). Of both, bench/spills.json has what is spilled, and `python bench/compile_gate.py` prints registers,
-spills and shared memory. COMPILES: chosen by hand, not compared with other tiles, as those of the Gluon kernels. Nothing here
-has been timed on a GPU yet; `make gpu` does that.
+(sm_100: on 3.7.1 alone); COMPILES, chosen by hand, as those of the Gluon kernels. bench/spills.json has what is spilled. Nothing
+here has been timed on a GPU yet; `make gpu` does that.
 """
 
 import functools
@@ -17,8 +16,8 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")  # that have row
 SERVED_BY = {"sm_80": "sm_80", "sm_87": "sm_80", "sm_90": "sm_90", "sm_100": "sm_100", "sm_103": "sm_100"}
 # Bytes of shared memory that a program may have, of all that bench/compile_gate.py can compile for.
 SHARED = {
-    "sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "sm_120": 99 * 1024,
-    "gfx942": 64 * 1024,
+    "sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_120": 99 * 1024,
+    "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024,
 }  # fmt: skip
 HEAD_DIM_CLASSES = (16, 32, 64, 128, 256)
 
@@ -46,13 +45,14 @@ class TileConfig:
         return options if self.registers is None else {**options, "maxnreg": self.registers}
 
     def lighter(self, kernel: str) -> "TileConfig":
-        """Half the rows that a program owns (keys in flash_bwd_dkdv), for what takes more registers a score, and no more warps
-        than have 16 of them each, but four."""
+        """Half the rows that a program owns (keys in flash_bwd_dkdv), for what takes more registers a score. Where each warp
+        had 16 of them, half the warps too, but four."""
         if kernel == "flash_bwd_dbias":
             return self
         owned, streamed = ("block_n", "block_m") if kernel == "flash_bwd_dkdv" else ("block_m", "block_n")
-        rows, step = max(16, getattr(self, owned) // 2), getattr(self, streamed)
-        warps = min(self.num_warps, max(4, rows // 16))
+        before, step, warps = getattr(self, owned), getattr(self, streamed), self.num_warps
+        rows = max(16, before // 2)
+        warps = min(warps, max(4, rows // 16)) if before >= 16 * warps else warps
         return replace(self, **{owned: rows, streamed: min(32, step) if kernel == "flash_fwd" else step, "num_warps": warps})
 
 
@@ -76,13 +76,17 @@ SM_80 = {
     ("flash_fwd", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(32, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 8, 1)),
     ("flash_bwd_dq", 2): _rows(M(64, 64, 4, 2), M(128, 32, 4, 2), M(128, 32, 4, 2), M(128, 32, 4, 2), M(32, 32, 4, 2)),
     ("flash_bwd_dq", 4): _rows(C(64, 32, 4, 2), C(32, 32, 4, 2), C(32, 32, 8, 2), C(32, 16, 4, 2), C(16, 16, 4, 2)),
-    ("flash_bwd_dkdv", 2): _rows(M(64, 64, 4, 1), M(32, 64, 4, 1), M(32, 64, 4, 2), M(64, 64, 4, 1), M(32, 32, 4, 1)),
+    ("flash_bwd_dkdv", 2): _rows(M(64, 64, 4, 1), M(32, 64, 4, 1), M(32, 64, 4, 2), M(32, 64, 4, 1), M(32, 32, 4, 1)),
     ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 1), C(32, 32, 4, 1), C(16, 32, 4, 1), C(16, 32, 8, 1), C(16, 16, 8, 2)),
     ("flash_bwd_dbias", 2): _rows(M(64, 64, 4, 1), M(64, 32, 4, 1), M(64, 32, 4, 1), M(64, 32, 4, 1), M(32, 16, 4, 1)),
     ("flash_bwd_dbias", 4): _rows(C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 32, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2)),
 }  # fmt: skip
 # Of chips with 99 KiB of shared memory a program, and 100 a multiprocessor.
-SM_86 = {**SM_80, ("flash_bwd_dkdv", 2): {**SM_80["flash_bwd_dkdv", 2], 128: M(16, 64, 4, 2)}}
+SM_86 = {
+    **SM_80,
+    ("flash_fwd", 2): {**SM_80["flash_fwd", 2], 256: M(64, 32, 4, 2)},  # next to one that spills 504 bytes on sm_120
+    ("flash_bwd_dkdv", 2): {**SM_80["flash_bwd_dkdv", 2], 128: M(16, 64, 4, 2)},
+}
 SM_90 = {
     ("flash_fwd", 2): _rows(M(64, 64, 4, 2), M(64, 64, 4, 2), M(128, 64, 4, 2), M(128, 64, 8, 2), M(128, 32, 8, 2)),
     ("flash_fwd", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2), C(32, 16, 8, 2), C(32, 16, 8, 2)),

@@ -146,7 +146,8 @@ def _launch(p: Problem, t: Tensors, kernel, vec: int, strides: list, heads: int,
     """A kernel with its grid, its numbers and what it is compiled for; `heads` are those that its programs share out. Without
     config, the table's tiles. blocks: of tensors that it gets as descriptors."""
     name = kernel.__name__
-    config = config or configs.tile_config(_architecture(p), name, p.dtype.itemsize, _block(p), p.heavy)
+    heavy = p.heavy or vec == 0  # an address each takes as many registers as scores do
+    config = config or configs.tile_config(_architecture(p), name, p.dtype.itemsize, _block(p), heavy)
     sizes = (p.batch, p.heads, p.group, p.n_q, p.n_k)
     numbers = (p.scale if p.scale is not None else 1.0, int(p.lower_right), p.left, p.right)
     value, derivative = p.score_mod or (None, None)
