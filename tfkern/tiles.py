@@ -3,8 +3,8 @@
 Sources: MODEL, chosen by the cost model among all candidates (`tfkern bench sweep`, bench/sweep.py), or next to it where the
 first spilled more or was slower from 1,024 keys on (sm_90: the forward at D = 128, dQ at D = 256); FIT, not compared by the
 model yet: first of a list of sensible tiles, largest first, that spilled next to nothing on Triton 3.6.0, 3.7.1 and 3.9.0
-(sm_100: on 3.7.1 alone); COMPILES, chosen by hand, as those of the Gluon kernels. bench/spills.json has what is spilled. Nothing
-here has been timed on a GPU yet; `make gpu` does that.
+(sm_100: on 3.7.1 alone); COMPILES, chosen by hand, as those of the Gluon kernels. bench/spills.json has what is spilled.
+Nothing here has been timed on a GPU yet; `make gpu` does that.
 """
 
 import functools
