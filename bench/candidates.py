@@ -42,12 +42,17 @@ HOPPER = {
 }  # fmt: skip
 
 
+# As TILES, with stages, of what rank.py does not know: dK and dV with descriptors (DESCRIPTOR_TABLE in tfkern/tiles.py).
+UNRANKED = {"flash_bwd_dkdv_described": [(64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 2), (64, 128, 8, 2)]}
 # (backend, kernel): what takes turns in tuning.py. Of the gradient of a bias nothing is timed.
-KERNELS = [("portable", kernel) for kernel in TILES if kernel != "flash_bwd_dbias"] + [("hopper", kernel) for kernel in HOPPER]
+KERNELS = [("portable", kernel) for kernel in (*TILES, *UNRANKED) if kernel != "flash_bwd_dbias"]
+KERNELS += [("hopper", kernel) for kernel in HOPPER]
 
 
 def best(backend: str, kernel: str, head_dim: int) -> list[list]:
     """The numbers of the model's best, best first; of a kernel that was not ranked the first that are here, with two stages."""
+    if kernel in UNRANKED:
+        return UNRANKED[kernel]
     ranked = json.loads(RANKED.read_text())["best"].get(f"{backend} {kernel} {head_dim}")
     listed = HOPPER[kernel] if backend == "hopper" else [tiles for tiles in of(kernel, head_dim) if tiles[3] == 2]
     return ranked or listed[:BEST]

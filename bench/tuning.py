@@ -35,7 +35,8 @@ class Candidate:
 
     @property
     def tiles(self) -> str:
-        return ",".join(str(x) for key, x in vars(self.config).items() if key not in ("source", "cycles"))
+        numbers = ((key, x) for key, x in vars(self.config).items() if key not in ("source", "cycles") and x is not None)
+        return ",".join(f"≤{x}" if key == "registers" and self.backend == "portable" else str(x) for key, x in numbers)
 
     @property
     def name(self) -> str:
@@ -78,6 +79,8 @@ def of(backend: str, kernel: str, shape: Shape) -> Iterator[Candidate]:
 def _portable_table(kernel: str, shape: Shape) -> list[Config]:
     if kernel == configs.ONE_PASS:
         return configs.one_pass_tiles("sm_90", 2, shape.head_dim)
+    if kernel == configs.DESCRIBED:
+        return [config] if (config := configs.described("sm_90", 2, shape.head_dim)) else []
     return [configs.tile_config("sm_90", kernel, 2, shape.head_dim)]
 
 

@@ -68,8 +68,11 @@ def _loaded(name: str):
 
 def _named(mark) -> list[dict]:
     """The sets of parameters of one parametrize."""
-    names = mark.args[0]
-    return [{names: x} if isinstance(names, str) else dict(zip(names, x, strict=True)) for x in mark.args[1]]
+    names, found = mark.args[0], []
+    for x in mark.args[1]:
+        values = x.values if hasattr(x, "marks") else (x,) if isinstance(names, str) else x  # of pytest.param, or bare
+        found.append(dict(zip((names,) if isinstance(names, str) else names, values, strict=True)))
+    return found
 
 
 class Collector:

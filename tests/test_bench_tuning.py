@@ -155,7 +155,10 @@ fake_gpu.pretend()
 for one in tuning.cases():
     with launches.watched(lambda *_: None) as seen:
         tuning.launch(one, "cpu")
-    tiles = [x.constants for x in seen if x.kernel.__name__ == one.kernel or one.kernel == "flash_bwd_one_pass"][-1]
+    kernel = {"flash_bwd_one_pass": "flash_bwd_dkdv", "flash_bwd_dkdv_described": "flash_bwd_dkdv"}.get(one.kernel, one.kernel)
+    tiles = [x.constants for x in seen if x.kernel.__name__ == kernel][-1]
+    if kernel == "flash_bwd_dkdv" and one.backend == "portable":
+        assert bool(seen[-1].blocks) == (one.kernel == "flash_bwd_dkdv_described"), one
     wanted = one.config.constants(tiles["D"]) if one.backend == "hopper" else dict(BLOCK_M=one.config.block_m, BLOCK_N=one.config.block_n)
     if one.kernel == "flash_bwd_dkdv" and one.backend == "hopper":
         wanted = one.config.constants(tiles["D"], owns_keys=True)
