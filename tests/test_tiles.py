@@ -52,14 +52,15 @@ def test_a_warp_has_rows_of_its_own():
 def test_lighter_tiles_have_half_the_rows_and_no_idle_warps():
     """But four warps, and 16 rows."""
     tile = configs.TileConfig
-    assert tile(128, 64, 4).lighter("flash_fwd") == tile(64, 32, 4)
-    assert tile(128, 64, 8).lighter("flash_fwd") == tile(64, 32, 4)
-    assert tile(256, 64, 8).lighter("flash_bwd_dq") == tile(128, 64, 8)
-    assert tile(64, 64, 4).lighter("flash_bwd_dq") == tile(32, 64, 4)
-    assert tile(32, 128, 8).lighter("flash_bwd_dkdv") == tile(32, 64, 4)
-    assert tile(32, 16, 8).lighter("flash_fwd") == tile(16, 16, 8)  # of float32, where warps had fewer before
-    assert tile(32, 16, 4).lighter("flash_bwd_dkdv") == tile(32, 16, 4)
-    assert tile(64, 64, 8).lighter("flash_bwd_dbias") == tile(64, 64, 8)
+    assert tile(128, 64, 4).lighter("flash_fwd", 64) == tile(64, 32, 4)
+    assert tile(128, 64, 8).lighter("flash_fwd", 64) == tile(64, 32, 4)
+    assert tile(256, 64, 8).lighter("flash_bwd_dq", 64) == tile(128, 64, 8)
+    assert tile(64, 64, 4).lighter("flash_bwd_dq", 64) == tile(32, 64, 4)
+    assert tile(32, 128, 8).lighter("flash_bwd_dkdv", 64) == tile(32, 64, 4)
+    assert tile(32, 16, 8).lighter("flash_fwd", 64) == tile(16, 16, 8)  # of float32, where warps had fewer before
+    assert tile(32, 16, 4).lighter("flash_bwd_dkdv", 64) == tile(32, 16, 4)
+    assert tile(128, 32, 8).lighter("flash_fwd", 256) == tile(64, 32, 8)
+    assert tile(64, 64, 8).lighter("flash_bwd_dbias", 64) == tile(64, 64, 8)
 
 
 TTGIR = """

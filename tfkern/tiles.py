@@ -44,15 +44,15 @@ class TileConfig:
         options = dict(num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True)
         return options if self.registers is None else {**options, "maxnreg": self.registers}
 
-    def lighter(self, kernel: str) -> "TileConfig":
+    def lighter(self, kernel: str, block_d: int) -> "TileConfig":
         """Half the rows that a program owns (keys in flash_bwd_dkdv), for what takes more registers a score. Where each warp
-        had 16 of them, half the warps too, but four."""
+        had 16 of them, half the warps too, but four; not at a head dim of 256, whose sums take all warps' registers."""
         if kernel == "flash_bwd_dbias":
             return self
         owned, streamed = ("block_n", "block_m") if kernel == "flash_bwd_dkdv" else ("block_m", "block_n")
         before, step, warps = getattr(self, owned), getattr(self, streamed), self.num_warps
         rows = max(16, before // 2)
-        warps = min(warps, max(4, rows // 16)) if before >= 16 * warps else warps
+        warps = min(warps, max(4, rows // 16)) if before >= 16 * warps and block_d < 256 else warps
         return replace(self, **{owned: rows, streamed: min(32, step) if kernel == "flash_fwd" else step, "num_warps": warps})
 
 
