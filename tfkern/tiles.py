@@ -1,9 +1,10 @@
 """The tile sizes themselves, and where each comes from. Plain data: imports neither torch nor Triton.
 
-Sources: MODEL, chosen by the cost model among all candidates (`tfkern bench sweep`, bench/sweep.py), or next to it where the
-first spilled more or was slower from 1,024 keys on (sm_90: the forward at D = 128, dQ at D = 256); FIT, not compared by the
-model yet: first of a list of sensible tiles, largest first, that spilled next to nothing on Triton 3.6.0, 3.7.1 and 3.9.0
-(sm_100: on 3.7.1 alone); COMPILES, chosen by hand, as those of the Gluon kernels. bench/spills.json has what is spilled.
+Sources: MODEL, chosen by the cost model among all candidates (`tfkern bench sweep`, bench/sweep.py; of float32 among a few), or
+next to it where the first spilled more or was slower from 1,024 keys on (16 bits on sm_90: the forward at D = 128, dQ at D =
+256); FIT, not compared by the model yet: first of a list of sensible tiles, largest first, that spilled next to nothing on
+Triton 3.6.0, 3.7.1 and 3.9.0 (sm_100: on 3.7.1 alone); COMPILES, chosen by hand, as those of the Gluon kernels.
+bench/spills.json has what is spilled.
 Nothing here has been timed on a GPU yet; `make gpu` does that.
 """
 
@@ -73,11 +74,11 @@ C = functools.partial(TileConfig, source=FIT)
 M = functools.partial(TileConfig, source=MODEL)
 SM_80 = {
     ("flash_fwd", 2): _rows(M(64, 64, 4, 2), M(64, 64, 4, 2), M(64, 32, 4, 2), M(128, 32, 4, 2), M(64, 64, 4, 1)),
-    ("flash_fwd", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(32, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 8, 1)),
+    ("flash_fwd", 4): _rows(M(128, 32, 4, 2), M(64, 64, 4, 2), M(64, 16, 4, 1), M(64, 16, 4, 2), M(32, 16, 8, 2)),
     ("flash_bwd_dq", 2): _rows(M(64, 64, 4, 2), M(128, 32, 4, 2), M(128, 32, 4, 2), M(128, 32, 4, 2), M(32, 32, 4, 2)),
-    ("flash_bwd_dq", 4): _rows(C(64, 32, 4, 2), C(32, 32, 4, 2), C(32, 32, 8, 2), C(32, 16, 4, 2), C(16, 16, 4, 2)),
+    ("flash_bwd_dq", 4): _rows(M(64, 64, 4, 2), M(64, 32, 4, 1), M(32, 32, 4, 2), M(32, 16, 4, 2), M(16, 16, 4, 2)),
     ("flash_bwd_dkdv", 2): _rows(M(64, 64, 4, 1), M(32, 64, 4, 1), M(32, 64, 4, 2), M(32, 64, 4, 1), M(32, 32, 4, 1)),
-    ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 1), C(32, 32, 4, 1), C(16, 32, 4, 1), C(16, 32, 8, 1), C(16, 16, 8, 2)),
+    ("flash_bwd_dkdv", 4): _rows(M(64, 64, 4, 1), M(32, 64, 4, 1), M(16, 64, 4, 1), M(16, 32, 4, 1), M(16, 16, 4, 1)),
     ("flash_bwd_dbias", 2): _rows(M(64, 64, 4, 1), M(64, 32, 4, 1), M(64, 32, 4, 1), M(64, 32, 4, 1), M(32, 16, 4, 1)),
     ("flash_bwd_dbias", 4): _rows(C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 32, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2)),
 }  # fmt: skip
@@ -89,16 +90,16 @@ SM_86 = {
 }
 SM_90 = {
     ("flash_fwd", 2): _rows(M(64, 64, 4, 2), M(64, 64, 4, 2), M(128, 64, 4, 2), M(128, 64, 8, 2), M(128, 32, 8, 2)),
-    ("flash_fwd", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2), C(32, 16, 8, 2), C(32, 16, 8, 2)),
+    ("flash_fwd", 4): _rows(M(128, 32, 4, 2), M(64, 64, 4, 2), M(64, 16, 4, 1), M(32, 16, 8, 2), M(32, 16, 8, 2)),
     ("flash_bwd_dq", 2): _rows(M(64, 64, 4, 2), M(64, 64, 4, 2), M(128, 64, 4, 2), M(64, 32, 4, 2), M(128, 32, 8, 2)),
-    ("flash_bwd_dq", 4): _rows(C(32, 32, 4, 2), C(32, 32, 4, 2), C(64, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 4, 2)),
+    ("flash_bwd_dq", 4): _rows(M(64, 64, 4, 2), M(64, 32, 4, 2), M(32, 32, 4, 2), M(32, 16, 4, 2), M(16, 16, 4, 2)),
     ("flash_bwd_dkdv", 2): _rows(M(64, 64, 4, 1), M(64, 64, 4, 1), M(32, 64, 4, 1), M(32, 64, 4, 1), M(32, 64, 8, 2)),
-    ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 1), C(32, 32, 4, 1), C(32, 32, 8, 2), C(16, 32, 8, 2), C(16, 16, 8, 2)),
+    ("flash_bwd_dkdv", 4): _rows(M(32, 64, 4, 1), M(32, 64, 4, 1), M(16, 64, 4, 1), M(16, 32, 4, 1), M(16, 16, 4, 1)),
     ("flash_bwd_dbias", 2): _rows(M(64, 32, 4, 1), M(64, 32, 4, 1), M(64, 64, 4, 1), M(128, 64, 8, 1), M(64, 64, 8, 1)),
     ("flash_bwd_dbias", 4): _rows(C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 8, 2)),
 }  # fmt: skip
-# fp32 as sm_90's, as nothing better is known; the others chosen on Triton 3.7.1 alone. Of dK and dV at D = 128 the model could
-# not rank the loop.
+# fp32 as sm_90's, ranked for that chip, as nothing better is known; the others chosen on Triton 3.7.1 alone. Of dK and dV at
+# D = 128 the model could not rank the loop.
 SM_100 = {
     **SM_90,
     ("flash_fwd", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), M(64, 64, 4, 1), C(128, 64, 8, 2), C(64, 32, 8, 2)),
