@@ -22,7 +22,10 @@ TILES_256 = {
     "flash_bwd_dbias": [(32, 16, 4)],
 }
 # Of float32, which has no matrix instructions: a thread has a square of products.
-TILES_FP32 = [(16, 16, 4), (32, 16, 4), (32, 32, 4), (64, 16, 4), (64, 32, 4), (64, 32, 8), (64, 64, 8), (128, 32, 8)]
+TILES_FP32 = [
+    (16, 16, 4), (32, 16, 4), (32, 16, 8), (32, 32, 4), (64, 16, 4), (64, 32, 4), (64, 32, 8), (64, 64, 4), (64, 64, 8),
+    (128, 32, 4), (128, 32, 8),
+]  # fmt: skip
 STAGES = (1, 2, 3)
 OWNS_KEYS = ("flash_bwd_dkdv", "flash_bwd_one_pass")  # the others own queries
 SUMS = {"flash_bwd_dkdv": 2, "flash_bwd_one_pass": 2, "flash_bwd_dbias": 0}  # of owned rows by head dim, in fp32; others 1

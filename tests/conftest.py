@@ -13,6 +13,8 @@ if DEVICE == "cpu":
 
 import pytest  # noqa: E402
 
+import tfkern  # noqa: E402, F401  # else bench's files that need no torch would put a stand-in into its place
+
 torch.set_num_threads(int(os.environ.get("TFKERN_TEST_THREADS", "1")))  # xdist runs one worker a core
 
 # marker: (what its tests need, whether it is here)

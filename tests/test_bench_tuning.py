@@ -22,6 +22,7 @@ def on_no_gpu(script: str, **environment) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_what_is_timed_reaches_every_kernel():
     """With the tiles that an H100 takes; and what is prewarmed are all kernels that are timed, each once."""
     names = on_no_gpu("""
@@ -61,6 +62,7 @@ def test_names_of_kernels():
     assert named("flash_bwd", dict(hopper, TILES=6, RING=2)) == "flash_bwd 6,2"
 
 
+@pytest.mark.slow
 def test_what_is_prewarmed_is_not_compiled_again(tmp_path):
     """By the real path, in another process, with the same folder of kernels; what needs another kernel compiles one."""
     script = """
@@ -147,6 +149,7 @@ def test_tiles_are_verified_before_they_are_timed(monkeypatch, kernel, device):
 TINY_OTHERS = [x.to(torch.bfloat16) for x in torch.randn(4, 1, 1, 40, 16)]
 
 
+@pytest.mark.slow
 def test_what_is_tuned_gets_as_far_as_the_launch():
     """On a GPU that is not there: the kernel that is tuned is launched, with the tiles that are."""
     lines = on_no_gpu("""

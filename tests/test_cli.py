@@ -74,6 +74,7 @@ def test_generate_refuses_another_model(tmp_path, capsys):
     assert "text comes from gpt" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_interrupt_leaves_a_whole_checkpoint(tmp_path):
     command = [TFKERN, "train", "vit", "--steps", "100000", "--out", str(tmp_path), "--save-every", "1000000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

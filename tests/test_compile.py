@@ -61,6 +61,7 @@ def test_gate(arch, kernel, tmp_path):
         *(pytest.param(arch, "all", ["64", "128", "256"], marks=pytest.mark.slow) for arch in ("sm_86", "sm_89", "sm_120")),
     ],
 )
+@pytest.mark.slow
 def test_gate_of_chips_with_little_shared_memory(arch, variant, head_dims, tmp_path):
     """Graphics cards: a program may have 99 KiB, where an A100's may have 163."""
     assert tiles.SHARED[arch] == 99 * 1024
@@ -102,6 +103,7 @@ def test_when_one_pass_is_taken():
         assert keys(32) is None
 
 
+@pytest.mark.slow
 def test_gate_of_descriptors(tmp_path):
     """Where the table has tiles for them; only what TMA can cut is in the kernel then."""
     rows = gate(

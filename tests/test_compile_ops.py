@@ -122,6 +122,7 @@ except torch._dynamo.exc.TorchDynamoException:
 """
 
 
+@pytest.mark.slow
 def test_score_mod_where_dynamo_takes_functions_for_kernels():
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-P", "-c", SCORE_MOD], capture_output=True, text=True, env=environment, check=False)
@@ -308,6 +309,7 @@ def test_dropout_draws_anew_each_call():
     assert torch.equal(c(**QKV), first)
 
 
+@pytest.mark.slow
 def test_errors_name_the_argument():
     """What traced code raises is Dynamo's error with fullgraph, and without it ours; what values say, ours."""
     wrong = lambda q, k, v: tfkern.attention(q, k[..., :3], v)  # noqa: E731

@@ -148,6 +148,7 @@ print("same")
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.slow
 def test_two_processes(kind, tmp_path):
     """Two steps with half of the batch each are two steps with all of it."""
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}

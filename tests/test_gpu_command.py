@@ -139,6 +139,7 @@ chip_tests.run(worker.Context(torch.device("cuda"), False, 1e12), serve)
 """
 
 
+@pytest.mark.slow
 def test_what_runs_on_the_chip():
     """Collected as where there is an H100, though nothing could run: all files, no test of what needs no kernels."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
@@ -172,6 +173,7 @@ def test_of_no_device(): pass
 """
 
 
+@pytest.mark.slow
 def test_tests_become_rows(tmp_path):
     """Each with its report; a file that can't be imported is a problem, and keeps no other from its tests."""
     (tmp_path / "test_some.py").write_text(TESTS)

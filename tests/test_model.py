@@ -325,7 +325,7 @@ print(json.dumps(rows))
 
 @pytest.mark.slow
 def test_hopper_is_predicted_from_its_machine_code_and_derated():
-    """The model's own times: nearer the floor than the portable kernels', not below it, the backward in one launch before that in
+    """The model's own times: nearer the floor than the portable kernels', not below it; the backward in one launch before that in
     two. What is shown is never faster than they are: at the published problems it is what FlashAttention-3 was measured at."""
     asked = [("forward", 512, False), ("forward", 2048, True), ("backward", 512, False), ("backward", 1024, True)]
     found = json.loads(printed(RAW, json.dumps(asked)))
@@ -336,7 +336,8 @@ def test_hopper_is_predicted_from_its_machine_code_and_derated():
                 assert (way, n) == ("backward in one launch", 1024)
                 assert row["cells"][-3:] == ["-"] * 3
                 continue
-            assert calibration.floor(problem, direction) <= raw < row["portable"], row
+            assert calibration.floor(problem, direction) <= raw, row
+            assert raw < row["portable"] or way == "backward", row  # in two launches as in the portable kernels
             assert row["shown"][way] >= raw
     assert found[2]["raw"]["backward in one launch"] < found[2]["raw"]["backward"]
     if hopper_model.aot.triton.__version__ != calibration.table()["triton"]:

@@ -30,13 +30,14 @@ def test_slow(n): pass
 @pytest.mark.needs("the earth", True)
 def test_met(): pass
 """
-# In the place of torch, which takes seconds to import, on a machine with this GPU or none.
+# In the place of torch, which takes seconds to import, on a machine with this GPU or none; and of tfkern, which imports it.
 TORCH = """
 import sys, unittest.mock
 torch = sys.modules["torch"] = unittest.mock.MagicMock()
 torch.cuda.is_available.return_value = bool({capability})
 torch.cuda.get_device_capability.return_value = {capability}
 torch.version.hip = None
+sys.modules["tfkern"] = unittest.mock.MagicMock()
 """
 
 

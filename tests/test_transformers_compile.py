@@ -142,6 +142,7 @@ def close(found: dict, want: dict) -> None:
         )
 
 
+@pytest.mark.slow
 def test_autocast():
     m = NAMED["T5"]
     model_runs.assert_within(model_runs.judge(prepared(m, "right", autocast=torch.bfloat16), torch.bfloat16))
@@ -163,6 +164,7 @@ def test_dropout(checkpointing):
     assert not torch.allclose(eager["out"], found[0]["out"], rtol=1e-2, atol=1e-2)  # something was dropped
 
 
+@pytest.mark.slow
 def test_packed_sequences():
     """Told by positions. Told by their starts they need a band for a mask, which a graph doesn't have: an error."""
     m = NAMED["Llama"]
@@ -197,6 +199,7 @@ def test_padding_takes_no_room_for_each_query(side):
 
 
 @torch._dynamo.config.patch(recompile_limit=64)
+@pytest.mark.slow
 def test_masks_while_compiling():
     """Element by element those of transformers."""
     from transformers import masking_utils as theirs
@@ -307,6 +310,7 @@ def test_nothing_is_guarded_that_changes():
     assert integration.calls(model) == 4 * m.calls
 
 
+@pytest.mark.slow
 def test_what_is_refused():
     """By Dynamo's error with fullgraph, and without it by ours."""
     m = NAMED["Llama"]

@@ -27,7 +27,7 @@ def tile_config(arch: str, kernel: str, itemsize: int, block_d: int, heavy: bool
     if arch == "interpreter":
         return INTERPRETER[kernel]
     config = TABLE[table_arch(arch)][kernel, itemsize][block_d]
-    return config.lighter(kernel) if heavy else config
+    return config.lighter(kernel, block_d) if heavy else config
 
 
 def table_arch(arch: str) -> str:

@@ -1,9 +1,10 @@
 """The tile sizes themselves, and where each comes from. Plain data: imports neither torch nor Triton.
 
-Sources: MODEL, chosen by the cost model among all candidates (`tfkern bench sweep`, bench/sweep.py), or next to it where the
-first spilled more or was slower from 1,024 keys on (sm_90: the forward at D = 128, dQ at D = 256); FIT, not compared by the
-model yet: first of a list of sensible tiles, largest first, that spilled next to nothing on Triton 3.6.0, 3.7.1 and 3.9.0
-(sm_100: on 3.7.1 alone); COMPILES, chosen by hand, as those of the Gluon kernels. bench/spills.json has what is spilled.
+Sources: MODEL, chosen by the cost model among all candidates (`tfkern bench sweep`, bench/sweep.py; of float32 among a few), or
+next to it where the first spilled more or was slower from 1,024 keys on (16 bits on sm_90: the forward at D = 128, dQ at D =
+256); FIT, not compared by the model yet: first of a list of sensible tiles, largest first, that spilled next to nothing on
+Triton 3.6.0, 3.7.1 and 3.9.0 (sm_100: on 3.7.1 alone); COMPILES, chosen by hand, as those of the Gluon kernels.
+bench/spills.json has what is spilled.
 Nothing here has been timed on a GPU yet; `make gpu` does that.
 """
 
@@ -44,15 +45,15 @@ class TileConfig:
         options = dict(num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True)
         return options if self.registers is None else {**options, "maxnreg": self.registers}
 
-    def lighter(self, kernel: str) -> "TileConfig":
+    def lighter(self, kernel: str, block_d: int) -> "TileConfig":
         """Half the rows that a program owns (keys in flash_bwd_dkdv), for what takes more registers a score. Where each warp
-        had 16 of them, half the warps too, but four."""
+        had 16 of them, half the warps too, but four; not at a head dim of 256, whose sums take all warps' registers."""
         if kernel == "flash_bwd_dbias":
             return self
         owned, streamed = ("block_n", "block_m") if kernel == "flash_bwd_dkdv" else ("block_m", "block_n")
         before, step, warps = getattr(self, owned), getattr(self, streamed), self.num_warps
         rows = max(16, before // 2)
-        warps = min(warps, max(4, rows // 16)) if before >= 16 * warps else warps
+        warps = min(warps, max(4, rows // 16)) if before >= 16 * warps and block_d < 256 else warps
         return replace(self, **{owned: rows, streamed: min(32, step) if kernel == "flash_fwd" else step, "num_warps": warps})
 
 
@@ -73,11 +74,11 @@ C = functools.partial(TileConfig, source=FIT)
 M = functools.partial(TileConfig, source=MODEL)
 SM_80 = {
     ("flash_fwd", 2): _rows(M(64, 64, 4, 2), M(64, 64, 4, 2), M(64, 32, 4, 2), M(128, 32, 4, 2), M(64, 64, 4, 1)),
-    ("flash_fwd", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(32, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 8, 1)),
+    ("flash_fwd", 4): _rows(M(128, 32, 4, 2), M(64, 32, 4, 2), M(64, 16, 4, 1), M(64, 16, 4, 2), M(32, 16, 8, 2)),
     ("flash_bwd_dq", 2): _rows(M(64, 64, 4, 2), M(128, 32, 4, 2), M(128, 32, 4, 2), M(128, 32, 4, 2), M(32, 32, 4, 2)),
-    ("flash_bwd_dq", 4): _rows(C(64, 32, 4, 2), C(32, 32, 4, 2), C(32, 32, 8, 2), C(32, 16, 4, 2), C(16, 16, 4, 2)),
+    ("flash_bwd_dq", 4): _rows(M(64, 64, 4, 2), M(64, 32, 4, 1), M(32, 32, 4, 2), M(32, 16, 4, 2), M(16, 16, 4, 2)),
     ("flash_bwd_dkdv", 2): _rows(M(64, 64, 4, 1), M(32, 64, 4, 1), M(32, 64, 4, 2), M(32, 64, 4, 1), M(32, 32, 4, 1)),
-    ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 1), C(32, 32, 4, 1), C(16, 32, 4, 1), C(16, 32, 8, 1), C(16, 16, 8, 2)),
+    ("flash_bwd_dkdv", 4): _rows(M(64, 64, 4, 1), M(32, 64, 4, 1), M(16, 64, 4, 1), M(16, 32, 4, 1), M(16, 16, 4, 1)),
     ("flash_bwd_dbias", 2): _rows(M(64, 64, 4, 1), M(64, 32, 4, 1), M(64, 32, 4, 1), M(64, 32, 4, 1), M(32, 16, 4, 1)),
     ("flash_bwd_dbias", 4): _rows(C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 32, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2)),
 }  # fmt: skip
@@ -89,20 +90,21 @@ SM_86 = {
 }
 SM_90 = {
     ("flash_fwd", 2): _rows(M(64, 64, 4, 2), M(64, 64, 4, 2), M(128, 64, 4, 2), M(128, 64, 8, 2), M(128, 32, 8, 2)),
-    ("flash_fwd", 4): _rows(C(64, 32, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 2), C(32, 16, 8, 2), C(32, 16, 8, 2)),
+    ("flash_fwd", 4): _rows(M(128, 32, 4, 2), M(64, 64, 4, 2), M(64, 16, 4, 1), M(32, 16, 8, 2), M(32, 16, 8, 2)),
     ("flash_bwd_dq", 2): _rows(M(64, 64, 4, 2), M(64, 64, 4, 2), M(128, 64, 4, 2), M(64, 32, 4, 2), M(128, 32, 8, 2)),
-    ("flash_bwd_dq", 4): _rows(C(32, 32, 4, 2), C(32, 32, 4, 2), C(64, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 4, 2)),
+    ("flash_bwd_dq", 4): _rows(M(64, 64, 4, 2), M(64, 32, 4, 2), M(32, 32, 4, 2), M(32, 16, 4, 2), M(16, 16, 4, 2)),
     ("flash_bwd_dkdv", 2): _rows(M(64, 64, 4, 1), M(64, 64, 4, 1), M(32, 64, 4, 1), M(32, 64, 4, 1), M(32, 64, 8, 2)),
-    ("flash_bwd_dkdv", 4): _rows(C(32, 64, 4, 1), C(32, 32, 4, 1), C(32, 32, 8, 2), C(16, 32, 8, 2), C(16, 16, 8, 2)),
+    ("flash_bwd_dkdv", 4): _rows(M(32, 64, 4, 1), M(32, 64, 4, 1), M(16, 64, 4, 1), M(16, 32, 4, 1), M(16, 16, 4, 1)),
     ("flash_bwd_dbias", 2): _rows(M(64, 32, 4, 1), M(64, 32, 4, 1), M(64, 64, 4, 1), M(128, 64, 8, 1), M(64, 64, 8, 1)),
     ("flash_bwd_dbias", 4): _rows(C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 32, 8, 2), C(32, 16, 8, 2), C(16, 16, 8, 2)),
 }  # fmt: skip
-# fp32 as sm_90's, as nothing better is known; the others chosen on Triton 3.7.1 alone. Of dK and dV at D = 128 the model could
-# not rank the loop.
+# fp32 as sm_90's, ranked for that chip, as nothing better is known; the others chosen on Triton 3.7.1 alone. Of dK and dV at
+# D = 128 the model could not rank the loop.
 SM_100 = {
     **SM_90,
     ("flash_fwd", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), M(64, 64, 4, 1), C(128, 64, 8, 2), C(64, 32, 8, 2)),
     ("flash_bwd_dq", 2): _rows(C(128, 64, 4, 2), C(128, 64, 4, 2), M(64, 32, 4, 2), C(128, 32, 8, 2), C(64, 32, 8, 2)),
+    ("flash_bwd_dq", 4): {**SM_90["flash_bwd_dq", 4], 128: M(32, 16, 8, 2)},  # next to one that spills 360 bytes
     ("flash_bwd_dkdv", 2): _rows(
         C(32, 64, 4, 2), C(32, 64, 4, 2), M(32, 128, 8, 1), TileConfig(32, 128, 8, 1, COMPILES), C(16, 32, 8, 2)
     ),
