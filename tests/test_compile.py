@@ -56,10 +56,7 @@ def test_gate(arch, kernel, tmp_path):
 
 @pytest.mark.parametrize(
     ("arch", "variant", "head_dims"),
-    [
-        ("sm_120", "plain", ["256"]),
-        *(pytest.param(arch, "all", ["64", "128", "256"], marks=pytest.mark.slow) for arch in ("sm_86", "sm_89", "sm_120")),
-    ],
+    [("sm_120", "plain", ["256"]), *((arch, "all", ["64", "128", "256"]) for arch in ("sm_86", "sm_89", "sm_120"))],
 )
 @pytest.mark.slow
 def test_gate_of_chips_with_little_shared_memory(arch, variant, head_dims, tmp_path):
