@@ -146,9 +146,20 @@ def _compile(name: str, problem: Problem) -> Iterator[dict]:
             one.by_jit(tensors, features)
             compiled.append(one)
 
-    _run(problem, only)
+    try:
+        _run(problem, only)
+    except Exception as error:
+        if not (_is_tried(problem) and faults.is_compilers(error)):
+            raise
+        yield dict(problem_of=problem.name, skipped=faults.line(error))
+        return
     row = dict(problem_of=problem.name, seconds=round(time.perf_counter() - start, 1))
     yield row if compiled else {**row, "problem": "was not launched again"}
+
+
+def _is_tried(problem: Problem) -> bool:
+    """Whether its tiles are a candidate that no table has: that they need too much is a result."""
+    return problem.run is tuning.launch and not problem.arguments[0].own
 
 
 def _run(problem: Problem, instead: Callable) -> None:

@@ -114,6 +114,27 @@ except RuntimeError as error:
     assert lines == ["{'problem': 'ZeroDivisionError: division by zero'}", "4 PTXAS error"]
 
 
+def test_a_candidate_that_needs_too_much_is_passed_over():
+    """Those of a table are not: that would be a fault."""
+    lines = on_no_gpu("""
+import dataclasses
+from triton.runtime.errors import OutOfResources
+from tfkern.bench import prewarm, tuning
+from tfkern.launch import Launch
+def fail(self, tensors, features):
+    raise OutOfResources(300000, 232448, "shared memory")
+Launch.by_jit = fail
+one = next(tuning.cases())
+for own in (False, True):
+    ((_, rows),) = prewarm.cases([prewarm.candidate(dataclasses.replace(one, own=own))])
+    try:
+        print(own, *(row["skipped"].partition(",")[0] for row in rows()))
+    except OutOfResources:
+        print(own, "raised")
+""")
+    assert lines == ["False OutOfResources: out of resource: shared memory", "True raised"]
+
+
 def test_tuning_takes_turns():
     """Every kernel's first comes before any kernel's third; the tables' tiles come first."""
     found = list(tuning.cases())
