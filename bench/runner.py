@@ -141,11 +141,6 @@ def peak_memory(name: str, length: int, dtype: torch.dtype, device: torch.device
         yield {**row, "skipped": passed_over(name, error)}
 
 
-def load_rows(path: Path) -> list[dict]:
-    """The rows of a file that has one a line; none if it is not there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def save(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dict(machine=machine(), rows=rows), indent=1) + "\n")
