@@ -6,7 +6,8 @@ import numbers
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
+
+from tfkern import compat
 
 ALIGNMENTS = ("upper_left", "lower_right")
 LARGEST = torch.finfo(torch.float32).max  # what kernels compute in
@@ -186,7 +187,7 @@ def readable(x: Tensor) -> bool:
     """Whether values can be looked at: on a GPU that would stop the stream, and under torch.compile and vmap there are none."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    return not (isinstance(x, FakeTensor) or torch._C._functorch.is_batchedtensor(x))
+    return compat.has_values(x)
 
 
 def flag(name: str, value) -> None:

@@ -1,9 +1,10 @@
 """Keeping torch.compile out of what it can't compile."""
 
 import functools
-import sys
 
 import torch
+
+from tfkern import compat
 
 
 def uncompiled(function):
@@ -16,7 +17,7 @@ def uncompiled(function):
     @functools.wraps(function)
     def run(*args, **kwargs):
         nonlocal disabled
-        if "torch._dynamo" not in sys.modules:
+        if not compat.dynamo_imported():
             return function(*args, **kwargs)
         if disabled is None:
             disabled = torch.compiler.disable(function)

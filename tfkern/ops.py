@@ -9,10 +9,12 @@ Source: of the ways to register an op, the one that also keeps torch.func and fo
 an Autograd kernel that applies the same autograd.Function as eager calls.
 """
 
+import types
+
 import torch
 from torch import Tensor
 
-from tfkern import autograd, backends, call, checks, dropout, layout, score_mods
+from tfkern import autograd, backends, call, checks, compat, dropout, layout, score_mods
 from tfkern.backends import Backend
 from tfkern.problem import Problem, Tensors, lse_dtype
 
@@ -131,12 +133,12 @@ def _backward_fake(do, dlse, out, lse, needed, *arguments):
 
 
 def _recorded_forward(options: tuple, t: Tensors):
-    with torch._C._AutoDispatchBelowAutograd():  # of this level; transforms further out meet the Autograd kernel again
+    with compat.below_autograd():  # of this level; transforms further out meet the Autograd kernel again
         return torch.ops.tfkern.attention_forward(*t, *options)
 
 
 def _recorded_backward(options: tuple, t: Tensors, out, lse, do, dlse, needed):
-    with torch._C._AutoDispatchBelowAutograd():
+    with compat.below_autograd():
         grads = iter(torch.ops.tfkern.attention_backward(do, dlse, out, lse, needed, *t, *options))
     return [next(grads) if need else None for need in needed]
 
@@ -155,7 +157,7 @@ def _differentiable_forward(*arguments):
     autograd.refuse_tangents(arguments[:_COUNT])
     if not _wanted(arguments[:_COUNT]):
         return _recorded_forward(arguments[_COUNT:], arguments[:_COUNT])
-    if torch._C._are_functorch_transforms_active():  # a derivative of what a transform further in has differentiated
+    if compat.transforms():  # a derivative of what a transform further in has differentiated
         autograd.refuse_second()
     return _differentiable(*arguments)
 
@@ -166,22 +168,40 @@ def _refused_backward(do, dlse, out, lse, needed, *arguments):
     autograd.refuse_tangents(tensors)
     if _wanted(tensors):
         autograd.refuse_second()
-    with torch._C._AutoDispatchBelowAutograd():
+    with compat.below_autograd():
         return torch.ops.tfkern.attention_backward(do, dlse, out, lse, needed, *arguments)
 
 
 def _wanted(tensors) -> bool:
     """Whether somebody wants derivatives with respect to one of them. (Transforms turn grad mode off for those further out.)"""
-    able = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+    able = torch.is_grad_enabled() or compat.transforms()
     return able and any(x is not None and x.requires_grad for x in tensors)
 
 
+def _kept(ctx, inputs, output) -> None:
+    """What torch.library.register_autograd wants for the gradients of `tfkern::attention`."""
+    autograd.Attention.setup_context(ctx, (inputs[_COUNT:], _RECORDED, *inputs[:_COUNT]), output)
+
+
+def _gradients(ctx, *grads) -> tuple:
+    context = types.SimpleNamespace(
+        problem=ctx.problem, backend=ctx.backend, saved_tensors=ctx.saved_tensors,
+        needs_input_grad=(False, False, *ctx.needs_input_grad),
+    )  # fmt: skip
+    return *autograd.Attention.backward(context, *grads)[2:], *(None,) * len(ctx.problem)
+
+
 _library.impl("attention", _forward, "CompositeExplicitAutograd")
-_library.impl("attention", _differentiable, "Autograd")
 _library.impl("attention_forward", _forward, "CompositeExplicitAutograd")
-_library.impl("attention_forward", _differentiable_forward, "Autograd")
 _library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
-_library.impl("attention_backward", _refused_backward, "Autograd")
+if compat.KERNELS:
+    _library.impl("attention", _differentiable, "Autograd")
+    _library.impl("attention_forward", _differentiable_forward, "Autograd")
+    _library.impl("attention_backward", _refused_backward, "Autograd")
+else:
+    torch.library.register_autograd("tfkern::attention", _gradients, setup_context=_kept)
+    torch.library.register_autograd("tfkern::attention_forward", _gradients, setup_context=_kept)
+    torch.library.register_autograd("tfkern::attention_backward", lambda ctx, *grads: autograd.refuse_second())
 torch.library.register_fake("tfkern::attention", _forward_fake)
 torch.library.register_fake("tfkern::attention_forward", _forward_fake)
 torch.library.register_fake("tfkern::attention_backward", _backward_fake)

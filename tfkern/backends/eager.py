@@ -12,12 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-from tfkern import layout
+from tfkern import compat, layout
 from tfkern.eager_tiles import Tiles
 from tfkern.problem import Gradients, Problem, Tensors
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def unsupported(problem: Problem) -> list[str]:
@@ -43,7 +40,7 @@ def _without_autocast(function):
 def forward(problem: Problem, t: Tensors) -> tuple[Tensor, Tensor]:
     """out in q's memory order, lse (B, H, Nq) float32, or float64 for float64; B is 1 for packed sequences."""
     if _covered(problem, t.q, t.k, t.v):
-        out, lse = _flash(t.q, t.k, t.v, 0.0, _is_causal(problem), scale=problem.scale)
+        out, lse = compat.flash(t.q, t.k, t.v, 0.0, _is_causal(problem), scale=problem.scale)
         return layout.like_order(out, t.q), lse.contiguous()
     out = layout.empty_in_order_of(t.q, problem.v_head_dim).zero_()
     lse = torch.full(t.q.shape[:3], -math.inf, dtype=problem.lse_dtype, device=problem.device)
@@ -59,7 +56,7 @@ def backward(problem: Problem, t: Tensors, out, lse, do, dlse, needed, into=None
     into = into or (None, None, None)
     if dlse is None and _covered(problem, t.q, t.k, t.v):
         do = layout.last_dim_dense(do)
-        grads = _flash_backward(do, t.q, t.k, t.v, out, lse, 0.0, _is_causal(problem), scale=problem.scale)
+        grads = compat.flash_backward(do, t.q, t.k, t.v, out, lse, 0.0, _is_causal(problem), scale=problem.scale)
         return Gradients(*(layout.deliver(g, x, i) for g, x, i in zip(grads, t, into, strict=False)))
     sums = [None if x is None else layout.zeros_in_order_of(x, problem.lse_dtype) for x in t[:3]]
     for x, need in zip(t[3:6], needed[3:], strict=True):
@@ -87,7 +84,8 @@ def _covered(p: Problem, *tensors: Tensor) -> bool:
     # causal with a scale of 0 or less: it multiplies the -inf of masked scores by that.
     causal = p.plain and p.left is None and p.right == 0 and shift == 0 and p.n_k <= p.n_q and p.scale > 0
     return (
-        p.device.type == "cpu"
+        compat.flash is not None
+        and p.device.type == "cpu"
         and p.plain
         and (full or causal)
         and p.heads == p.kv_heads

@@ -3,13 +3,13 @@
 import sys
 import threading
 
-import torch
 import torch.nn.functional as F
 
+from tfkern import compat
 from tfkern.integrations import torch_sdpa
 
 NAME = "scaled_dot_product_attention"
-PYTORCHS = torch._C._nn.scaled_dot_product_attention
+PYTORCHS = compat.sdpa
 
 
 class _Service:

@@ -8,6 +8,7 @@ import weakref
 import torch
 from torch import Tensor, nn
 
+from tfkern import compat
 from tfkern.call import AUTOCAST
 from tfkern.extras import require
 from tfkern.functional import attention, attention_varlen
@@ -226,20 +227,18 @@ def _tell_if_ignored(model: nn.Module, args, output) -> None:
         _tell(chosen, classes)
 
 
+@compat.while_tracing
 def _note_traced(module: type[nn.Module]) -> None:
     """A graph serves all modules of a class, and what was traced for one of them holds for all."""
     _traced.add(module)
 
 
+@compat.while_tracing
 def _tell_while_tracing(chosen: str, *classes: type[nn.Module]) -> None:
     """_tell_if_ignored by the classes of a model and of what is within it."""
     if _told.isdisjoint(classes) and _ignored(chosen, classes):
         _told.add(classes[0])
         _tell(chosen, classes)
-
-
-# For Dynamo: call them while tracing, and not in the graph (torch.compiler.assume_constant_result, which imports Dynamo).
-_note_traced._dynamo_marked_constant = _tell_while_tracing._dynamo_marked_constant = True
 
 
 def _ignored(chosen: str, classes) -> bool:

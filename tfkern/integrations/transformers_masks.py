@@ -7,7 +7,8 @@ from types import FunctionType
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+
+from tfkern import compat
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,11 @@ class BandMask(Tensor):
     """A bool mask (B, 1, Nq, Nk), True = attend, that has no elements: `band` tells them, and they are written out for the
     first operation that wants them. A model may do with it what it does with any mask, and then has an ordinary one."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = compat.no_torch_function
 
     @staticmethod
     def __new__(cls, band: Band, shape: tuple[int, ...], device: torch.device, write: Callable[[], Tensor]):
-        mask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
+        mask = compat.wrapper(cls, shape, torch.bool, device)
         mask.band, mask._write, mask._written = band, write, None
         return mask
 
@@ -44,12 +45,14 @@ class BandMask(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        def write(mask: BandMask) -> Tensor:
-            if func._schema.is_mutable:
-                mask.band = None  # it tells no longer what is in the tensor
-            return mask.written()
+        def write(x):
+            if not isinstance(x, BandMask):
+                return x
+            if compat.mutates(func):
+                x.band = None  # it tells no longer what is in the tensor
+            return x.written()
 
-        args, kwargs = tree_map_only(BandMask, write, (args, kwargs or {}))
+        args, kwargs = compat.mapped(write, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def __repr__(self, **kwargs) -> str:
@@ -86,7 +89,7 @@ def mask(
         return _for_all_queries(batch_size, q_length, kv_length, kv_offset, attention_mask, device)
     found = None if is_tracing(attention_mask) or use_vmap else _edges(theirs, mask_function, local_size)
     band = None if found is None else _band(found, batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device)
-    if band is None:
+    if band is None or not compat.WRAPPERS:
         return write()
     return BandMask(band, (batch_size, 1, q_length, kv_length), torch.device(device), write)
 
