@@ -149,3 +149,25 @@ close(torch.autograd.grad(exported(*qkv).square().sum(), qkv), wanted)
 def test_where_all_have_moved(what):
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", WITHOUT + what], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def versions(file: str, pattern: str) -> list[str]:
+    found = re.findall(pattern, (ROOT / file).read_text())
+    assert found, (file, pattern)
+    return found
+
+
+@pytest.mark.parametrize("package", ["torch", "triton"])
+def test_the_versions_that_are_named_are_those_that_are_tested(package):
+    """What pyproject.toml and README.md call the oldest is the oldest pair; the gates have every pair's Triton."""
+    pairs = {name: versions(f"constraints{name}.txt", rf"(?m)^{package}==([\d.]+)")[0] for name in ("-oldest", "", "-newest")}
+    assert list(pairs.values()) == sorted(pairs.values(), key=lambda version: [int(n) for n in version.split(".")])
+    lowest = versions("pyproject.toml", rf'"{package}>=([\d.]+)')
+    assert lowest == [".".join(pairs["-oldest"].split(".")[:2])]
+    assert set(versions("README.md", rf"(?i)\b{package} >= ([\d.]*\d)")) == set(lowest)
+    if package == "triton":
+        gated = {version for line in versions(".ci/run", r"for version in ([\d. ]+); do") for version in line.split()}
+        assert {pairs["-oldest"], pairs["-newest"]} <= gated
+        assert set(re.findall(r"\b3\.\d\.\d\b", versions("README.md", r"CI does so with Triton ([^\n]*)")[0])) <= gated | {
+            pairs[""]
+        }
