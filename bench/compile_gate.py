@@ -37,7 +37,7 @@ VARIANTS = {
 }  # fmt: skip
 HEAVY = {"mask", "bias", "dropout", "softcap", "slopes", "MOD"}
 FEATURES = [name for name in VARIANTS if name not in ("plain", "causal", "padded", "all", "odd", "strided")]
-FP32_TENSORS = {"LSE", "DLSE", "DELTA", "DSLOPES"}
+FP32_TENSORS = {"STATS", "DLSE", "DELTA", "DSLOPES"}
 ONE_PASS_ONLY = {"O", "DLSE", "DQ", "DSLOPES", "stride_o", "stride_dq"}  # of flash_bwd_dkdv
 CUT = {"LEFT", "cu_q", *HEAVY}  # with which portable.py has no descriptors
 
