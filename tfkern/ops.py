@@ -12,7 +12,7 @@ an Autograd kernel that applies the same autograd.Function as eager calls.
 import torch
 from torch import Tensor
 
-from tfkern import autograd, backends, call, checks, dropout, layout, score_mods
+from tfkern import autograd, backends, call, checks, dropout, dynamo, layout, score_mods
 from tfkern.backends import Backend
 from tfkern.problem import Problem, Tensors, lse_dtype
 
@@ -35,6 +35,7 @@ _library.define(
     f"attention_backward(Tensor do, Tensor? dlse, Tensor out, Tensor stats, bool[] needed, {_TENSORS}, {_OPTIONS}) -> Tensor[]",
     tags=_TAGS,
 )
+_library.define("draw_seed(Device device) -> Tensor", tags=torch.Tag.nondeterministic_seeded)
 
 
 def attention(*arguments, **options) -> tuple[Tensor, Tensor]:
@@ -61,7 +62,7 @@ def op_arguments(
         checks.scale(scale, 1, query)
         tensors, scale = tensors._replace(scale=scale), None
     if dropout_p:
-        tensors = tensors._replace(seed=dropout.draw_seed(query.device))
+        tensors = tensors._replace(seed=torch.ops.tfkern.draw_seed(query.device))
     checks.flag("is_causal", is_causal)
     left, right = checks.sides(window)
     name = None if score_mod is None else _name(score_mod, query)
@@ -109,6 +110,12 @@ def _understood(tensors: tuple, options: tuple) -> tuple[Problem, Backend, Tenso
     )  # fmt: skip
     given = given._replace(scale=call.on_device(given.scale, query))
     return problem, backends.choose(problem, backend), given
+
+
+def _draw_seed(device: torch.device) -> Tensor:
+    """dropout.draw_seed in a graph: by an operation in whose place no compiler puts a generator of its own."""
+    with dynamo.drawn_once():
+        return torch.ops.aten.randint.low_generator(*dropout.SEEDS, (2,), generator=None, dtype=torch.int64, device=device)
 
 
 def _forward(*arguments):
@@ -185,6 +192,7 @@ def _wanted(tensors) -> bool:
     return able and any(x is not None and x.requires_grad for x in tensors)
 
 
+_library.impl("draw_seed", _draw_seed, "CompositeImplicitAutograd")
 _library.impl("attention", _forward, "CompositeExplicitAutograd")
 _library.impl("attention", _differentiable, "Autograd")
 _library.impl("attention_forward", _forward, "CompositeExplicitAutograd")

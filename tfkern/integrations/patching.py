@@ -1,12 +1,14 @@
 """One line that makes a process, a block or a model use tfkern, and one that undoes it."""
 
 import contextlib
+import functools
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from tfkern.integrations import adapters, nanogpt, served, timm, torch_modules, transformers_models  # noqa: F401  adapters
+from tfkern.integrations import adapters, nanogpt, replay, served, timm, torch_modules, transformers_models  # noqa: F401  adapters
 
 MARK = "_tfkern_adapter"  # in a changed module's __dict__: the name of its adapter; copies and pickles keep it
 
@@ -111,8 +113,7 @@ def _patch(model: nn.Module) -> tuple[Report, list[tuple[nn.Module, adapters.Ada
                 report.unchanged[name] = reason
             else:
                 done.append((module, adapter))
-                module.__dict__[MARK] = adapter.name
-                adapter.apply(module)
+                _apply(module, adapter)
                 report.changed[name] = f"{adapter.name} -> {adapter.becomes}"
     except BaseException:
         for module, adapter in reversed(done):
@@ -121,9 +122,36 @@ def _patch(model: nn.Module) -> tuple[Report, list[tuple[nn.Module, adapters.Ada
     return report, done
 
 
+def _apply(module: nn.Module, adapter: adapters.Adapter) -> None:
+    module.__dict__[MARK] = adapter.name
+    adapter.apply(module)
+    reference = weakref.ref(module)
+    replay.note(module, functools.partial(_marked, reference), functools.partial(_as_then, reference, adapter))
+
+
 def _revert(module: nn.Module, adapter: adapters.Adapter) -> None:
     adapter.revert(module)
     del module.__dict__[MARK]
+    replay.forget(module)
+
+
+def _marked(reference: weakref.ref) -> bool:
+    return MARK in vars(reference())
+
+
+@contextlib.contextmanager
+def _as_then(reference: weakref.ref, adapter: adapters.Adapter, patched: bool):
+    """A replay of what was patched, or was not."""
+    module = reference()
+    if module is None or (MARK in vars(module)) == patched:
+        yield
+        return
+    change, back = (_apply, _revert) if patched else (_revert, _apply)
+    change(module, adapter)
+    try:
+        yield
+    finally:
+        back(module, adapter)
 
 
 def _within_changed(name: str, model: nn.Module) -> bool:
