@@ -75,9 +75,17 @@ def _unsupported(module: nn.Module) -> str | None:
         return f"{name} has other layers of dropout than nanoGPT's"
     if list(inspect.signature(type(module).forward).parameters) != ["self", "x"]:
         return f"{name}'s forward takes other arguments than x"
+    if _watched(module):
+        return f"{name} writes its weights out: its flash is False, or attn_dropout has hooks, which would see nothing"
     if module.c_attn.weight.is_meta:
         return f"{name} has no weights yet, and without them nobody can see that it does what nanoGPT's does"
     return _tried(module, name)
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether someone wants the weights to go through attn_dropout: by nanoGPT's switch, or by hooks where it always does."""
+    hooks = module.attn_dropout._forward_hooks or module.attn_dropout._forward_pre_hooks
+    return not module.flash if hasattr(module, "flash") else bool(hooks)
 
 
 def _tried(module: nn.Module, name: str) -> str | None:

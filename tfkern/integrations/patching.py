@@ -10,6 +10,9 @@ from tfkern.integrations import adapters, nanogpt, served, timm, torch_modules, 
 
 MARK = "_tfkern_adapter"  # in a changed module's __dict__: the name of its adapter; copies and pickles keep it
 
+_NAMES = ("attention", "attn", "mhsa")  # in those of classes that attend, in small letters
+_DROPOUTS = ("attn_drop", "attn_dropout")  # names of modules that see attention weights
+
 
 @dataclass
 class Report:
@@ -144,7 +147,7 @@ def _why_not(module: nn.Module) -> str | None:
     for base in cls.__mro__[1:]:
         if base in (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder):
             return f"{adapters.full_name(cls)} is a subclass of {adapters.full_name(base)} and may differ from it"
-    if "attention" in cls.__name__.lower():
+    if any(name in cls.__name__.lower() for name in _NAMES) or any(name in module._modules for name in _DROPOUTS):
         return (
             f"no adapter knows {adapters.full_name(cls)}; where it calls F.scaled_dot_product_attention, tfkern.patch() "
             "without a model serves it"
