@@ -42,6 +42,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, n_embd) -> (B, T, n_embd); position i sees positions j <= i."""
+        if not isinstance(self, CausalSelfAttention):  # changed back, and called by who kept the bound method
+            return type(self).forward(self, x)
         qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, self.n_embd // self.n_head))
         y = attention_packed(qkv, None, self.attn_dropout.p if self.training else 0.0, is_causal=True)
         return self.resid_dropout(self.c_proj(y.flatten(2)))
@@ -134,5 +136,6 @@ register(
         apply=_apply,
         revert=_revert,
         becomes="tfkern.integrations.nanogpt.CausalSelfAttention",
+        ours=CausalSelfAttention,
     )
 )

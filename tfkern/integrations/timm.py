@@ -69,6 +69,8 @@ class Attention(nn.Module):
             attn_mask: broadcasts to (B, H, N, N). bool: True = attend; float: added to the scores, differentiable.
             is_causal: position i sees positions j <= i. With attn_mask both hold, where timm takes the one or raises.
         """
+        if not isinstance(self, Attention):  # changed back, and called by who kept the bound method
+            return type(self).forward(self, x, attn_mask, is_causal)
         dropout_p = self.attn_drop.p if self.training else 0.0
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         if self.fused_attn and type(self.q_norm) is type(self.k_norm) is nn.Identity:
@@ -124,5 +126,6 @@ register(
         apply=_apply,
         revert=_revert,
         becomes="tfkern.integrations.timm.Attention",
+        ours=Attention,
     )
 )

@@ -53,9 +53,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             is_causal: says that attn_mask, which must be there, is the causal mask and nothing else. Without key_padding_mask
                 the mask is not looked at then, in inference either.
         """
-        if need_weights or query.is_nested or key.is_nested or value.is_nested:
-            return super().forward(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        changed_back = not isinstance(self, MultiheadAttention)  # tfkern.unpatch, and called by who kept the bound method
+        if changed_back or need_weights or query.is_nested or key.is_nested or value.is_nested:
+            return nn.MultiheadAttention.forward(
+                self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         self._check(query, key, value)
         self._check_masks(query, key, key_padding_mask, attn_mask, is_causal)
