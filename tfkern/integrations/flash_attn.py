@@ -4,8 +4,8 @@ Common to all of them:
 
 - Lengths stand before heads, (batch, length, heads, head_dim), or packed (total, heads, head_dim), in the result as well, which
   has the memory order of the queries. Keys and values may have fewer heads, whose number divides the queries'.
-- `causal` and `window_size` = (left, right), -1 meaning unbounded, are aligned to the lower right: with shift = keys - queries,
-  query i sees keys i + shift - left ... i + shift + right, and causal is right = 0.
+- `causal` and `window_size` = (left, right), any negative number meaning unbounded, are aligned to the lower right: with
+  shift = keys - queries, query i sees keys i + shift - left ... i + shift + right, and causal is right = 0.
 - `softmax_scale` None is 1 / sqrt(head_dim); `softcap` 0 is none; `alibi_slopes` are (heads,) or (batch, heads), for
   -slope * |i + shift - j|; `dropout_p` applies whenever it is > 0.
 - With `return_attn_probs` the result is (out, softmax_lse, None): lse (batch, heads, length), packed (heads, total), float32,
@@ -18,6 +18,7 @@ key has an lse of -inf, and errors are tfkern.attention's, which call q, k and v
 Source: the interface of flash-attn 2.8 (Dao, "FlashAttention-2", 2023).
 """
 
+import torch
 from torch import Tensor
 
 from tfkern.functional import attention, attention_packed, attention_varlen
@@ -113,8 +114,13 @@ def _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slope
         raise TypeError(f"window_size must be a pair (left, right), -1 meaning unbounded, but is {window_size!r}")
     return dict(
         dropout_p=dropout_p, scale=softmax_scale, is_causal=causal, causal_alignment="lower_right",
-        window=tuple(None if side == -1 else side for side in window_size), softcap=softcap or None, alibi_slopes=alibi_slopes,
+        window=tuple(map(side, window_size)), softcap=softcap or None, alibi_slopes=alibi_slopes,
     )  # fmt: skip
+
+
+def side(n: int | None) -> int | None:
+    """One side of a window as tfkern.attention takes it: any negative number is unbounded there."""
+    return None if isinstance(n, (int, torch.SymInt)) and n < 0 else n
 
 
 def _pair(kv: Tensor, dims: str, count: int) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ import torch
 from torch.nn.attention import register_flash_attention_impl
 
 from tfkern import autograd, backends, call, dropout
+from tfkern.integrations import flash_attn
 from tfkern.problem import Gradients, Problem, Tensors, lse_of, stats_of
 
 NAME = "tfkern"
@@ -59,7 +60,7 @@ def _understood(
     packed = cum_seq_q is not None
     if not packed:
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    window = tuple(None if side in (None, -1) else side for side in (window_size_left, window_size_right))
+    window = tuple(map(flash_attn.side, (window_size_left, window_size_right)))
     tensors = query, key, value, None, alibi_slopes, None, seqused_k, cum_seq_q, cum_seq_k
     problem = call.describe(tensors, (dropout_p, is_causal, scale, True, "lower_right", window, None, None))
     return problem, backends.choose(problem, None), call.collect(packed, *tensors, None)
