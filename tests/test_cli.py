@@ -90,7 +90,7 @@ def test_interrupt_leaves_a_whole_checkpoint(tmp_path):
 def test_missing_extra_says_how_to_get_it(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert cli.main(["demo"]) == 2
-    assert "pip install 'tfkern[demo]'" in capsys.readouterr().err
+    assert "pip install '.[demo]'" in capsys.readouterr().err
 
 
 def test_demo_writes_its_report(tmp_path, capsys, monkeypatch):
