@@ -27,6 +27,8 @@ def ended(name: str, command: Callable[[], int], refused: tuple[type[Exception],
         sys.stdout.flush()
     except KeyboardInterrupt:
         status = INTERRUPTED
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # below ^C, and below how far it was
     except BrokenPipeError:
         status = PIPE_CLOSED
     except OSError as error:

@@ -6,6 +6,7 @@ what time that would take on an H100, with a band, `overhead` says what a call c
 """
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,14 @@ def script(name: str, *arguments: str) -> int:
 
 
 def process(arguments: list[str]) -> int:
-    """Its exit status, as a shell shows it."""
-    code = subprocess.run([sys.executable, *arguments], env={**os.environ, "TRITON_INTERPRET": "0"}, check=False).returncode
+    """Run Python; its exit status, as a shell shows it. An interrupt is for this process, which ends the other."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a process inherits what is ignored
+    try:
+        child = subprocess.Popen([sys.executable, *arguments], env={**os.environ, "TRITON_INTERPRET": "0"})
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    try:
+        code = child.wait()
+    finally:
+        child.kill()
     return 128 - code if code < 0 else code
