@@ -7,8 +7,8 @@ usage: compile_gate.py [--arch sm_90 …] [--kernel flash_fwd …] [--dtype bf16
 
 Needs Triton alone, not torch, so that one venv per Triton version is enough. Ends 1 if a kernel does not compile, spills more
 bytes than bench/spills.json allows it (none, if it is not there), or wants more shared memory than its architecture has.
---bounds raises missing bounds to what was found, instead of failing: for a new kernel or a new Triton. Bounds already there
-may only fall.
+--bounds records what exceeds a bound as one of this Triton alone ("3.8 sm_90 …"), instead of failing: for a new kernel or a
+new Triton. Bounds already there may only fall; those without a version hold for every Triton.
 """
 
 import argparse
@@ -156,6 +156,11 @@ def name(row: dict) -> str:
     return " ".join(str(row[key]) for key in ("arch", "kernel", "dtype", "head_dim", "variant")) + block
 
 
+def own_name(row: dict) -> str:
+    """That of a bound of this Triton alone."""
+    return f"{'.'.join(importlib.import_module('aot').triton.__version__.split('.')[:2])} {name(row)}"
+
+
 def run(arch, kernel, dtype, head_dim, config, variant, bounds: dict[str, int]) -> dict:
     """Compile one and return its row of the table; `problem` is None where all is well."""
     aot = importlib.import_module("aot")
@@ -173,7 +178,7 @@ def run(arch, kernel, dtype, head_dim, config, variant, bounds: dict[str, int]) 
 
 def problem(row: dict, bounds: dict[str, int]) -> str | None:
     """What is wrong with a kernel that did compile."""
-    bound, there = bounds.get(name(row), 0), load("tfkern.tiles").SHARED[row["arch"]]
+    bound, there = bounds.get(own_name(row), bounds.get(name(row), 0)), load("tfkern.tiles").SHARED[row["arch"]]
     if row["spilled"] > bound:
         return f"spills {row['spilled']} bytes, {bound} allowed"
     if row["shared"] > there:
@@ -196,8 +201,8 @@ def main() -> int:
     rows = []
     for job in load("tfkern.progress").counted(jobs(args), lambda job: " ".join(map(str, (*job[:4], job[5])))):
         row = run(*job, bounds)
-        if args.bounds and row.get("spilled") and name(row) not in bounds:
-            bounds[name(row)] = row["spilled"]
+        if args.bounds and row.get("spilled", 0) > bounds.get(name(row), 0) and own_name(row) not in bounds:
+            bounds[own_name(row)] = row["spilled"]
             row["problem"] = problem(row, bounds)  # a new bound excuses the spill, nothing else
         rows.append(row)
         c = row["config"]

@@ -173,11 +173,14 @@ config = gate.load("tfkern.configs").TileConfig
 spilling = gate.run("sm_90", "flash_fwd", "bf16", 128, config(128, 128, 4, 2), "plain", {})
 large = gate.run("sm_90", "flash_fwd", "bf16", 128, config(64, 64, 8, 9), "plain", {})
 print(spilling["problem"]); print(large["problem"])
+for bounds in ({gate.name(spilling): 9999}, {gate.own_name(spilling): 9999}, {gate.name(spilling): 9999, gate.own_name(spilling): 1}):
+    print(gate.problem(spilling, bounds))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=COMPILER, cwd=ROOT, check=True)
-    first, second = done.stdout.splitlines()
+    first, second, *with_bounds = done.stdout.splitlines()
     assert first.startswith("spills ")
     assert "bytes of shared memory" in second
+    assert with_bounds == ["None", "None", first.replace(" 0 ", " 1 ")]  # that of this Triton alone goes first
 
 
 def test_every_architecture_finds_a_row():

@@ -1,9 +1,12 @@
 """The autograd Function and its backward, itself a Function, so that higher derivatives have a place to come to."""
 
+import functools
+
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from tfkern import call
 from tfkern.problem import Gradients, Problem, Tensors
@@ -53,7 +56,13 @@ def apply(function, problem, backend, *args):
     if not backend.recorded or function is AttentionBackward:
         return function.apply(problem, backend, *args)
     with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, function).apply(problem, backend, *args)
+        return _of_one_level(function).apply(problem, backend, *args)
+
+
+@functools.cache
+def _of_one_level(function):
+    """The Function for one transform alone: where an op has met them, its kernel has no others to ask."""
+    return type(function.__name__, (_SingleLevelFunction,), dict(vars(function)))
 
 
 def forward(problem, backend, t: Tensors) -> tuple[Tensor, Tensor]:
