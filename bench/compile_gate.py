@@ -18,6 +18,7 @@ import math
 import sys
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -37,7 +38,7 @@ VARIANTS = {
 }  # fmt: skip
 HEAVY = {"mask", "bias", "dropout", "softcap", "slopes", "MOD"}
 FEATURES = [name for name in VARIANTS if name not in ("plain", "causal", "padded", "all", "odd", "strided")]
-FP32_TENSORS = {"LSE", "DLSE", "DELTA", "DSLOPES"}
+FP32_TENSORS = {"STATS", "DLSE", "DELTA", "DSLOPES"}
 ONE_PASS_ONLY = {"O", "DLSE", "DQ", "DSLOPES", "stride_o", "stride_dq"}  # of flash_bwd_dkdv
 CUT = {"LEFT", "cu_q", *HEAVY}  # with which portable.py has no descriptors
 
@@ -53,6 +54,11 @@ def load(name: str):
         kernels.__path__ = [str(HERE.parent / "kernels")]
         sys.modules.update({"tfkern": package, "tfkern.kernels": kernels})
     return importlib.import_module(name)
+
+
+def ended(main: Callable[[], int], refused: tuple[type[Exception], ...] = ()) -> int:
+    """Run a script of this folder to its exit status."""
+    return load("tfkern.ending").ended(Path(sys.argv[0]).name, main, refused)
 
 
 def features(there: set[str], pointer: str, mask_vec: int):
@@ -193,7 +199,7 @@ def main() -> int:
     args.variant = [v for name in args.variant for v in (FEATURES if name == "features" else [name])]
     bounds = json.loads(SPILLS.read_text())
     rows = []
-    for job in jobs(args):
+    for job in load("tfkern.progress").counted(jobs(args), lambda job: " ".join(map(str, (*job[:4], job[5])))):
         row = run(*job, bounds)
         if args.bounds and row.get("spilled", 0) > bounds.get(name(row), 0) and own_name(row) not in bounds:
             bounds[own_name(row)] = row["spilled"]
@@ -217,4 +223,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

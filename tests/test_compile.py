@@ -228,8 +228,8 @@ def call(b, h, h_k, n_q, n_k, d, packed=False, mask=None, lengths=None, **option
         options["cu_seqlens_q"] = options["cu_seqlens_k"] = torch.tensor([0] * lengths + [n_q], dtype=torch.int32)
     p, t = calls.build(q, k, v, enable_gqa=True, **options)
     t = t._replace(seed=torch.zeros(2, dtype=torch.int64) if p.dropout_p else None)
-    out, lse = portable.forward(p, t)
-    portable.backward(p, t, out, lse, torch.empty_like(out), None, [x is not None for x in t[:6]])
+    out, stats = portable.forward(p, t)
+    portable.backward(p, t, out, stats, torch.empty_like(out), None, [x is not None for x in t[:6]])
 
 def compiled(calls):
     for c in calls: c()

@@ -115,6 +115,14 @@ def mutates(op) -> bool:
 DispatchMode = _private("torch.utils._python_dispatch:TorchDispatchMode") or contextlib.nullcontext
 
 
+# The share of what a forward computes that torch.compile may keep for the backward. Else: all, as it is unless somebody asks.
+_budget = _private("torch._functorch.config:activation_memory_budget")
+
+
+def activation_memory_budget() -> float:
+    return 1.0 if _budget is None else torch._functorch.config.activation_memory_budget
+
+
 def dynamo_imported() -> bool:
     """Whether torch.compile may be at work; asking torch.compiler would import it, and with it Triton."""
     return "torch._dynamo" in sys.modules
