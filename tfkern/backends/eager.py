@@ -65,7 +65,7 @@ def backward(problem: Problem, t: Tensors, out, stats, do, dlse, needed, into=No
         sums.append(torch.zeros(x.shape, dtype=problem.lse_dtype, device=x.device) if need else None)
     sums = Gradients(*sums)
     for p, part, rows, keys, first in _sequences(problem, t):
-        of_rows = tuple(None if x is None else x[:, :, rows] for x in (out, lse, do, dlse))
+        of_rows = tuple(None if x is None else x[:, :, rows] for x in (lse, do, dlse))
         dq, dk, dv = sums.q[:, :, rows], sums.k[:, :, keys], sums.v[:, :, keys]
         dbias = None if sums.bias is None else _of_sequence(sums.bias, problem, p, first)
         dslopes = None if sums.slopes is None else _of_sequence(sums.slopes, problem, p, first)
@@ -162,7 +162,7 @@ def _forward_tiled(p: Problem, t: Tensors, first: int, out: Tensor, lse: Tensor)
         out[:, :, tile.rows] = product / total
 
 
-def _backward_tiled(p: Problem, t: Tensors, first: int, out, lse, do, dlse, grads: Gradients) -> None:
+def _backward_tiled(p: Problem, t: Tensors, first: int, lse, do, dlse, grads: Gradients) -> None:
     """Add to the gradients, which are in the wide dtype."""
     tiles = Tiles(p, t, first)
     scale = p.scale if p.scale is not None else t.scale
@@ -170,15 +170,16 @@ def _backward_tiled(p: Problem, t: Tensors, first: int, out, lse, do, dlse, grad
         q, do_t = (tiles.hide_dead(tiles.fold(x, tile), tile) for x in (t.q, do))
         prob, total, sink_prob, _ = _softmax(tiles, tile, q, want_slope=True)
         prob.div_(total)
-        delta = (tiles.unfold(tiles.fold(out, tile)) * tiles.unfold(do_t)).sum(-1)
-        if dlse is not None:  # d lse / d s = p, so its gradient joins delta
-            delta = delta - dlse[:, :, tile.rows].to(tiles.compute)
-        delta = delta.masked_fill(lse[:, :, tile.rows] == -math.inf, 0.0)
         kept = prob if tile.kept is None else prob * tile.kept
         grads.v[:, :, tile.keys] += tiles.refold(kept).mT @ do_t  # [keys, rows] @ [rows, Dv]
         dp = tiles.unfold(do_t @ tiles.v[:, :, tile.keys].mT)  # [rows, Dv] @ [Dv, keys]
         if tile.kept is not None:
             dp = dp * tile.kept
+        dp = tile.only_seen(dp)
+        delta = (prob * dp).sum(-1)  # and not that of O * dO, as O was rounded
+        if dlse is not None:  # d lse / d s = p, so its gradient joins delta
+            delta = delta - dlse[:, :, tile.rows].to(tiles.compute)
+        delta = delta.masked_fill(lse[:, :, tile.rows] == -math.inf, 0.0)
         ds = tile.only_seen(dp.sub_(delta[..., None]).mul_(prob))
         if grads.bias is not None:
             tiles.add_dbias(grads.bias, ds, tile)
