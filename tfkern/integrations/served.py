@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from tfkern.integrations import torch_sdpa
 
 NAME = "scaled_dot_product_attention"
-PYTORCHS = torch._C._nn.scaled_dot_product_attention
 
 
 class _Service:
@@ -29,7 +28,7 @@ _service = _Service()
 def dispatcher(*args, **kwargs):
     """What stands in the place of PyTorch's function. Whoever imported it by name meanwhile has PyTorch's again afterwards."""
     serving = _service.always or _service.blocks
-    return (torch_sdpa.scaled_dot_product_attention if serving else PYTORCHS)(*args, **kwargs)
+    return (torch_sdpa.scaled_dot_product_attention if serving else torch_sdpa.PYTORCHS)(*args, **kwargs)
 
 
 def serve(block: bool) -> list[str]:
@@ -63,6 +62,9 @@ def stop(block: bool) -> list[str]:
 
 
 def _install() -> None:
+    torch.jit._builtins._register_builtin(
+        dispatcher, "aten::scaled_dot_product_attention"
+    )  # what torch.jit.script takes it for
     """Ours in torch.nn.functional, and in every module outside torch that imported the function by name: a look at all names of
     all modules, some milliseconds."""
     if getattr(F, NAME) is not dispatcher:
