@@ -220,8 +220,7 @@ def test_other_layers_are_named(timm):
 
 
 def test_the_recipe_in_the_readme(timm, capsys):
-    run = dict(tfkern=tfkern)
-    exec(recipe("timm"), run)
+    exec(recipe("timm"), run := {})
     assert type(run["model"].blocks[0].attn) is integration.Attention
     assert "changed (12)" in capsys.readouterr().out
 
@@ -238,4 +237,4 @@ def test_without_timm(timm, python_without, tmp_path):
     )
     done = subprocess.run(python_without("\n" + code, "timm"), capture_output=True, text=True, check=True)
     assert done.stdout.startswith("Linear(in_features=8")
-    assert "pip install 'tfkern[timm]'" in done.stdout
+    assert "pip install '.[timm]'" in done.stdout

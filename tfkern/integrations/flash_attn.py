@@ -43,8 +43,8 @@ def flash_attn_func(
     """Attention of q (B, N, H, D), k (B, M, Hkv, D) and v (B, M, Hkv, Dv): (B, N, H, Dv). Raises as tfkern.attention."""
     options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out, lse = attention(q, k, v, enable_gqa=True, return_lse=True, **options)
-    return _result(out.transpose(1, 2), lse, return_attn_probs)
+    found = attention(q, k, v, enable_gqa=True, return_lse=return_attn_probs, **options)
+    return (found[0].transpose(1, 2), found[1], None) if return_attn_probs else found.transpose(1, 2)
 
 
 def flash_attn_kvpacked_func(
@@ -66,7 +66,7 @@ def flash_attn_qkvpacked_func(
 ) -> Result:  # fmt: skip
     """flash_attn_func with all three in one tensor, qkv (B, N, 3, H, D), whose gradient is one tensor as well."""
     options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
-    return _result(*attention_packed(qkv, return_lse=True, **options), return_attn_probs)
+    return _result(attention_packed(qkv, return_lse=return_attn_probs, **options), return_attn_probs)
 
 
 def flash_attn_varlen_func(
@@ -80,8 +80,8 @@ def flash_attn_varlen_func(
     if block_table is not None:
         raise NotImplementedError("block_table (paged keys and values) is not built yet; gather the pages into k and v")
     options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
-    out = attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, enable_gqa=True, return_lse=True, **options)
-    return _result(*out, return_attn_probs)
+    out = attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, enable_gqa=True, return_lse=return_attn_probs, **options)
+    return _result(out, return_attn_probs)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -105,7 +105,7 @@ def flash_attn_varlen_qkvpacked_func(
 ) -> Result:  # fmt: skip
     """flash_attn_varlen_func with all three in one tensor, qkv (total, 3, H, D), whose gradient is one tensor as well."""
     options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
-    return _result(*attention_packed(qkv, cu_seqlens=cu_seqlens, return_lse=True, **options), return_attn_probs)
+    return _result(attention_packed(qkv, cu_seqlens=cu_seqlens, return_lse=return_attn_probs, **options), return_attn_probs)
 
 
 def _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes) -> dict:
@@ -131,5 +131,5 @@ def _pair(kv: Tensor, dims: str, count: int) -> tuple[Tensor, Tensor]:
     return kv.unbind(-3)
 
 
-def _result(out: Tensor, lse: Tensor, return_attn_probs: bool) -> Result:
-    return (out, lse, None) if return_attn_probs else out
+def _result(found, return_attn_probs: bool) -> Result:
+    return (*found, None) if return_attn_probs else found

@@ -1,14 +1,16 @@
 """One line that makes a process, a block or a model use tfkern, and one that undoes it."""
 
 import contextlib
+import functools
 import warnings
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from tfkern.integrations import adapters, nanogpt, served, timm, torch_modules, transformers_models  # noqa: F401  adapters
+from tfkern.integrations import adapters, nanogpt, replay, served, timm, torch_modules, transformers_models  # noqa: F401  adapters
 
 MARK = "_tfkern_adapter"  # in a changed module's __dict__: the name of its adapter; copies and pickles keep it
 
@@ -121,15 +123,62 @@ def _patch(model: nn.Module) -> tuple[Report, list[tuple[str, nn.Module, adapter
                 report.unchanged[name] = reason
             else:
                 done.append((name, module, adapter))
-                module.__dict__[MARK] = adapter.name
-                adapter.apply(module)
+                _apply(module, adapter)
                 report.changed[name] = f"{adapter.name} -> {adapter.becomes}"
     except BaseException:
         for _, module, adapter in reversed(done):
-            adapter.revert(module)
-            del module.__dict__[MARK]
+            _undo(module, adapter)
         raise
     return report, done
+
+
+def _apply(module: nn.Module, adapter: adapters.Adapter) -> None:
+    module.__dict__[MARK] = adapter.name
+    adapter.apply(module)
+    reference = weakref.ref(module)
+    replay.note(module, functools.partial(_marked, reference), functools.partial(_as_then, reference, adapter))
+
+
+def _undo(module: nn.Module, adapter: adapters.Adapter) -> None:
+    adapter.revert(module)
+    del module.__dict__[MARK]
+    replay.forget(module)
+
+
+def _revert(module: nn.Module, adapter: adapters.Adapter) -> str | None:
+    """Undo a change, or tell why not: a class that was derived from ours since has what only it knows how to undo."""
+    if adapter.ours in (None, type(module)):
+        _undo(module, adapter)
+        return None
+    cls = adapters.full_name(type(module))
+    if isinstance(module, adapter.ours):
+        return (
+            f"its class is {cls} by now, derived from {adapter.becomes}; undo what derived it (for parametrizations: "
+            "torch.nn.utils.parametrize.remove_parametrizations), then unpatch again"
+        )
+    del module.__dict__[MARK]
+    replay.forget(module)
+    return f"its class is {cls} by now and no longer {adapter.becomes}: there is nothing to undo"
+
+
+def _marked(reference: weakref.ref) -> bool:
+    return MARK in vars(reference())
+
+
+@contextlib.contextmanager
+def _as_then(reference: weakref.ref, adapter: adapters.Adapter, patched: bool):
+    """A replay of what was patched, or was not."""
+    module = reference()
+    if module is None or (MARK in vars(module)) == patched:
+        yield
+        return
+    change, back = (_apply, _revert) if patched else (_revert, _apply)
+    if reason := change(module, adapter):
+        raise RuntimeError(f"a checkpoint can't be replayed by what its forward attended by: {reason}")
+    try:
+        yield
+    finally:
+        back(module, adapter)
 
 
 def _standing(module: nn.Module) -> adapters.Adapter | None:
@@ -145,22 +194,6 @@ def _past_its_class(module: nn.Module, adapter: adapters.Adapter) -> str | None:
         "its forward is an attribute of the instance (accelerate's hooks make it one), which calls what the class was before; "
         "del module.forward, patch, and wrap it again"
     )
-
-
-def _revert(module: nn.Module, adapter: adapters.Adapter) -> str | None:
-    """Undo a change, or tell why not: a class that was derived from ours since has what only it knows how to undo."""
-    if adapter.ours in (None, type(module)):
-        adapter.revert(module)
-        del module.__dict__[MARK]
-        return None
-    cls = adapters.full_name(type(module))
-    if isinstance(module, adapter.ours):
-        return (
-            f"its class is {cls} by now, derived from {adapter.becomes}; undo what derived it (for parametrizations: "
-            "torch.nn.utils.parametrize.remove_parametrizations), then unpatch again"
-        )
-    del module.__dict__[MARK]
-    return f"its class is {cls} by now and no longer {adapter.becomes}: there is nothing to undo"
 
 
 def _within_changed(name: str, model: nn.Module) -> bool:

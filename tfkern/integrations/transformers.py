@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import sys
 import warnings
 import weakref
 
@@ -29,10 +30,10 @@ _told: "weakref.WeakSet[nn.Module | type[nn.Module]]" = weakref.WeakSet()
 def register(name: str = NAME) -> str:
     """Make `attn_implementation=name` mean tfkern, for models made or loaded from now on and for model.set_attn_implementation.
 
-    Registers both the attention and the masks (without these, transformers would drop padding without a word). Calls are
-    counted: a model that has attention and that after its first forward pass has not called tfkern once, because it doesn't
-    ask transformers' AttentionInterface, gets a UserWarning. For that, PreTrainedModel.get_correct_attn_implementation is
-    wrapped. A second call with the same name does nothing.
+    Registers both the attention and the masks (without these, transformers would drop padding without a word). A model whose
+    attention doesn't ask transformers' AttentionInterface is made as it would be without tfkern, with a UserWarning; one that
+    only shows it by not having called tfkern in its first forward pass gets its UserWarning then. For both,
+    PreTrainedModel.get_correct_attn_implementation is wrapped. A second call with the same name does nothing.
 
     What can't be honoured raises NotImplementedError in the forward pass: weights (output_attentions=True, except by GPT-2 and
     OPT, which keep it to themselves and then return none, as with "sdpa"), and keywords that nobody here knows.
@@ -99,7 +100,7 @@ def attention_forward(
     _refuse(kwargs)
     packed = cu_seq_lens_q is not None or cu_seq_lens_k is not None
     if isinstance(attention_mask, BandMask) and (attention_mask.band is None or (attention_mask.band.packed and not packed)):
-        attention_mask = attention_mask.written()
+        attention_mask = attention_mask.seen()
     if isinstance(attention_mask, BandMask):
         band, mask = attention_mask.band, attention_mask.band.padding
     elif attention_mask is not None:
@@ -196,14 +197,55 @@ def _watching(original):
     """PreTrainedModel.get_correct_attn_implementation, through which every choice of an attention goes."""
 
     @functools.wraps(original)
-    def get_correct_attn_implementation(self, *args, **kwargs):
-        chosen = original(self, *args, **kwargs)
-        if chosen in _names:
-            unwatch(self)
-            self.register_forward_hook(_tell_if_ignored)
+    def get_correct_attn_implementation(self, requested_attention, *args, **kwargs):
+        chosen = original(self, requested_attention, *args, **kwargs)
+        if chosen not in _names:
+            return chosen
+        default = original(self, None, *args, **kwargs)
+        if not asks(type(self)):
+            _tell_of_default(f"{type(self).__name__} doesn't ask transformers' AttentionInterface", chosen, default)
+            return default
+        for name, table in _tables(type(self)):
+            if chosen not in table:
+                _tell_of_default(f"{type(self).__name__} takes part of its attention from {name}", chosen, default)
+                table[chosen] = table[default]
+        unwatch(self)
+        self.register_forward_hook(_tell_if_ignored)
         return chosen
 
     return get_correct_attn_implementation
+
+
+def asks(cls: type[nn.Module]) -> bool:
+    """Whether a model's attention asks transformers' AttentionInterface: the module that its class is from has one, or else no
+    attention of its own (a model made of other models, or a subclass: then its base tells)."""
+    from transformers import AttentionInterface
+
+    for base in cls.__mro__:
+        values = vars(sys.modules.get(base.__module__, base)).values()
+        if any(isinstance(x, AttentionInterface) for x in values):
+            return True
+        if any(_is_attention(x) and x.__module__ == base.__module__ for x in values):
+            return False
+    return True
+
+
+def _is_attention(x) -> bool:
+    return isinstance(x, type) and issubclass(x, nn.Module) and "attention" in x.__name__.lower()
+
+
+def _tables(cls: type[nn.Module]):
+    """What a model's module has of tables {name of an attention implementation: class}, each with its own name."""
+    for name, x in list(vars(sys.modules.get(cls.__module__, cls)).items()):
+        if isinstance(x, dict) and x.keys() >= {"eager"} and all(map(_is_attention, x.values())):
+            yield name, x
+
+
+def _tell_of_default(why: str, chosen: str, default: str) -> None:
+    warnings.warn(
+        f"{why}: there attn_implementation={chosen!r} means {default!r}, which this model has without it",
+        stacklevel=4,
+    )
 
 
 def unwatch(model: nn.Module) -> None:

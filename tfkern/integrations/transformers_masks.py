@@ -25,43 +25,54 @@ class Band:
 
 
 class BandMask(Tensor):
-    """A bool mask (B, 1, Nq, Nk), True = attend, that has no elements: `band` tells them, and they are written out for the
-    first operation that wants them. A model may do with it what it does with any mask, and then has an ordinary one."""
+    """A mask (B, 1, Nq, Nk) in the form of eager attention, 0 = attend and the dtype's lowest number = hidden, that has no
+    elements: `band` tells them, and they are written out for the first operation that wants them. Whoever adds it to scores
+    gets what eager attention would, whether or not attention is tfkern's there."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, band: Band, shape: tuple[int, ...], device: torch.device, write: Callable[[], Tensor]):
-        mask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
-        mask.band, mask._write, mask._written = band, write, None
+    def __new__(
+        cls, band: Band | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, write: Callable[[], Tensor]
+    ):
+        mask = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        mask.band, mask._write, mask._seen, mask._written = band, write, None, None
         return mask
+
+    def seen(self) -> Tensor:
+        """The mask as tfkern takes it, made once: bool, True = attend."""
+        if self._seen is None:
+            self._seen = self._write()
+        return self._seen
 
     def written(self) -> Tensor:
         """The mask as an ordinary tensor, made once."""
         if self._written is None:
-            self._written = self._write()
+            self._written = _added(self.seen(), self.dtype)
         return self._written
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         def write(mask: BandMask) -> Tensor:
+            written = mask.written()
             if func._schema.is_mutable:
-                mask.band = None  # it tells no longer what is in the tensor
-            return mask.written()
+                mask.band, mask._seen = None, written  # the band tells no longer what is in the tensor
+            return written
 
         args, kwargs = tree_map_only(BandMask, write, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def __repr__(self, **kwargs) -> str:
-        return f"BandMask({tuple(self.shape)}, {self.band})"
+        return f"BandMask({tuple(self.shape)}, {self.dtype}, {self.band})"
 
 
 def mask(
     batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0, mask_function=None,
-    attention_mask: Tensor | None = None, local_size: int | None = None, use_vmap: bool = False, device="cpu", **kwargs,
+    attention_mask: Tensor | None = None, local_size: int | None = None, use_vmap: bool = False, device="cpu",
+    dtype: torch.dtype = torch.float32, **kwargs,
 ) -> Tensor:  # fmt: skip
-    """What transformers calls to make a mask: a BandMask, or where no band can tell it, or under tracing, a bool tensor (in a
-    graph with no more elements than there are keys, where padding is all it tells).
+    """What transformers calls to make a mask: a BandMask, with its elements where no band can tell them; under tracing the
+    tensor that a BandMask stands for (with no more elements than there are keys, where padding is all it tells).
 
     Args:
         batch_size, q_length, kv_length: B, Nq, Nk; the result is (B, 1, Nq, Nk).
@@ -69,6 +80,7 @@ def mask(
         mask_function: tells from (b, h, position of the query, position of the key) whether it is seen.
         attention_mask: (B, length) bool, False where positions are padding; what it doesn't reach is padding.
         local_size: the sliding window or the size of chunks, if there is one.
+        dtype: the model's.
 
     Never None: then a module's `is_causal` would have to tell what is seen.
     """
@@ -83,12 +95,20 @@ def mask(
         **kwargs | dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False), use_vmap=use_vmap, device=device,
     )  # fmt: skip
     if torch.compiler.is_compiling() and mask_function is theirs.bidirectional_mask_function and _plain(attention_mask):
-        return _for_all_queries(batch_size, q_length, kv_length, kv_offset, attention_mask, device)
-    found = None if is_tracing(attention_mask) or use_vmap else _edges(theirs, mask_function, local_size)
+        return _for_all_queries(batch_size, q_length, kv_length, kv_offset, attention_mask, dtype, device)
+    if is_tracing(attention_mask):
+        return _added(write(), dtype)
+    found = None if use_vmap else _edges(theirs, mask_function, local_size)
     band = None if found is None else _band(found, batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device)
+    mask = BandMask(band, (batch_size, 1, q_length, kv_length), dtype, torch.device(device), write)
     if band is None:
-        return write()
-    return BandMask(band, (batch_size, 1, q_length, kv_length), torch.device(device), write)
+        mask.seen()  # now: what the function looks at may change
+    return mask
+
+
+def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask as what is added to scores."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 def _edges(theirs, mask_function, local_size: int | None) -> tuple[int | None, int | None, bool] | None:
@@ -134,11 +154,14 @@ def _band(edges, batch: int, n_q: int, n_k: int, q_offset, kv_offset, attention_
     return _padded(band, _padding(attention_mask, n_k, kv_offset, device)[:, : band.keys])
 
 
-def _for_all_queries(batch: int, n_q: int, n_k: int, kv_offset: int, attention_mask: Tensor | None, device) -> Tensor:
+def _for_all_queries(
+    batch: int, n_q: int, n_k: int, kv_offset: int, attention_mask: Tensor | None, dtype: torch.dtype, device
+) -> Tensor:
     """The mask of a function that hides nothing, with nothing stored for each query."""
     if attention_mask is None:
-        return torch.ones((), dtype=torch.bool, device=device).expand(batch, 1, n_q, n_k)
-    return _padding(attention_mask, n_k, kv_offset, device)[:, None, None].expand(batch, 1, n_q, n_k)
+        return torch.zeros((), dtype=dtype, device=device).expand(batch, 1, n_q, n_k)
+    padding = _added(_padding(attention_mask, n_k, kv_offset, device), dtype)
+    return padding[:, None, None].expand(batch, 1, n_q, n_k)
 
 
 def _plain(attention_mask: Tensor | None) -> bool:

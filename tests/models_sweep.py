@@ -1,0 +1,285 @@
+"""Every model class of the installed transformers beside eager attention: python tests/models_sweep.py [FAMILY…] writes what it
+finds to tests/models_sweep.json, from which tests/models_table.py writes its table. A class is made small from its config."""
+
+import copy
+import inspect
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from torch.utils._pytree import tree_flatten_with_path
+
+TESTS = Path(__file__).resolve().parent
+sys.path.append(str(TESTS))
+import small_models
+
+RESULTS = TESTS / "models_sweep.json"
+SECONDS, GIGABYTES = 60, 6  # of one class
+TOLERANCE = 2e-3  # of the largest entry; float32 on both sides
+SKIPPED = ("past_key_values", "attentions", "hidden_states", "cross_attentions")
+
+
+def families() -> dict[str, list[type]]:
+    """{folder of transformers.models: its public model classes}."""
+    import transformers
+
+    found = {}
+    for name in sorted(dir(transformers)):
+        cls = getattr(transformers, name)
+        if not (inspect.isclass(cls) and issubclass(cls, transformers.PreTrainedModel)):
+            continue
+        if ".models." in cls.__module__ and "pretrained" not in name.lower():
+            found.setdefault(cls.__module__.split(".")[2], []).append(cls)
+    return found
+
+
+class SlowError(Exception):
+    pass
+
+
+def made(cls, sizes, attn: str):
+    """A model, and the same weights for every attention."""
+    model = cls._from_config(_plain(cls, sizes), attn_implementation=attn)
+    small_models.set_weights(model)
+    return model.eval()
+
+
+def _plain(cls, sizes):
+    config = small_models.config_of(cls, sizes)
+    config._experts_implementation = "eager"
+    return config
+
+
+def outputs(model, inputs: dict, gradients: bool = False) -> dict[str, torch.Tensor]:
+    """Every tensor of floats of a model's output; rows of padding as zeros. With gradients, those of its parameters, too."""
+    torch.manual_seed(0)
+    model.zero_grad()
+    with torch.set_grad_enabled(gradients):
+        out = model(**copy.deepcopy(inputs))
+    leaves, _ = tree_flatten_with_path(_tree(out))
+    found = {
+        "".join(map(str, path)): _rows(x, inputs) for path, x in leaves if isinstance(x, torch.Tensor) and x.is_floating_point()
+    }
+    if gradients:
+        generator = torch.Generator().manual_seed(1)
+        sums = [(x * torch.randn(x.shape, generator=generator)).nansum() for x in found.values() if x.requires_grad]
+        if sums:
+            sum(sums).backward()
+            found |= {f"gradient of {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {n: x.detach() for n, x in found.items()}
+
+
+def _tree(out):
+    if isinstance(out, dict):  # a ModelOutput
+        return {k: _tree(v) for k, v in out.items() if k not in SKIPPED}
+    if isinstance(out, list | tuple):
+        return [_tree(x) for x in out]
+    return out
+
+
+def _rows(x: torch.Tensor, inputs: dict) -> torch.Tensor:
+    for mask in (inputs.get("decoder_attention_mask"), inputs.get("attention_mask")):
+        if mask is not None and x.dim() > 1 and x.shape[:2] == mask.shape:
+            return torch.where(mask.bool().reshape(*mask.shape, *[1] * (x.dim() - 2)), x, torch.zeros((), dtype=x.dtype))
+    return x
+
+
+def differ(found: dict, want: dict) -> float:
+    """The largest difference, relative to the largest entry of the outputs, or of the gradients."""
+    assert found.keys() == want.keys(), f"{sorted(found.keys() ^ want.keys())[:3]}"
+    worst = 0.0
+    for kind in (False, True):
+        names = [n for n in want if n.startswith("gradient of ") == kind]
+        scale = max((_largest(want[n]) for n in names), default=0.0)
+        for n in names:
+            size = scale if kind else max(_largest(want[n]), 1e-3)
+            same = torch.isclose(found[n], want[n], rtol=0, atol=0, equal_nan=True)
+            difference = torch.where(same, 0.0, (found[n] - want[n]).abs()).double()
+            worst = max(
+                worst, difference.nan_to_num(nan=1e9, posinf=1e9).max().item() / max(size, 1e-30) if difference.numel() else 0.0
+            )
+    return worst
+
+
+def _largest(x: torch.Tensor) -> float:
+    x = x[x.isfinite()]
+    return x.abs().max().item() if x.numel() else 0.0
+
+
+def runs_eager(cls) -> tuple:
+    """(sizes, inputs without padding, outputs) of the first sizes and inputs with which a class works at all."""
+    reasons = []
+    for sizes in small_models.SIZES:
+        try:
+            model = made(cls, sizes, "eager")
+        except SlowError:
+            raise
+        except Exception as e:
+            reasons.append(_said(e))
+            continue
+        for i, inputs in enumerate(small_models.inputs_of(model, None)):
+            try:
+                found = outputs(model, inputs)
+                if not found:
+                    raise ValueError("no tensor of floats in the output")
+                if all(_largest(x) == 0 or not x.isfinite().any() for x in found.values()):
+                    raise ValueError("nothing finite in the output")
+                return sizes, i, model
+            except SlowError:
+                raise
+            except Exception as e:
+                reasons.append(_said(e))
+    raise NotBuiltError("; ".join(dict.fromkeys(reasons)))
+
+
+class NotBuiltError(Exception):
+    pass
+
+
+def _said(e: BaseException) -> str:
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    return f"{type(e).__name__}: {' '.join(lines)[:200]}"
+
+
+def tried(cls) -> dict:
+    """What one class does."""
+    from tfkern.integrations import transformers as integration
+
+    try:
+        sizes, which, eager = runs_eager(cls)
+    except NotBuiltError as e:
+        return dict(status="not built", reason=str(e)[:1500])
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            ours = made(cls, sizes, "tfkern")
+            ours.load_state_dict(eager.state_dict())
+            cases = {}
+            for side in (None, "right", "left"):
+                inputs = [*small_models.inputs_of(eager, side)][which]
+                if side and (not _has_padding(inputs)):
+                    continue
+                try:
+                    want = outputs(eager, inputs)
+                except Exception as e:
+                    cases[side] = "eager: " + _said(e)
+                    continue
+                cases[str(side)] = differ(outputs(ours, inputs), want)
+                if side != "left":
+                    try:
+                        want = outputs(eager, inputs, True)
+                    except Exception:
+                        continue
+                    cases[f"{side}, gradients"] = differ(outputs(ours, inputs, True), want)
+            if cls.can_generate() and which < 3 and "input_ids" in inputs:
+                cases["generate"] = generated(eager, ours, inputs)
+    except SlowError:
+        raise
+    except Exception as e:
+        return dict(status="error", reason=_said(e), calls=0)
+    numbers = [x for x in cases.values() if isinstance(x, float)]
+    return dict(
+        status="right" if max(numbers) < TOLERANCE else "wrong", cases=cases, calls=integration.calls(ours),
+        told=[str(w.message).split(":")[0] for w in told if "attn_implementation" in str(w.message)],
+        inputs=sorted(inputs),
+    )  # fmt: skip
+
+
+def generated(eager, ours, inputs):
+    """Whether the same words come, from a prompt padded on the left."""
+    inputs = {k: x for k, x in inputs.items() if not k.startswith("decoder")}
+    found = []
+    for model in (eager, ours):
+        torch.manual_seed(0)
+        try:
+            found.append(model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False))
+        except SlowError:
+            raise
+        except Exception as e:
+            if model is eager:
+                return "eager: " + _said(e)
+            raise
+    sequences = [getattr(x, "sequences", x) for x in found]
+    if isinstance(sequences[0], torch.Tensor):
+        return (
+            float(not torch.equal(*sequences))
+            if sequences[0].dtype == torch.long
+            else differ({"": sequences[1]}, {"": sequences[0]})
+        )
+    return "no words"
+
+
+def _has_padding(inputs: dict) -> bool:
+    return any(not x.bool().all() for name, x in inputs.items() if name.endswith("mask"))
+
+
+def _family(name: str, classes: list[type], send) -> None:
+    """In a process of its own: one line of JSON for each class."""
+    resource.setrlimit(resource.RLIMIT_AS, (GIGABYTES << 30,) * 2)
+
+    def stop(*_):
+        raise SlowError
+
+    signal.signal(signal.SIGALRM, stop)
+    logging.disable(logging.CRITICAL)
+    for cls in classes:
+        signal.alarm(SECONDS)
+        start = time.time()
+        try:
+            found = tried(cls)
+        except SlowError:
+            found = dict(status="not built", reason=f"no result within {SECONDS} s")
+        except Exception as e:
+            found = dict(status="error", reason=_said(e))
+        signal.alarm(0)
+        send(json.dumps({cls.__name__: dict(family=name, seconds=round(time.time() - start, 1), **found)}))
+
+
+def sweep(only: list[str]) -> None:
+    import transformers
+
+    from tfkern.integrations import transformers as integration
+
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    integration.register()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name, classes in families().items():
+        if (only and name not in only) or (not only and all(cls.__name__ in results for cls in classes)):
+            continue
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(read)
+            with open(write, "w") as pipe:
+                _family(name, classes, lambda line: print(line, file=pipe, flush=True))
+            os._exit(0)
+        os.close(write)
+        with open(read) as pipe:
+            for line in pipe:
+                results |= json.loads(line)
+        os.waitpid(child, 0)
+        for cls in classes:
+            results.setdefault(cls.__name__, dict(family=name, status="not built", reason="the process died"))
+            r = results[cls.__name__]
+            print(
+                r["status"],
+                r.get("seconds"),
+                cls.__name__,
+                r.get("cases") or r.get("reason"),
+                r.get("calls"),
+                r.get("told"),
+                flush=True,
+            )
+        RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    sweep(sys.argv[1:])
