@@ -54,6 +54,7 @@ def test_none_has_moved():
     assert compat.MOVED == []
     assert compat.KERNELS
     assert compat.WRAPPERS
+    assert len(compat.PLAIN) == 2
 
 
 def test_each_does_what_it_stands_for(monkeypatch):

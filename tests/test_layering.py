@@ -29,7 +29,7 @@ LAYERS = [
     ["tfkern.tma"],
     ["tfkern.layout"],
     ["tfkern.checks"],
-    ["tfkern.interpreter", "tfkern.configs", "tfkern.extras", "tfkern.dynamo"],
+    ["tfkern.interpreter", "tfkern.configs", "tfkern.extras", "tfkern.dynamo", "tfkern.tracing"],
     ["tfkern.tiles", "tfkern.compat", "tfkern.ending", "tfkern.progress"],
     ["tfkern.kernels"],
 ]

@@ -82,6 +82,11 @@ def has_values(x: Tensor) -> bool:
         return False
 
 
+# The classes of tensors that stand for plain ones while torch.compile and torch.export trace. Else: such a tensor counts as one
+# of somebody else's class, which PyTorch's own operator attends to.
+_FunctionalTensor = _private("torch._subclasses.functional_tensor:FunctionalTensor")
+PLAIN = tuple(kind for kind in (_FakeTensor, _FunctionalTensor) if kind is not None)
+
 # F.scaled_dot_product_attention, whatever somebody has put into its place before tfkern was imported. Else: what stands there.
 sdpa = _private("torch._C._nn:scaled_dot_product_attention") or F.scaled_dot_product_attention
 

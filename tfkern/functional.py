@@ -5,11 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tfkern import autograd, backends, call, checks, dropout, nested, ops
+from tfkern import autograd, backends, call, checks, dropout, nested, ops, tracing
 from tfkern.dynamo import uncompiled
 from tfkern.problem import lse_of
 
 Pair = tuple[Callable, Callable]  # as a tfkern.ScoreMod is
+_TENSORS = ("key_lengths", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")  # arguments given by name
 
 
 def attention(
@@ -140,6 +141,7 @@ def attention_packed(
 
     Raises: as attention.
     """
+    tracing.refuse("tfkern.attention_packed", qkv)
     checks.packed_qkv(qkv, cu_seqlens is not None)
     qkv = call.autocast(qkv)[0]
     query, key, value = call.unpack(qkv.detach())
@@ -166,7 +168,8 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *args, return_lse=False, 
 
 def _run(return_lse: bool, backend: str | None, qkv: Tensor | None, *arguments, **options):
     """What call.build takes, attended; with qkv, of which query, key and value are views, its gradient is one tensor."""
-    if torch.compiler.is_compiling():
+    tracing.refuse("tfkern.attention", *arguments[:4], *(options.get(name) for name in _TENSORS))
+    if torch.compiler.is_compiling() or tracing.make_fx():
         out, stats, unit = ops.attention(backend, qkv, *arguments, **options)
         packed = options.get("cu_seqlens_q") is not None
     else:

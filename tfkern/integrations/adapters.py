@@ -39,7 +39,9 @@ def of(module: nn.Module) -> Adapter | None:
     return next((a for a in reversed(_adapters.values()) if a.matches(module)), None)
 
 
-def by_class(theirs: type, ours: type, unsupported: Callable[[nn.Module], str | None] = lambda module: None) -> Adapter:
+def by_class(
+    theirs: type, ours: type, unsupported: Callable[[nn.Module], str | None] = lambda module: None, forward: bool = True
+) -> Adapter:
     """Where ours is a subclass that adds nothing to the state: the instance's class is all that changes. Instances of other
     subclasses of theirs do not match: what they have made of it is theirs to know.
 
@@ -54,7 +56,7 @@ def by_class(theirs: type, ours: type, unsupported: Callable[[nn.Module], str | 
         revert=lambda module: setattr(module, "__class__", theirs),
         becomes=full_name(ours),
         ours=ours,
-        forward=ours.forward is not theirs.forward,
+        forward=forward,
     )
 
 

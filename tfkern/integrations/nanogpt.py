@@ -6,8 +6,10 @@ import inspect
 import torch
 from torch import Tensor, nn
 
+from tfkern import tracing
 from tfkern.functional import attention_packed
 from tfkern.integrations.adapters import Adapter, full_name, register
+from tfkern.integrations.torch_sdpa import PYTORCHS
 
 _WAS = "_tfkern_class"  # in a changed module's __dict__: the class it had
 _CHILDREN = {"c_attn", "c_proj", "attn_dropout", "resid_dropout"}
@@ -29,6 +31,8 @@ class CausalSelfAttention(nn.Module):
     Source: the interface of nanoGPT's and minGPT's layer.
     """
 
+    __prepare_scriptable__ = tracing.unscriptable
+
     def __init__(self, config):
         super().__init__()
         if config.n_head < 1 or config.n_embd % config.n_head:
@@ -45,7 +49,12 @@ class CausalSelfAttention(nn.Module):
         if not isinstance(self, CausalSelfAttention):  # changed back, and called by who kept the bound method
             return type(self).forward(self, x)
         qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, self.n_embd // self.n_head))
-        y = attention_packed(qkv, None, self.attn_dropout.p if self.training else 0.0, is_causal=True)
+        dropout_p = self.attn_dropout.p if self.training else 0.0
+        if tracing.pytorchs(x):
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            y = PYTORCHS(q, k, v, None, dropout_p, True).transpose(1, 2)
+        else:
+            y = attention_packed(qkv, None, dropout_p, is_causal=True)
         return self.resid_dropout(self.c_proj(y.flatten(2)))
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:

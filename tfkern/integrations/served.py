@@ -6,11 +6,9 @@ import threading
 
 import torch.nn.functional as F
 
-from tfkern import compat
 from tfkern.integrations import replay, torch_sdpa
 
 NAME = "scaled_dot_product_attention"
-PYTORCHS = compat.sdpa
 
 
 class _Service:
@@ -30,7 +28,7 @@ _replay = threading.local()  # blocks: in this thread, where that holds, whoever
 
 def dispatcher(*args, **kwargs):
     """What stands in the place of PyTorch's function. Whoever imported it by name meanwhile has PyTorch's again afterwards."""
-    return (torch_sdpa.scaled_dot_product_attention if serving() else PYTORCHS)(*args, **kwargs)
+    return (torch_sdpa.scaled_dot_product_attention if serving() else torch_sdpa.PYTORCHS)(*args, **kwargs)
 
 
 def serving() -> bool:
@@ -95,6 +93,8 @@ def _as_then(served: bool):
 def _install() -> None:
     """Ours in torch.nn.functional, and in every module outside torch that imported the function by name: a look at all names of
     all modules, some milliseconds."""
+    # What torch.jit.script takes it for.
+    torch.jit._builtins._register_builtin(dispatcher, "aten::scaled_dot_product_attention")
     if getattr(F, NAME) is not dispatcher:
         _service.replaced = getattr(F, NAME)
         _put(vars(F), NAME, f"torch.nn.functional.{NAME}")

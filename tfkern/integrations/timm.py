@@ -5,9 +5,11 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from tfkern import tracing
 from tfkern.extras import require
 from tfkern.functional import attention, attention_packed
 from tfkern.integrations.adapters import Adapter, register
+from tfkern.integrations.torch_sdpa import PYTORCHS
 
 
 class Attention(nn.Module):
@@ -36,6 +38,8 @@ class Attention(nn.Module):
 
     Source: the layer of timm 1.0.31.
     """
+
+    __prepare_scriptable__ = tracing.unscriptable
 
     def __init__(
         self, dim: int, num_heads: int = 8, attn_head_dim: int | None = None, dim_out: int | None = None,
@@ -73,13 +77,15 @@ class Attention(nn.Module):
             return type(self).forward(self, x, attn_mask, is_causal)
         dropout_p = self.attn_drop.p if self.training else 0.0
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        if self.fused_attn and type(self.q_norm) is type(self.k_norm) is nn.Identity:
+        recorded = tracing.pytorchs(x, attn_mask)
+        if self.fused_attn and not recorded and type(self.q_norm) is type(self.k_norm) is nn.Identity:
             y = attention_packed(qkv, attn_mask, dropout_p, is_causal, self.scale)
         else:
             q, k, v = qkv.permute(2, 0, 3, 1, 4)
             q, k = (norm(z).to(v.dtype) for norm, z in ((self.q_norm, q), (self.k_norm, k)))
             if self.fused_attn:
-                y = attention(q, k, v, attn_mask, dropout_p, is_causal, self.scale).transpose(1, 2)
+                attend = PYTORCHS if recorded else attention
+                y = attend(q, k, v, attn_mask, dropout_p, is_causal, scale=self.scale).transpose(1, 2)
             else:
                 y = (self.attn_drop(self._weights(q, k, attn_mask, is_causal)) @ v).transpose(1, 2)
         y = self.norm(y.flatten(2))
@@ -89,7 +95,7 @@ class Attention(nn.Module):
 
     def _weights(self, q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """The softmax, (B, H, N, N), written out."""
-        scores = (q * self.scale) @ k.mT
+        scores = (q * self.scale) @ k.transpose(-2, -1)  # which ONNX's exporters know better than mT
         if is_causal:
             scores = scores + torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype, device=scores.device).triu(1)
         if attn_mask is not None and attn_mask.dtype == torch.bool:

@@ -24,5 +24,5 @@ def _encoder(module: nn.TransformerEncoder) -> str | None:
 
 
 register(by_class(nn.MultiheadAttention, ours.MultiheadAttention))
-register(by_class(nn.TransformerEncoderLayer, ours.TransformerEncoderLayer, _layer))
-register(by_class(nn.TransformerEncoder, ours.TransformerEncoder, _encoder))
+register(by_class(nn.TransformerEncoderLayer, ours.TransformerEncoderLayer, _layer, forward=False))
+register(by_class(nn.TransformerEncoder, ours.TransformerEncoder, _encoder, forward=False))

@@ -7,8 +7,11 @@ import sys
 import torch
 from torch import Tensor
 
-from tfkern import call, checks
+from tfkern import call, checks, compat, tracing
 from tfkern.functional import attention
+from tfkern.integrations import sharded
+
+PYTORCHS = compat.sdpa
 
 
 def scaled_dot_product_attention(
@@ -46,14 +49,23 @@ def scaled_dot_product_attention(
     Where PyTorch computes something from arguments that its documentation forbids, this raises: key and value of different
     lengths (it reads past the end), attn_mask together with is_causal, a negative dropout_p, a scale that isn't finite.
 
+    PyTorch's own operator is called where something records operators of PyTorch (torch.fx.symbolic_trace, torch.jit.trace,
+    make_fx, torch.onnx.export), and for tensors of classes with their own meaning of them. Of DTensors whose batch or heads
+    are sharded, each rank attends to its part.
+
     Source: the documentation of PyTorch 2.13, and what it does.
     """
+    biased = _is_causal_bias(attn_mask)
+    if tracing.pytorchs(query, key, value, None if biased else attn_mask):
+        given, options = (query, key, value, attn_mask, dropout_p, is_causal), dict(scale=scale, enable_gqa=enable_gqa)
+        out = sharded.attention(scaled_dot_product_attention, *given, **options)
+        return PYTORCHS(*given, **options) if out is None else out
     _types(query, key, value, attn_mask, is_causal, enable_gqa)
     dropout_p, scale = _number("dropout_p", dropout_p), None if scale is None else _number("scale", scale)
     if not 0.0 <= dropout_p <= 1.0:
         raise RuntimeError(f"dropout_p must be a probability in [0, 1], but is {dropout_p}")
     alignment = "upper_left"
-    if _is_causal_bias(attn_mask):
+    if biased:
         alignment, is_causal, attn_mask = _alignment(attn_mask, query, key, is_causal), True, None
     elif is_causal and attn_mask is not None:
         raise RuntimeError(

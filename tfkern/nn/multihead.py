@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tfkern import tracing
 from tfkern.functional import attention, attention_packed
 
 
@@ -25,6 +26,8 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     Source: Vaswani et al., "Attention Is All You Need" (2017); the contract is PyTorch 2.13's.
     """
+
+    __prepare_scriptable__ = tracing.unscriptable
 
     @classmethod
     def from_torch(cls, module: nn.MultiheadAttention) -> "MultiheadAttention":
@@ -53,11 +56,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             is_causal: says that attn_mask, which must be there, is the causal mask and nothing else. Without key_padding_mask
                 the mask is not looked at then, in inference either.
         """
+        given = query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         changed_back = not isinstance(self, MultiheadAttention)  # tfkern.unpatch, and called by who kept the bound method
-        if changed_back or need_weights or query.is_nested or key.is_nested or value.is_nested:
-            return nn.MultiheadAttention.forward(
-                self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-            )
+        if tracing.proxied(*given):
+            return tracing.leaf(self, *given)
+        if changed_back or need_weights or tracing.pytorchs(query, key, value) or any(x.is_nested for x in given[:3]):
+            return nn.MultiheadAttention.forward(self, *given)
         self._check(query, key, value)
         self._check_masks(query, key, key_padding_mask, attn_mask, is_causal)
         batched = query.dim() == 3

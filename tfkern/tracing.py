@@ -1,0 +1,96 @@
+"""Who records what is done to tensors, and tensors that have their own meaning of operators.
+
+torch.compile and torch.export record ops of ours (tfkern/ops.py). Other recorders want PyTorch's own operators:
+torch.fx.symbolic_trace, whose tensors are Proxies; torch.jit.trace, whose sizes are tensors; make_fx; torch.onnx.export, by
+either of its exporters.
+"""
+
+import sys
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from tfkern import compat
+
+_PLAIN = frozenset((Tensor, nn.Parameter, type(None), *compat.PLAIN))
+_INHERITED = (Tensor.__torch_function__.__func__, compat.no_torch_function)
+
+
+def pytorchs(*tensors) -> bool:
+    """Whether a call with these is PyTorch's own operator's: something but torch.compile and torch.export records it, or one of
+    them is foreign."""
+    return _recorder() is not None or make_fx() or any(foreign(x) for x in tensors)
+
+
+def make_fx() -> bool:
+    """Whether make_fx records, which takes any op."""
+    return not torch.compiler.is_compiling() and get_proxy_mode() is not None
+
+
+def foreign(x) -> bool:
+    """Whether x is of a class that has its own meaning of PyTorch's functions: a Proxy, a MaskedTensor, a dispatching one."""
+    if type(x) in _PLAIN:
+        return False
+    function = getattr(type(x), "__torch_function__", None)
+    if not isinstance(x, Tensor):
+        return function is not None
+    return not x.is_nested and (dispatching(x) or getattr(function, "__func__", function) not in _INHERITED)
+
+
+def dispatching(x) -> bool:
+    """Whether x is of a class that has its own meaning of operators, such as DTensor. Jagged nested tensors don't count."""
+    if type(x) in _PLAIN or not isinstance(x, Tensor):
+        return False
+    return type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not x.is_nested
+
+
+def refuse(name: str, *tensors) -> None:
+    """NotImplementedError where a call with these can't be recorded, or has to be PyTorch's."""
+    if recorder := "torch.fx.symbolic_trace" if proxied(*tensors) else _recorder():
+        raise NotImplementedError(
+            f"{name} can't be recorded by {recorder}. Call tfkern.scaled_dot_product_attention, which is PyTorch's operator "
+            "then, or tfkern.reference.attention, which is made of PyTorch's operators; or use torch.export, or, in torch.fx, "
+            "torch.fx.wrap, which records the call as it is"
+        )
+    if kinds := [type(x).__name__ for x in tensors if dispatching(x)]:
+        raise NotImplementedError(
+            f"{name} takes no {kinds[0]}. Call tfkern.scaled_dot_product_attention, which takes DTensors whose batch or heads "
+            "are sharded, and leaves others to PyTorch; or give it the tensors within, as with "
+            "torch.distributed.tensor.experimental.local_map"
+        )
+
+
+def leaf(module: nn.Module, *args, **kwargs) -> Proxy:
+    """A call of `module` as torch.fx records those of PyTorch's own layers, as a whole."""
+    tracer = next(x for x in (*args, *kwargs.values()) if isinstance(x, Proxy)).tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
+
+
+def unscriptable(module: nn.Module):
+    """What torch.jit.script calls first, as `__prepare_scriptable__` of a layer. (What it returned would take the place of the
+    layer in the user's model, so it can't be PyTorch's.)"""
+    raise NotImplementedError(
+        f"torch.jit.script can't compile tfkern's {type(module).__name__}: tfkern.unpatch(model) gives PyTorch's back; or use "
+        "torch.export, or torch.jit.trace, which records PyTorch's operator"
+    )
+
+
+def proxied(*tensors) -> bool:
+    return any(isinstance(x, Proxy) for x in tensors)
+
+
+def _recorder() -> str | None:
+    """What records PyTorch's own operators, of those that give tensors to record, or nothing."""
+    if torch.compiler.is_compiling():  # or torch.export, which one of ONNX's exporters calls
+        return "torch.onnx.export" if _for_onnx() else None
+    if torch.jit.is_tracing():
+        return "torch.onnx.export" if _for_onnx() else "torch.jit.trace"
+    return None
+
+
+@compat.while_tracing  # without it Dynamo takes PyTorch's answer for False
+def _for_onnx() -> bool:
+    onnx = sys.modules.get("torch.onnx")
+    return onnx is not None and onnx.is_in_onnx_export()
