@@ -59,12 +59,12 @@ def run(args) -> int:
 def speed(args) -> int:
     from tfkern.bench import plots, runner
 
+    writable(args.out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         print("no GPU: the Triton kernels can't be timed here. This compares the CPU backend; `tfkern bench model` predicts.\n")
     dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
     rows = []
-    writable(args.out)
     for row in runner.run(dtype, device, args.seconds):
         rows.append(row)
         where = f"{row['shape']:15} {row.get('direction', ''):17} {row['provider']:16}"
