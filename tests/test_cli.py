@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tfkern import cli, testing
+from tfkern import cli, launch, testing
 from tfkern.commands import demo, verify
 from tfkern.commands.arguments import writable
 from tfkern.ending import InputError
@@ -143,6 +143,13 @@ def test_interrupt_leaves_a_whole_checkpoint(tmp_path):
     assert "--resume goes on" in rest
     assert (tmp_path / "vit.safetensors").exists()
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("what", ["compile", "sweep", "model", "overhead"])
+def test_kernels_are_not_compiled_without_triton(what, capsys, monkeypatch):
+    monkeypatch.setattr(launch, "missing", lambda: "Triton is not installed")
+    assert cli.main(["bench", what]) == 2
+    assert capsys.readouterr().err == "tfkern bench: this compiles kernels, but Triton is not installed\n"
 
 
 def test_missing_extra_says_how_to_get_it(capsys, monkeypatch):

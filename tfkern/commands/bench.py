@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from tfkern import launch
 from tfkern.commands.arguments import number, writable
 from tfkern.ending import InputError
 from tfkern.extras import require
@@ -102,6 +103,8 @@ def script(name: str, *arguments: str) -> int:
 
 def process(arguments: list[str]) -> int:
     """Run Python; its exit status, as a shell shows it. An interrupt is for this process, which ends the other."""
+    if why := launch.missing():
+        raise InputError(f"this compiles kernels, but {why}")
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a process inherits what is ignored
     try:
         child = subprocess.Popen([sys.executable, *arguments], env={**os.environ, "TRITON_INTERPRET": "0"})
