@@ -114,4 +114,5 @@ def process(arguments: list[str]) -> int:
         code = child.wait()
     finally:
         child.kill()
+        child.wait()
     return 128 - code if code < 0 else code
