@@ -71,7 +71,7 @@ def scaled_dot_product_attention(
         q, k, v = _folded(query, key, value, batch)
     if attn_mask is not None:
         attn_mask = _folded_mask(attn_mask, query, (*batch, query.shape[-2], key.shape[-2]))
-    out = attention(q, k, v, attn_mask, dropout_p, is_causal, scale, k.shape[1] != q.shape[1], **more)
+    out = attention(q, k, v, attn_mask, dropout_p, is_causal, scale, not checks.same(k.shape[1:2], q.shape[1:2]), **more)
     return out if len(batch) == 2 else out.reshape(*batch, *out.shape[-2:])
 
 
@@ -119,7 +119,7 @@ def _ordinary(query: Tensor, key: Tensor, value: Tensor) -> bool:
     if not query.dim() == key.dim() == value.dim() == 4:
         return False
     (b, h, _, d), (b_k, h_k, n_k, d_k), (b_v, h_v, n_v, _) = query.shape, key.shape, value.shape
-    fits = b == b_k == b_v and h == h_k == h_v and d == d_k and n_k == n_v
+    fits = checks.same((b, b, h, h, d, n_k), (b_k, b_v, h_k, h_v, d_k, n_v), unknown=False)
     alike = query.dtype == key.dtype == value.dtype and query.device == key.device == value.device
     return fits and alike and query.dtype in checks.DTYPES
 
@@ -137,9 +137,9 @@ def _operands(query: Tensor, key: Tensor, value: Tensor, error: type[Exception])
         error = NotImplementedError if query.is_floating_point() or query.is_complex() else RuntimeError
         wanted = ", ".join(map(str, checks.DTYPES))
         raise error(f"query, key and value must be one of {wanted}, but are {query.dtype}; convert them with .to(dtype)")
-    if key.shape[-1] != query.shape[-1]:
+    if not checks.same(key.shape[-1:], query.shape[-1:]):
         raise RuntimeError(f"key must have the head dim of query, {query.shape[-1]}, but has shape {tuple(key.shape)}")
-    if value.shape[-2] != key.shape[-2]:
+    if not checks.same(value.shape[-2:-1], key.shape[-2:-1]):
         raise RuntimeError(f"value must have the length of key, {key.shape[-2]}, but has shape {tuple(value.shape)}")
 
 
@@ -159,7 +159,7 @@ def _batch(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple
                 f"{shapes[1][-1]} and {shapes[2][-1]}"
             )
         shapes = [(*shape[:-1], heads) for shape in shapes]
-    if shapes[0] == shapes[1] == shapes[2]:
+    if all(checks.same(shape, shapes[0], unknown=False) for shape in shapes[1:]):
         return shapes[0]
     try:
         return tuple(torch.broadcast_shapes(*shapes))
@@ -174,16 +174,16 @@ def _folded(query: Tensor, key: Tensor, value: Tensor, batch: tuple[int, ...]) -
     """query, key and value as (B, H, N, D), of which the last two may have fewer heads, but as many as each other."""
     q, k, v = (_in_four(x, batch[:-1]) for x in (query, key, value))
     heads = batch[-1] if batch else 1
-    if q.shape[1] != heads:
+    if not checks.same(q.shape[1:2], (heads,)):
         q = q.expand(-1, heads, -1, -1)
-    if k.shape[1] != v.shape[1] or not heads:
+    if not checks.same(k.shape[1:2], v.shape[1:2]) or checks.same((heads,), (0,), unknown=False):
         k, v = (_all_heads(x, heads) for x in (k, v))
     return q, k, v
 
 
 def _all_heads(x: Tensor, heads: int) -> Tensor:
     """(B, H, N, D) of (B, a divisor of H, N, D), each head repeated; a view where it has one."""
-    if x.shape[1] == heads:
+    if checks.same(x.shape[1:2], (heads,)):
         return x
     return x.expand(-1, heads, -1, -1) if x.shape[1] == 1 else x.repeat_interleave(heads // x.shape[1], 1)
 
@@ -191,10 +191,10 @@ def _all_heads(x: Tensor, heads: int) -> Tensor:
 def _in_four(x: Tensor, lead: tuple[int, ...]) -> Tensor:
     """x (..., h, n, d) with all before h broadcast to `lead` and made one; a view, unless only some of it broadcasts."""
     batch = math.prod(lead)
-    if x.dim() == 4 and x.shape[0] == batch and len(lead) == 1:
+    if x.dim() == 4 and len(lead) == 1 and checks.same(x.shape[:1], lead, unknown=False):
         return x
     x = x[(None,) * (len(lead) + 3 - x.dim())]
-    if math.prod(x.shape[:-3]) == 1:
+    if checks.same((math.prod(x.shape[:-3]),), (1,), unknown=False):
         return x.reshape(1, *x.shape[-3:]).expand(batch, -1, -1, -1)
     return x.expand(*lead, -1, -1, -1).reshape(batch, *x.shape[-3:])
 
@@ -209,9 +209,10 @@ def _folded_mask(mask: Tensor, query: Tensor, shape: tuple[int, ...]) -> Tensor:
     if mask.device != query.device:
         raise RuntimeError(f"attn_mask must be on the device of query, {query.device}, but is on {mask.device}; move it")
     given = (1,) * (len(shape) - mask.dim()) + tuple(mask.shape)
-    if len(given) > len(shape) or any(g not in (1, s) for g, s in zip(given, shape, strict=True)):
+    if len(given) > len(shape) or not checks.broadcasts(given, shape):
         raise RuntimeError(f"attn_mask must broadcast to {shape} = (..., L, S), but has shape {tuple(mask.shape)}")
     if len(shape) <= 4:
         return mask
     mask = mask.reshape(given)
-    return mask.reshape(1, *given[-3:]) if math.prod(given[:-3]) == 1 else _in_four(mask, shape[:-3])
+    one = checks.same((math.prod(given[:-3]),), (1,), unknown=False)
+    return mask.reshape(1, *given[-3:]) if one else _in_four(mask, shape[:-3])
