@@ -192,6 +192,11 @@ def scale(scale, head_dim: int, query: Tensor) -> float | Tensor:
     return scale
 
 
+def shapes_only(x: Tensor) -> bool:
+    """Whether there is nothing to compute but shapes: on the device meta, and in a FakeTensorMode."""
+    return x.is_meta or isinstance(x, FakeTensor)
+
+
 def readable(x: Tensor) -> bool:
     """Whether values can be looked at: on a GPU that would stop the stream, and under torch.compile and vmap there are none."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():

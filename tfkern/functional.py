@@ -165,16 +165,19 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *args, return_lse=False, 
 
 def _run(return_lse: bool, backend: str | None, qkv: Tensor | None, *arguments, **options):
     """What call.build takes, attended; with qkv, of which query, key and value are views, its gradient is one tensor."""
-    if torch.compiler.is_compiling():
-        out, lse = ops.attention(backend, qkv, *arguments, **options)
-        packed = options.get("cu_seqlens_q") is not None
-    else:
+    traced = torch.compiler.is_compiling()
+    if not traced:
         problem, tensors = call.build(*arguments, **options)
+        traced = checks.shapes_only(tensors.q)
+        if traced:
+            backends.known(backend)
+    if traced:
+        out, lse = ops.attention(backend, qkv, *arguments, **options)
+    else:
         chosen = backends.choose(problem, backend)
         if problem.dropout_p:
             tensors = tensors._replace(seed=dropout.draw_seed(problem.device))
         out, lse = autograd.attention(problem, chosen, tensors, qkv)
-        packed = problem.packed
-    if packed:
+    if options.get("cu_seqlens_q") is not None:
         out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)
     return (out, lse) if return_lse else out

@@ -87,8 +87,8 @@ def _types(query, key, value, attn_mask, is_causal, enable_gqa) -> None:
 def _number(name: str, x) -> float | Tensor:
     """A number, or a tensor of one that a GPU has and nobody needs to wait for."""
     if isinstance(x, Tensor) and x.dim() == 0 and not x.requires_grad and not x.is_complex():
-        kept = x.device.type != "cpu" or torch.compiler.is_compiling()
-        return x if name == "scale" and kept and x.is_floating_point() else float(x)
+        kept = name == "scale" and x.is_floating_point() and not checks.readable(x)
+        return x if kept else float(x)
     if not isinstance(x, numbers.Real):
         given = f"a tensor {tuple(x.shape)}, requires_grad={x.requires_grad}" if isinstance(x, Tensor) else repr(x)
         raise TypeError(f"{name} must be a number, or a tensor without dims that needs no grad, but is {given}")
