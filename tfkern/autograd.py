@@ -1,5 +1,7 @@
 """The autograd Function and its backward, itself a Function, so that higher derivatives have a place to come to."""
 
+import functools
+
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
@@ -7,6 +9,8 @@ from torch.autograd import forward_ad
 
 from tfkern import call
 from tfkern.problem import Gradients, Problem, Tensors
+
+_LEVEL = 1  # of the vmap of is_grads_batched, within which there is no other
 
 
 def attention(problem: Problem, backend, tensors: Tensors, qkv: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -43,6 +47,20 @@ def one_by_one(function, count: int, in_dims, args) -> tuple[tuple, tuple]:
     )
     stacked = tuple(None if some[0] is None else torch.stack(some) for some in zip(*slices, strict=True))
     return stacked, tuple(None if x is None else 0 for x in stacked)
+
+
+def _batched(x) -> bool:
+    """Whether it is several gradients, those of torch.autograd.grad(..., is_grads_batched=True), which has its own vmap."""
+    return isinstance(x, Tensor) and torch._C._functorch.is_legacy_batchedtensor(x)
+
+
+def one_by_one_of_batched(function, args) -> tuple:
+    """`function`, once for each of several gradients."""
+    in_dims = [0 if _batched(x) else None for x in args]
+    args = [x if d is None else torch._remove_batch_dim(x, _LEVEL, 0, 0) for x, d in zip(args, in_dims, strict=True)]
+    count = next(len(x) for x, d in zip(args, in_dims, strict=True) if d is not None)
+    stacked, _ = one_by_one(function, count, in_dims, args)
+    return tuple(None if x is None else torch._add_batch_dim(x, 0, _LEVEL) for x in stacked)
 
 
 def apply(function, problem, backend, *args):
@@ -94,10 +112,10 @@ class Attention(torch.autograd.Function):
         needed = ctx.needs_input_grad[2 : 2 + len(Gradients._fields)]
         # Where nobody will differentiate the gradients, as in most backwards, their Function has nothing to record.
         arguments = (ctx.problem, ctx.backend, needed, do, dlse, out, lse, *tensors)
+        function = AttentionBackward.forward
         if torch.is_grad_enabled() or _transformed():
-            grads = apply(AttentionBackward, *arguments)
-        else:
-            grads = AttentionBackward.forward(*arguments)
+            function = functools.partial(apply, AttentionBackward)
+        grads = one_by_one_of_batched(function, arguments) if _batched(do) or _batched(dlse) else function(*arguments)
         return None, None, *grads, *(None,) * (len(tensors) - len(grads))
 
     @staticmethod
