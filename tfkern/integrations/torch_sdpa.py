@@ -51,13 +51,15 @@ def scaled_dot_product_attention(
     _types(query, key, value, attn_mask, is_causal, enable_gqa)
     dropout_p, scale = _number("dropout_p", dropout_p), None if scale is None else _number("scale", scale)
     if not 0.0 <= dropout_p <= 1.0:
-        raise RuntimeError(f"dropout_p must be a probability in [0, 1], but is {dropout_p}")
+        raise RuntimeError(
+            f"dropout probability has to be between 0 and 1, but got {dropout_p}; dropout_p must be a probability in [0, 1]"
+        )
     alignment = "upper_left"
     if _is_causal_bias(attn_mask):
         alignment, is_causal, attn_mask = _alignment(attn_mask, query, key, is_causal), True, None
     elif is_causal and attn_mask is not None:
         raise RuntimeError(
-            "attn_mask must be None with is_causal=True; tfkern.attention takes both, or put the triangle into the mask"
+            "Explicit attn_mask should not be set when is_causal=True; tfkern.attention takes both, or put the triangle into it"
         )
     more = dict(causal_alignment=alignment)
     if query.is_nested:
@@ -79,9 +81,17 @@ def _types(query, key, value, attn_mask, is_causal, enable_gqa) -> None:
     """TypeError for what isn't a tensor or a flag."""
     for name, x in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
         if not isinstance(x, Tensor) and not (name == "attn_mask" and x is None):
-            raise TypeError(f"{name} must be a torch.Tensor, but is {type(x).__name__}")
-    checks.flag("is_causal", is_causal)
-    checks.flag("enable_gqa", enable_gqa)
+            raise TypeError(f"{_argument(name)} must be Tensor, not {type(x).__name__}")
+    for name, x in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(x, bool):
+            raise TypeError(f"{_argument(name)} must be bool, not {type(x).__name__}; it is {x!r}, and is True or False")
+
+
+def _argument(name: str) -> str:
+    """As PyTorch's messages begin."""
+    names = ("query", "key", "value", "attn_mask")
+    position = f" (position {names.index(name) + 1})" if name in names else ""
+    return f"scaled_dot_product_attention(): argument '{name}'{position}"
 
 
 def _number(name: str, x) -> float | Tensor:
@@ -91,7 +101,10 @@ def _number(name: str, x) -> float | Tensor:
         return x if kept else float(x)
     if not isinstance(x, numbers.Real):
         given = f"a tensor {tuple(x.shape)}, requires_grad={x.requires_grad}" if isinstance(x, Tensor) else repr(x)
-        raise TypeError(f"{name} must be a number, or a tensor without dims that needs no grad, but is {given}")
+        raise TypeError(
+            f"{_argument(name)} must be float, not {type(x).__name__}: a number, or a tensor without dims that needs no grad, "
+            f"but is {given}"
+        )
     return float(x)
 
 
@@ -103,7 +116,7 @@ def _is_causal_bias(attn_mask) -> bool:
 def _alignment(bias, query: Tensor, key: Tensor, is_causal: bool) -> str:
     """Where the triangle of a CausalBias stands."""
     if is_causal:
-        raise ValueError("is_causal must be False with a CausalBias as attn_mask, which tells where the triangle stands")
+        raise ValueError("CausalBias should not be used with causal=True; as attn_mask it tells where the triangle stands")
     # As PyTorch: the sizes of a bias that it wouldn't write out are not looked at, and where they are equal it is upper-left.
     if bias.variant.name == "UPPER_LEFT" or bias.seq_len_q == bias.seq_len_kv:
         return "upper_left"
@@ -126,13 +139,21 @@ def _ordinary(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 def _operands(query: Tensor, key: Tensor, value: Tensor, error: type[Exception]) -> None:
     """The errors of PyTorch for tensors that don't fit each other, but for what broadcasts."""
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.dim() < 2:
-            raise error(f"{name} must have at least 2 dimensions (..., length, head_dim), but has shape {tuple(x.shape)}")
-        if x.dtype != query.dtype:
-            raise error(f"{name} must have the dtype of query, {query.dtype}, but is {x.dtype}; convert one of them")
-        if x.device != query.device:
-            raise error(f"{name} must be on the device of query, {query.device}, but is on {x.device}; move one of them")
+    three = (query, key, value)
+    named = tuple(zip(("query", "key", "value"), three, strict=True))
+    if min(x.dim() for x in three) < 2:
+        given = ", ".join(f"{name}.dim: {x.dim()}" for name, x in named)
+        raise error(
+            f"Expected query, key, and value to all be  at least 2 dimensional, but got {given} instead; they are (..., L, E)"
+        )
+    if any(x.dtype != query.dtype for x in three):
+        given = ", ".join(f"{name}.dtype: {x.dtype}" for name, x in named)
+        raise error(f"Expected query, key, and value to have the same dtype, but got {given} instead; convert with .to(dtype)")
+    if any(x.device != query.device for x in three):
+        given = ", ".join(f"{name}.device: {x.device}" for name, x in named)
+        raise error(
+            f"Expected query, key, and value to have the same device type, but got {given} instead; move with .to(device)"
+        )
     if query.dtype not in checks.DTYPES:
         error = NotImplementedError if query.is_floating_point() or query.is_complex() else RuntimeError
         wanted = ", ".join(map(str, checks.DTYPES))
@@ -155,8 +176,8 @@ def _batch(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple
         heads = shapes[0][-1]
         if any(shape[-1] == 0 or heads % shape[-1] for shape in shapes[1:]):
             raise RuntimeError(
-                f"key and value must have heads that divide query's {heads} with enable_gqa=True, but have "
-                f"{shapes[1][-1]} and {shapes[2][-1]}"
+                f"Number of heads in key and value must divide the number of heads in query, {heads}, with enable_gqa=True, "
+                f"but they have {shapes[1][-1]} and {shapes[2][-1]}"
             )
         shapes = [(*shape[:-1], heads) for shape in shapes]
     if all(checks.same(shape, shapes[0], unknown=False) for shape in shapes[1:]):
@@ -203,8 +224,8 @@ def _folded_mask(mask: Tensor, query: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The mask as tfkern.attention takes it, (B or 1, H or 1, L or 1, S or 1)."""
     if mask.dtype not in (torch.bool, torch.float32, query.dtype):
         raise RuntimeError(
-            f"attn_mask must be bool (True = attend), torch.float32 or the dtype of query, {query.dtype}, but is {mask.dtype}; "
-            "convert it"
+            "Expected attn_mask dtype to be bool or float or to match query dtype, but got attn_mask.dtype: "
+            f"{mask.dtype} and  query.dtype: {query.dtype} instead; convert it (bool: True = attend)"
         )
     if mask.device != query.device:
         raise RuntimeError(f"attn_mask must be on the device of query, {query.device}, but is on {mask.device}; move it")
