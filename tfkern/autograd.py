@@ -1,5 +1,7 @@
 """The autograd Function and its backward, itself a Function, so that higher derivatives have a place to come to."""
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -42,6 +44,15 @@ def one_by_one(function, count: int, in_dims, args) -> tuple[tuple, tuple]:
     )
     stacked = tuple(None if some[0] is None else torch.stack(some) for some in zip(*slices, strict=True))
     return stacked, tuple(None if x is None else 0 for x in stacked)
+
+
+def one_by_one_of_batched(function, args) -> tuple:
+    """`function`, once for each of several gradients, those of torch.autograd.grad(..., is_grads_batched=True)."""
+    in_dims = [0 if compat.batched(x) else None for x in args]
+    args = [x if d is None else compat.unbatched(x) for x, d in zip(args, in_dims, strict=True)]
+    count = next(len(x) for x, d in zip(args, in_dims, strict=True) if d is not None)
+    stacked, _ = one_by_one(function, count, in_dims, args)
+    return tuple(None if x is None else compat.batch(x) for x in stacked)
 
 
 def apply(function, problem, backend, *args):
@@ -93,10 +104,10 @@ class Attention(torch.autograd.Function):
         needed = ctx.needs_input_grad[2 : 2 + len(Gradients._fields)]
         # Where nobody will differentiate the gradients, as in most backwards, their Function has nothing to record.
         arguments = (ctx.problem, ctx.backend, needed, do, dlse, out, stats, *tensors)
+        function = AttentionBackward.forward
         if torch.is_grad_enabled() or _transformed():
-            grads = apply(AttentionBackward, *arguments)
-        else:
-            grads = AttentionBackward.forward(*arguments)
+            function = functools.partial(apply, AttentionBackward)
+        grads = one_by_one_of_batched(function, arguments) if compat.batched(do) or compat.batched(dlse) else function(*arguments)
         return None, None, *grads, *(None,) * (len(tensors) - len(grads))
 
     @staticmethod

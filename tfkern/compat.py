@@ -108,6 +108,27 @@ def wrapper(kind: type[Tensor], shape: tuple[int, ...], dtype: torch.dtype, devi
     return _wrapper(kind, shape, dtype=dtype, device=device)
 
 
+# Several gradients as one tensor, as torch.autograd.grad(..., is_grads_batched=True) makes them with a vmap of its own, within
+# which there is no other. Else: PyTorch tells whoever asks for them which operation it can't batch.
+_is_batch = _private("torch._C._functorch:is_legacy_batchedtensor")
+_add_dim, _remove_dim = _private("torch:_add_batch_dim"), _private("torch:_remove_batch_dim")
+_LEVEL = 1
+
+
+def batched(x) -> bool:
+    return None not in (_is_batch, _add_dim, _remove_dim) and isinstance(x, Tensor) and _is_batch(x)
+
+
+def batch(x: Tensor) -> Tensor:
+    """x (gradients, ...) as one tensor, as PyTorch has them."""
+    return _add_dim(x, 0, _LEVEL)
+
+
+def unbatched(x: Tensor) -> Tensor:
+    """The inverse of `batch`."""
+    return _remove_dim(x, _LEVEL, 0, 0)
+
+
 # Whether an op changes one of its arguments. Else: perhaps.
 _schema = _private("torch:ops.aten.add_.Tensor._schema.is_mutable")
 

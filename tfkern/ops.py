@@ -1,9 +1,9 @@
-"""The ops that torch.compile and torch.export see in the place of a call: `tfkern::attention`, differentiable, and what it
-becomes when it is differentiated, `tfkern::attention_forward` and `tfkern::attention_backward`.
+"""The ops that torch.compile, torch.export, fake and meta tensors see in the place of a call: `tfkern::attention`,
+differentiable, and what it becomes when it is differentiated, `tfkern::attention_forward` and `tfkern::attention_backward`.
 
-Eager calls never come here. The ops take a call's tensors as `Tensors` has them, and its options; what is to be done is worked
-out when they run, from the shapes that there are then, so that no length is built into a compiled graph. Their fakes tell the
-shapes, dtypes and strides of what they return.
+Eager calls of other tensors never come here. The ops take a call's tensors as `Tensors` has them, and its options; what is to
+be done is worked out when they run, from the shapes that there are then, so that no length is built into a compiled graph.
+Their fakes tell the shapes, dtypes and strides of what they return.
 
 Source: of the ways to register an op, the one that also keeps torch.func and forward-mode AD from going wrong without a word:
 an Autograd kernel that applies the same autograd.Function as eager calls.
@@ -82,7 +82,7 @@ def _name(score_mod, query: Tensor) -> str:
     """The name of a score_mod, found while tracing."""
     if isinstance(score_mod, score_mods.ScoreMod):
         return score_mod.name
-    if query.device.type != "cpu":
+    if query.device.type != "cpu" and torch.compiler.is_compiling():
         raise TypeError(
             "score_mod must be a tfkern.ScoreMod(value, derivative) under torch.compile on a GPU, but is an ordinary pair: "
             "Dynamo can't pass @triton.jit functions on; make one outside of what is compiled"
