@@ -24,16 +24,14 @@ class Sizes:
     layers: int = 2
     patch: int = 8
     head: int = 8
+    fill: bool = False  # whether numbers that a config leaves open are given
 
 
 # Configs contradict each other in what they ask of their sizes: the first of these with which a model runs is taken.
 SIZES = (
-    Sizes(),
-    Sizes(kv=4),
-    Sizes(layers=4),
-    Sizes(width=64, head=16, kv=4, layers=4),
-    Sizes(width=128, head=32, kv=4, patch=16),
-)
+    Sizes(), Sizes(fill=True), Sizes(kv=4), Sizes(layers=4), Sizes(width=64, head=16, kv=4, layers=4, fill=True),
+    Sizes(width=128, head=32, kv=4, patch=16, layers=4),
+)  # fmt: skip
 
 
 # What a config's number becomes, by its name: a number, or one of Sizes'. Numbers only ever get smaller.
@@ -42,7 +40,8 @@ RULES = [
     (r"(linear_|gdn_)num_(key|k)_heads", 2),
     (r"(.*_)?(attention_heads|n_heads?|num_heads|heads|nhead)", "heads"),
     (r"max_window_layers|first_k_dense_replace|attn_layer_offset", 1),
-    (r"attn_layer_period|insert_layer_id", 2),
+    (r"attn_layer_period|insert_layer_id|.*_interval|layer_group_size", 2),
+    (r"upsample_groups", "width"),
     (r"(.*_)?(layers?|depths?|blocks|n_layer|num_block)", "layers"),
     (r"(.*_)?(head_dim|d_kv|head_size|dim_head|dim_per_head)|rotary_dim", "head"),
     (r".*_rank", 16),
@@ -58,7 +57,8 @@ RULES = [
     (r".*sliding_window.*|attention_window|local_attention|.*chunk_size|block_size|attention_chunk_size", 4),
     (r".*(intermediate_size|ffn_dim|d_ff|n_inner|dff|mlp_dim|feedforward_dim|dim_feedforward|inner_size|d_inner)", 48),
     (r"num_queries|num_latents|.*query_tokens|.*latent_query_num", 6),
-    (r"conv_dim|tdnn_dim|.*channels|.*num_filters|num_conv_pos_embeddings|num_codevectors_per_group|num_buckets", 16),
+    (r".*channels|.*hidden_channels", 32),
+    (r"conv_dim|tdnn_dim|.*num_filters|num_conv_pos_embeddings|num_codevectors_per_group|num_buckets", 16),
     (r"(.*_)?(hidden_size.*|d_model|n_embd|width|embedding_dim|.*_size|.*_?dims?)|embedding_size|dim", "width"),
 ]  # fmt: skip
 KEPT = r".*(kernel|stride|conv_size|window_size|patch_size_|in_channels|num_channels|group_size|bin_size|mel|pool|merge_size|dilation).*"
@@ -104,28 +104,45 @@ def _small(name: str, value, sizes: Sizes):
         return type(value)(
             f"stage{1 + i * sizes.layers // len(value)}" if x.startswith("stage") else x for i, x in enumerate(value)
         )
-    if isinstance(value, dict) and "mrope_section" in value:
-        return {**value, "mrope_section": [sizes.head // 2 - 2, 1, 1]}
     return value
 
 
+# What numbers that a config leaves open become: always, and where Sizes.fill asks for it.
+OPEN = dict(
+    vocab_size=VOCAB, head_dim="head", num_key_value_heads="kv", num_experts_per_tok=2, n_routed_experts=4, num_experts=4, n_group=1,
+    topk_group=1, prediction_length=4, moe_intermediate_size="width", decoder_hidden_size="width", num_attention_heads="heads",
+)  # fmt: skip
 SPECIAL = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+
+
+# What no rule tells.
+OVERRIDES = dict(
+    BambaConfig=dict(attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16),
+    GraniteMoeHybridConfig=dict(layer_types=["mamba", "attention"], mamba_n_heads=4, mamba_d_head=16, position_embedding_type="rope"),
+    GPTNeoConfig=dict(attention_types=[[["global", "local"], 1]], num_layers=2),
+    Mamba2Config=dict(num_heads=8, head_dim=8, n_groups=1),
+    MusicgenDecoderConfig=dict(num_codebooks=1), MusicgenMelodyDecoderConfig=dict(num_codebooks=1),
+    JambaConfig=dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1),
+    ZambaConfig=dict(layers_block_type=["mamba", "hybrid"], layer_types=None),
+)  # fmt: skip
 
 
 def kwargs_of(config_class, sizes: Sizes, given: dict | None = None) -> dict:
     """What to make a config with: its defaults, smaller."""
     specs = config_class.sub_configs_defaults or {}
-    found = dict(given or {})
+    found = {name: _small(name, value, sizes) for name, value in (given or {}).items()}
+    found |= OVERRIDES.get(config_class.__name__, {})
     for field in fields(config_class):
         value = field.default if field.default_factory is MISSING else field.default_factory()
         value = found.get(field.name, value)
         if field.name in specs or value is MISSING:
             continue
         small = _small(field.name, value, sizes)
-        if small != value:
+        if small != value and field.name not in OVERRIDES.get(config_class.__name__, {}):
             found[field.name] = small
-        if value is None and field.name in SPECIAL:
-            found[field.name] = SPECIAL[field.name]
+        if value is None and (field.name in SPECIAL or (sizes.fill and field.name in OPEN)):
+            value = SPECIAL.get(field.name, OPEN.get(field.name))
+            found[field.name] = getattr(sizes, value) if isinstance(value, str) else value
     for name, spec in specs.items():
         found[name] = _sub(spec, sizes)
     return found
@@ -143,6 +160,11 @@ def _sub(spec, sizes: Sizes) -> dict:
 def config_of(cls, sizes: Sizes):
     """A small config for a model class."""
     config = cls.config_class(**kwargs_of(cls.config_class, sizes))
+    for sub in _within(config):
+        rope = getattr(sub, "rope_parameters", None)
+        if isinstance(rope, dict) and "rope_theta" in rope and getattr(sub, "num_attention_heads", None):
+            half = (getattr(sub, "head_dim", None) or sub.hidden_size // sub.num_attention_heads) // 2
+            sub.rope_parameters = {**rope, "mrope_section": [half - 2, 1, 1]}
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = SPECIAL["decoder_start_token_id"]
     return config
@@ -167,13 +189,18 @@ def padding(side: str | None, length: int) -> torch.Tensor:
     return (mask.flip(1) if side == "left" else mask).contiguous()
 
 
-def _first(config, *names, default=None):
-    """The first of these that a config, or one within it, has."""
+def _within(config) -> list:
+    """A config, and those within it."""
     configs = [config]
     for found in configs:
         configs += [x for name in found.sub_configs if (x := getattr(found, name, None)) is not None]
+    return configs
+
+
+def _first(config, *names, default=None):
+    """The first of these that a config, or one within it, has."""
     for name in names:
-        for found in configs:
+        for found in _within(config):
             value = getattr(found, name, None)
             if value is not None and not isinstance(value, dict):
                 return value
@@ -203,7 +230,17 @@ def _value(name: str, config, generator) -> torch.Tensor | None:
         case "pixel_values" | "pixel_values_videos":
             return randn(BATCH, frames, *images[1:]) if name.endswith("videos") else randn(*images)
         case "input_values":
-            return randn(BATCH, 2000)
+            return randn(BATCH, 6000)
+        case "decoder_attention_mask" | "attention_mask" | "input_features_mask" | "qformer_attention_mask":
+            return torch.ones(BATCH, LENGTH, dtype=torch.long)
+        case "qformer_input_ids":
+            return ids
+        case "past_values" | "past_observed_mask":
+            return randn(
+                BATCH, int(_first(config, "context_length", default=32)), int(_first(config, "num_input_channels", default=1))
+            )
+        case "grid_thw" | "image_grid_thw":
+            return torch.tensor([[1, 4, 4]] * BATCH)
         case "input_features" | "audio_values" | "spectrogram":
             return randn(BATCH, 40, mels)
         case "bbox":
@@ -263,7 +300,16 @@ def _video(x, config):
 
 
 def _spectrogram(x, config):
-    return x.new_tensor(range(BATCH * 40 * 16)).reshape(BATCH, 40, 16).sin()
+    length, bins = int(_first(config, "max_length", default=40)), int(_first(config, "num_mel_bins", default=16))
+    return torch.arange(BATCH * length * bins).reshape(BATCH, length, bins).float().sin()
+
+
+def _patches(x, config):
+    """Of three images of 4 x 4 patches, behind each other."""
+    patch = int(_first(config, "patch_size", default=8)) ** 2
+    features = patch * int(_first(config, "in_channels", "num_channels", "in_chans", default=3))
+    features *= int(_first(config, "temporal_patch_size", default=1))
+    return torch.arange(BATCH * 16 * features).reshape(BATCH * 16, features).float().sin()
 
 
 def _transposed(x, config):
@@ -277,7 +323,7 @@ def _channel(x, config):
 
 _SHAPES = (
     _Shape(), _Shape("pixel_values", _video), _Shape("input_features", _transposed), _Shape("input_values", _channel),
-    _Shape("input_values", _spectrogram),
+    _Shape("input_values", _spectrogram), _Shape("hidden_states", _patches), _Shape("pixel_values", _patches),
 )  # fmt: skip
 
 

@@ -18,8 +18,8 @@ from tfkern.integrations.transformers_masks import Band, BandMask
 NAME = "tfkern"
 # Keywords that reach attention and say nothing about its result; lengths and positions of packed sequences are in the mask.
 _SILENT = {
-    "cache_position", "deterministic", "max_length_k", "max_length_q", "num_items_in_batch", "output_hidden_states",
-    "output_router_logits", "position_ids", "return_dict", "seq_idx", "use_cache",
+    "cache_position", "deterministic", "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch",
+    "output_hidden_states", "output_router_logits", "position_ids", "return_dict", "seq_idx", "use_cache",
 }  # fmt: skip
 _names: set[str] = set()
 _calls: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()
@@ -76,18 +76,22 @@ def attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
     scaling: float | Tensor | None = None, is_causal: bool | None = None, position_bias: Tensor | None = None,
     sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
-    cu_seq_lens_q: Tensor | None = None, cu_seq_lens_k: Tensor | None = None, **kwargs,
+    cu_seq_lens_q: Tensor | None = None, cu_seq_lens_k: Tensor | None = None, indices: Tensor | None = None,
+    sinks: Tensor | None = None, **kwargs,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """What transformers calls for attention. Not for users.
 
     Args:
         query, key, value: (B, H, Nq, D), (B, Hkv, Nk, D), (B, Hkv, Nk, Dv), any strides.
         attention_mask: BandMask; bool (True = attend) or float (added), broadcasting to (B, H, Nq, Nk); or None: then
-            is_causal, or else the module's attribute (or else True), tells, for more than one query.
+            is_causal, or else the module's attribute (or else True), tells, for more than one query. The attribute is nobody's
+            word where all models of the module's file only have eager attention, which sees everything then.
         position_bias: broadcasts to (B, H, Nq, Nk), added, differentiable.
         sliding_window: looked at without a mask only; masks have it in them.
         s_aux: (H,), the sinks, differentiable.
         cu_seq_lens_q, cu_seq_lens_k: (sequences + 1,), where packed sequences start, with B = 1.
+        indices: (B, Nq, keys), the only keys that a query may see, beside the mask.
+        sinks: (B, H, Nq, 1), a sink of each query's own, differentiable.
 
     Returns (out (B, Nq, H, Dv), contiguous, None).
 
@@ -99,6 +103,8 @@ def attention_forward(
         _calls[module] = _calls.get(module, 0) + 1
     _refuse(kwargs)
     packed = cu_seq_lens_q is not None or cu_seq_lens_k is not None
+    if indices is not None:
+        attention_mask = _chosen(attention_mask, indices, key.shape[2])
     if isinstance(attention_mask, BandMask) and (attention_mask.band is None or (attention_mask.band.packed and not packed)):
         attention_mask = attention_mask.seen()
     if isinstance(attention_mask, BandMask):
@@ -106,7 +112,7 @@ def attention_forward(
     elif attention_mask is not None:
         band, mask = Band(), attention_mask
     else:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        causal = _is_causal(module) if is_causal is None else is_causal
         band, mask = _unmasked(query.shape[2], key.shape[2], bool(causal), sliding_window, packed), None
     if query.shape[0] == 1 and key.shape[0] > 1:
         query = query.expand(key.shape[0], -1, -1, -1)
@@ -122,7 +128,11 @@ def attention_forward(
     with plain:
         if packed:
             return _packed(query, key, value, cu_seq_lens_q, cu_seq_lens_k, mask, band, options), None
-        out = attention(query, key, value, mask, key_lengths=band.key_lengths, **options)
+        if sinks is None:
+            out = attention(query, key, value, mask, key_lengths=band.key_lengths, **options)
+        else:
+            out, lse = attention(query, key, value, mask, key_lengths=band.key_lengths, return_lse=True, **options)
+            out = out * torch.sigmoid(lse.unsqueeze(-1) - sinks).to(out.dtype)  # what the sink leaves
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -140,6 +150,31 @@ def _refuse(kwargs: dict) -> None:
             f"{name} must be None: tfkern's attention doesn't know this keyword, and without it results might be wrong; use "
             'another attn_implementation for this model, such as "eager"'
         )
+
+
+def _is_causal(module: nn.Module) -> bool:
+    return getattr(module, "is_causal", True) and not _eager_only(type(module))
+
+
+@functools.cache
+def _eager_only(cls: type[nn.Module]) -> bool:
+    """Whether the models in a module's file have no attention but eager, which doesn't know is_causal."""
+    from transformers import PreTrainedModel
+
+    values = vars(sys.modules.get(cls.__module__, cls)).values()
+    found = [x for x in values if isinstance(x, type) and issubclass(x, PreTrainedModel) and x.__module__ == cls.__module__]
+    return bool(found) and not any(x._supports_sdpa for x in found)
+
+
+def _chosen(mask: Tensor | None, indices: Tensor, n_k: int) -> Tensor:
+    """What `indices` (B, Nq, keys) and the mask let be seen, as a mask of either kind."""
+    chosen = indices.new_zeros((*indices.shape[:2], n_k), dtype=torch.bool).scatter(2, indices.long(), True)[:, None]
+    if mask is None:
+        return chosen
+    mask = mask.seen() if isinstance(mask, BandMask) else mask
+    if mask.dtype == torch.bool:
+        return mask & chosen
+    return torch.where(chosen, mask, -torch.inf)
 
 
 def _unmasked(n_q: int, n_k: int, is_causal: bool, sliding_window: int | None, packed: bool) -> Band:
