@@ -1,20 +1,25 @@
 # Two commands for a fresh clone: `make demo` and `make test`. Each makes or reuses .venv with the pinned versions.
+# PAIR=oldest or PAIR=newest: the same with torch and Triton of constraints-oldest.txt or constraints-newest.txt, in .venv-oldest
+# or .venv-newest.
 PYTHON ?= python3
-VENV := .venv
+PAIR :=
+VENV := .venv$(PAIR:%=-%)
 BIN := $(VENV)/bin
 WORKERS ?= auto
 # A mark that the environment is that of these files; any change to them installs anew.
 STAMP := $(VENV)/.installed
+PINS := $(if $(PAIR),$(VENV)/constraints.txt,constraints.txt)
 
 .PHONY: demo test test-all lint gate mutants random gpu bench bench-suite install clean
 install: $(STAMP)
 
-$(STAMP): setup.py pyproject.toml constraints.txt
+$(STAMP): setup.py pyproject.toml constraints.txt $(PAIR:%=constraints-%.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "tfkern needs Python 3.10 or newer; name one: make PYTHON=python3.12 …")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install -q pip; }
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo,test]'
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps timm # pyproject.toml says why
+	@test -z '$(PAIR)' || grep -vE '^(torch|triton)==' constraints.txt | cat - constraints-$(PAIR).txt > $(PINS)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(PINS) -e '.[demo,test]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(PINS) --no-deps timm # pyproject.toml says why
 	@touch $@
 
 demo: $(STAMP)
@@ -72,4 +77,4 @@ bench-suite: $(STAMP)
 	$(BIN)/pytest bench/suite --benchmark-only -q $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info tfkern-out
+	rm -rf .venv .venv-* build dist *.egg-info tfkern-out

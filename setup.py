@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 # of a package that transformers looks for, so it must never be a top-level one.
 setup(
     packages=[*find_packages(include=["tfkern", "tfkern.*"]), "tfkern.kernels", "tfkern.kernels.hopper", "tfkern.bench"],
+    py_modules=["tfkern_command"],
     package_dir={"tfkern.kernels": "kernels", "tfkern.bench": "bench"},
     package_data={"tfkern.bench": ["*.json", "*.c"]},
 )

@@ -7,7 +7,6 @@ What is compared are the kernels of this checkout, compiled now: it should be th
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import compile_gate
 import geometry
 import hopper_model
 import model
+import results
 
 PROVIDERS = {"tfkern portable": "portable", "tfkern hopper": "hopper"}
 
@@ -31,13 +31,13 @@ def predicted(kind: str, direction: str, problem: geometry.Problem, dtype: str, 
     return hopper_model.estimate(problem, hopper_model.way(problem, direction, triton), dtype)[0]
 
 
-def timed(results: dict) -> list[dict]:
+def timed(loaded: dict) -> list[dict]:
     """The rows that have times of our kernels; of two times of the same, that of a CUDA graph, which is without Python."""
     tiles, found = compile_gate.load("tfkern.tiles"), {}
-    shapes = {s["name"]: s for s in results["shapes"]}
-    for row in results["rows"]:
+    shapes = {s["name"]: s for s in loaded["shapes"]}
+    for row in loaded["rows"]:
         provider, shape = row.get("provider"), shapes.get(row.get("shape"))
-        if provider not in PROVIDERS or shape is None or "ms" not in row:
+        if provider not in PROVIDERS or shape is None or not row.keys() >= {"ms", "direction"}:
             continue
         if provider == "tfkern hopper" and shape["head_dim"] not in tiles.HOPPER_BACKWARD["flash_bwd_dq"]:
             continue
@@ -47,10 +47,11 @@ def timed(results: dict) -> list[dict]:
     return list(found.values())
 
 
-def compare(results: dict, dtype: str) -> list[tuple[dict, calibration.Estimate, float]]:
+def compare(loaded: dict, dtype: str) -> list[tuple[dict, calibration.Estimate, float]]:
     """(row, prediction, measured microseconds)."""
-    shapes, triton, found = {s["name"]: s for s in results["shapes"]}, results["machine"]["triton"], []
-    for row in timed(results):
+    shapes, triton, found = {s["name"]: s for s in loaded["shapes"]}, loaded["machine"]["triton"], []
+    progress = compile_gate.load("tfkern.progress")
+    for row in progress.counted(timed(loaded), lambda row: f"predicting {row['shape']} {row['direction']}"):
         s = shapes[row["shape"]]
         problem = geometry.Problem(s["batch"], s["heads"], s["length"], s["head_dim"], s["is_causal"])
         found.append((row, predicted(PROVIDERS[row["provider"]], row["direction"], problem, dtype, triton), row["ms"] * 1e3))
@@ -82,18 +83,16 @@ def main() -> int:
     parser.add_argument("results", type=Path, help="a results file of `make gpu`")
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16"])
     args = parser.parse_args()
-    if not args.results.is_file():
-        parser.error(f"{args.results} is no file; `make gpu` writes one to bench/results/<gpu>/<date>.json")
-    results = json.loads(args.results.read_text())
-    found = compare(results, args.dtype)
+    loaded = results.load(args.results)
+    found = compare(loaded, args.dtype)
     if not found:
         print(
             f"{args.results} has no time of tfkern's kernels; its attention rows may all be skipped or failed", file=sys.stderr
         )
         return 1
-    print(text(found, results["machine"]["device"]))
+    print(text(found, loaded["machine"]["device"]))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(compile_gate.ended(main, (results.ResultsError,)))

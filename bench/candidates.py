@@ -30,6 +30,7 @@ STAGES = (1, 2, 3)
 OWNS_KEYS = ("flash_bwd_dkdv", "flash_bwd_one_pass")  # the others own queries
 SUMS = {"flash_bwd_dkdv": 2, "flash_bwd_one_pass": 2, "flash_bwd_dbias": 0}  # of owned rows by head dim, in fp32; others 1
 MAX_NUMBERS = 192  # of those sums and two tiles of scores, a thread
+MAX_SHARED = 227 * 1024  # bytes a program, of the chip that has most
 
 # Of kernels/hopper, as tfkern/tiles.py's HopperConfig: streamed rows, stages, consumers, whether they take turns, registers a
 # thread, programs on a multiprocessor.
@@ -70,6 +71,7 @@ def of(kernel: str, head_dim: int = 64, size: int = 2) -> list[tuple[int, int, i
         (*((step, rows) if kernel in OWNS_KEYS else (rows, step)), warps, stages)
         for rows, step, warps in found
         if _numbers(kernel, rows, step, head_dim) <= MAX_NUMBERS * 32 * warps
+        and (kernel != "flash_bwd_dbias" or _operands(rows, step, head_dim, size) <= MAX_SHARED)
         for stages in STAGES
     ]
 
@@ -77,3 +79,8 @@ def of(kernel: str, head_dim: int = 64, size: int = 2) -> list[tuple[int, int, i
 def _numbers(kernel: str, rows: int, step: int, head_dim: int) -> int:
     """That a program holds in registers at least."""
     return SUMS.get(kernel, 1) * rows * head_dim + 2 * rows * step
+
+
+def _operands(rows: int, step: int, head_dim: int, size: int) -> int:
+    """Bytes of the tiles of Q, dO, K and V that flash_bwd_dbias multiplies; all four pass through shared memory."""
+    return 2 * (rows + step) * head_dim * size

@@ -7,8 +7,8 @@ usage: compile_gate.py [--arch sm_90 …] [--kernel flash_fwd …] [--dtype bf16
 
 Needs Triton alone, not torch, so that one venv per Triton version is enough. Ends 1 if a kernel does not compile, spills more
 bytes than bench/spills.json allows it (none, if it is not there), or wants more shared memory than its architecture has.
---bounds raises missing bounds to what was found, instead of failing: for a new kernel or a new Triton. Bounds already there
-may only fall.
+--bounds records what exceeds a bound as one of this Triton alone ("3.8 sm_90 …"), instead of failing: for a new kernel or a
+new Triton. Bounds already there may only fall; those without a version hold for every Triton.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import math
 import sys
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -37,7 +38,7 @@ VARIANTS = {
 }  # fmt: skip
 HEAVY = {"mask", "bias", "dropout", "softcap", "slopes", "MOD"}
 FEATURES = [name for name in VARIANTS if name not in ("plain", "causal", "padded", "all", "odd", "strided")]
-FP32_TENSORS = {"LSE", "DLSE", "DELTA", "DSLOPES"}
+FP32_TENSORS = {"STATS", "DLSE", "DELTA", "DSLOPES"}
 ONE_PASS_ONLY = {"O", "DLSE", "DQ", "DSLOPES", "stride_o", "stride_dq"}  # of flash_bwd_dkdv
 CUT = {"LEFT", "cu_q", *HEAVY}  # with which portable.py has no descriptors
 
@@ -53,6 +54,11 @@ def load(name: str):
         kernels.__path__ = [str(HERE.parent / "kernels")]
         sys.modules.update({"tfkern": package, "tfkern.kernels": kernels})
     return importlib.import_module(name)
+
+
+def ended(main: Callable[[], int], refused: tuple[type[Exception], ...] = ()) -> int:
+    """Run a script of this folder to its exit status."""
+    return load("tfkern.ending").ended(Path(sys.argv[0]).name, main, refused)
 
 
 def features(there: set[str], pointer: str, mask_vec: int):
@@ -150,6 +156,11 @@ def name(row: dict) -> str:
     return " ".join(str(row[key]) for key in ("arch", "kernel", "dtype", "head_dim", "variant")) + block
 
 
+def own_name(row: dict) -> str:
+    """That of a bound of this Triton alone."""
+    return f"{'.'.join(importlib.import_module('aot').triton.__version__.split('.')[:2])} {name(row)}"
+
+
 def run(arch, kernel, dtype, head_dim, config, variant, bounds: dict[str, int]) -> dict:
     """Compile one and return its row of the table; `problem` is None where all is well."""
     aot = importlib.import_module("aot")
@@ -167,7 +178,7 @@ def run(arch, kernel, dtype, head_dim, config, variant, bounds: dict[str, int]) 
 
 def problem(row: dict, bounds: dict[str, int]) -> str | None:
     """What is wrong with a kernel that did compile."""
-    bound, there = bounds.get(name(row), 0), load("tfkern.tiles").SHARED[row["arch"]]
+    bound, there = bounds.get(own_name(row), bounds.get(name(row), 0)), load("tfkern.tiles").SHARED[row["arch"]]
     if row["spilled"] > bound:
         return f"spills {row['spilled']} bytes, {bound} allowed"
     if row["shared"] > there:
@@ -188,10 +199,10 @@ def main() -> int:
     args.variant = [v for name in args.variant for v in (FEATURES if name == "features" else [name])]
     bounds = json.loads(SPILLS.read_text())
     rows = []
-    for job in jobs(args):
+    for job in load("tfkern.progress").counted(jobs(args), lambda job: " ".join(map(str, (*job[:4], job[5])))):
         row = run(*job, bounds)
-        if args.bounds and row.get("spilled") and name(row) not in bounds:
-            bounds[name(row)] = row["spilled"]
+        if args.bounds and row.get("spilled", 0) > bounds.get(name(row), 0) and own_name(row) not in bounds:
+            bounds[own_name(row)] = row["spilled"]
             row["problem"] = problem(row, bounds)  # a new bound excuses the spill, nothing else
         rows.append(row)
         c = row["config"]
@@ -212,4 +223,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

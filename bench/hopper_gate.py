@@ -71,7 +71,7 @@ def source(name: str, dtype: str, dim: int, config, variant: str):
         if feature in there:
             del constants[argument]
     rows = {"k": constants["BLOCK_N"], "v": constants["BLOCK_N"], "dk": constants["BLOCK_N"], "dv": constants["BLOCK_N"]}
-    kinds = dict.fromkeys(("O", "DQ", "DK", "DV"), f"*{dtype}") | dict.fromkeys(("LSE", "DLSE", "DELTA", "DSLOPES"), "*fp32")
+    kinds = dict.fromkeys(("O", "DQ", "DK", "DV"), f"*{dtype}") | dict.fromkeys(("STATS", "DLSE", "DELTA", "DSLOPES"), "*fp32")
     kinds |= dict.fromkeys(("stride_o", "stride_dq", "stride_dk", "stride_dv"), ("i32",) * 3)
     kinds |= dict(F=compile_gate.features(there, f"*{dtype}", mask_vec), scale="fp32")
     for parameter in kernel.arg_names:

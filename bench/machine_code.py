@@ -26,13 +26,25 @@ def loops(code: list[Instruction], multiply: tuple[str, ...], outermost: bool = 
     """The bodies of the innermost (or outermost) loops with a matrix instruction (whose opcode begins with one of `multiply`),
     in the order of the program."""
     multiplies = [x.address for x in code if x.opcode.startswith(multiply)]
-    spans = [s for s in _spans(code) if any(s[0] <= a <= s[1] for a in multiplies)]
+    spans = sorted(s for s in _spans(code) if any(s[0] <= a <= s[1] for a in multiplies))
+    found = _merged(spans) if outermost else [s for s in spans if not any(_within(s, t) for t in spans)]
+    return [[x for x in code if lo <= x.address <= hi] for lo, hi in found]
 
-    def within(s, t) -> bool:
-        return t != s and s[0] <= t[0] and t[1] <= s[1]
 
-    found = [s for s in spans if not any(within(t, s) if outermost else within(s, t) for t in spans)]
-    return [[x for x in code if lo <= x.address <= hi] for lo, hi in sorted(found)]
+def _within(s: tuple[int, int], t: tuple[int, int]) -> bool:
+    """Whether loop t is a part of loop s."""
+    return t != s and s[0] <= t[0] and t[1] <= s[1]
+
+
+def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The union of sorted spans. Where the compiler moves a loop's head behind its body, the spans of a nest overlap."""
+    found = spans[:1]
+    for lo, hi in spans[1:]:
+        if lo <= found[-1][1]:
+            found[-1] = found[-1][0], max(found[-1][1], hi)
+        else:
+            found.append((lo, hi))
+    return found
 
 
 def around(code: list[Instruction], body: list[Instruction]) -> list[Instruction]:

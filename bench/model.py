@@ -95,10 +95,12 @@ def main() -> int:
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16"])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    rows = [
-        shown(geometry.Problem(max(1, sweep.TOKENS // n), sweep.HEADS, n, args.head_dim, causal), direction, args.dtype)
+    asked = [
+        (geometry.Problem(max(1, sweep.TOKENS // n), sweep.HEADS, n, args.head_dim, causal), direction)
         for n in args.length for causal in (False, True) for direction in ("forward", "backward")
     ]  # fmt: skip
+    each = compile_gate.load("tfkern.progress").counted(asked, lambda one: f"predicting {one[0].length} {one[1]}")
+    rows = [shown(problem, direction, args.dtype) for problem, direction in each]
     print(calibration.HEADING, table(rows), sep="\n\n")
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1, default=vars) + "\n")
@@ -106,4 +108,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(compile_gate.ended(main))

@@ -8,6 +8,7 @@ usage: tfkern bench overhead
 """
 
 import math
+import sys
 import time
 from collections.abc import Callable
 
@@ -17,6 +18,8 @@ from torch.nn import functional as F
 import tfkern
 from tfkern import launch
 from tfkern.bench import stub_gpu
+from tfkern.ending import InputError, ended
+from tfkern.progress import counted
 
 Row = tuple[str, float, float, float]
 
@@ -28,7 +31,7 @@ def microseconds(calls: list[Callable], times: int = 10, rounds: int = 150, cloc
     for call in calls:
         for _ in range(20):
             call()
-    for _ in range(rounds):
+    for _ in counted(range(rounds), lambda _: "rounds of calls"):
         for i, call in enumerate(calls):
             call()  # what ran before has left the caches its own
             start = clock()
@@ -42,7 +45,7 @@ def rows(device: torch.device, heads: int = 3, length: int = 16, head_dim: int =
     """(who, forward without grad, forward with grad, forward and backward) in microseconds; on a GPU as long as it keeps up."""
     if device.type == "cpu":
         if stub_gpu.compiler() is None:
-            raise RuntimeError("Triton's launcher needs a C compiler: install gcc, or name one in CC")
+            raise InputError("Triton's launcher needs a C compiler: install gcc, or name one in CC")
         stub_gpu.Stub()
     torch.set_num_threads(1)
     q, k, v = (torch.zeros(2, heads, length, head_dim, dtype=torch.bfloat16, device=device) for _ in range(3))
@@ -111,5 +114,10 @@ def table(found) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main() -> int:
     print(table(rows(torch.device("cuda" if torch.cuda.is_available() else "cpu"))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(ended("overhead", main))

@@ -10,6 +10,8 @@ import math
 from pathlib import Path
 
 from tfkern.bench import cost_model, providers, shapes
+from tfkern.bench.results import ResultsError
+from tfkern.bench.results import load as load_whole
 
 PEERS = ("sdpa default", "sdpa flash", "sdpa cudnn", "sdpa efficient", "flex", *providers.FLASH_ATTN)
 OURS = ("tfkern hopper", "tfkern portable")
@@ -48,8 +50,10 @@ def _write_csv(rows: list[dict], path: Path) -> None:
 
 def load(results: Path) -> tuple[dict, list[dict], int]:
     """(the machine, the rows that its card gave, how many another gave)."""
-    loaded = json.loads(results.read_text())
+    loaded = load_whole(results)
     machine, rows = loaded["machine"], loaded["rows"]
+    if unknown := {shape for shape, *_ in timed(rows)} - set(SHAPES):
+        raise ResultsError(f"{results} has times of {sorted(unknown)}, shapes that this version of tfkern doesn't know")
     own = [row for row in rows if row.get("device", machine["device"]) == machine["device"]]
     return machine, own, len(rows) - len(own)
 
@@ -150,10 +154,25 @@ def _tiles(rows: list[dict]) -> list[str]:
     return lines
 
 
+def parts(file: Path) -> tuple[str, str]:
+    """What stands before and after the marks of a Markdown file. ResultsError if it has none."""
+    before, begin, rest = file.read_text("utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ResultsError(f"{file} has no place for the table: a line {BEGIN} and behind it a line {END}")
+    return before, after
+
+
 def insert(text: str, file: Path) -> None:
-    """Replace what stands between the marks of a Markdown file."""
-    before, rest = file.read_text().split(BEGIN)
-    file.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+    """Replace what stands between the marks of a Markdown file, or leave it as it is."""
+    before, after = parts(file)
+    partial = file.with_name(file.name + ".partial")
+    try:
+        partial.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", "utf-8")
+        partial.replace(file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def draw(results: Path) -> list[Path]:

@@ -48,6 +48,6 @@ def _into_nothing(case: Case) -> list[testing.Error]:
     problem, tensors = call.build(**inputs.tensors, enable_gqa=True, **inputs.options)
     backend = backends.BACKENDS["hopper"]
     with torch.no_grad():
-        out, lse = backend.forward(problem, tensors)
-        backend.backward(problem, tensors, out, lse, inputs.do, None, (True,) * 3 + (False,) * 3)
+        out, stats = backend.forward(problem, tensors)
+        backend.backward(problem, tensors, out, stats, inputs.do, None, (True,) * 3 + (False,) * 3)
     return []

@@ -133,6 +133,7 @@ class Sweep:
         self.store, self.until = store, until
         lines = store.read_text().splitlines() if store and store.exists() else []
         self.known = {(Row(*key[0]), tuple(key[1]), key[2]): found for key, found in map(json.loads, lines)}
+        self.place = ""  # of the row in hand among all
 
     def of(self, row: Row, tiles: tuple, variant: str) -> dict:
         key = row, tiles, variant
@@ -146,6 +147,13 @@ class Sweep:
                 with self.store.open("a") as file:
                     file.write(json.dumps([key, found]) + "\n")
         return self.known[key]
+
+    def look(self, row: Row, step: int, tiles: list[tuple], variant: str) -> None:
+        """Have `of` for all of these, and tell how far it is."""
+        missing = [one for one in tiles if (row, one, variant) not in self.known]
+        where = f"{self.place}{' '.join(map(str, row))}, {variant}, step {step} of 3"
+        for one in compile_gate.load("tfkern.progress").counted(missing, lambda one: f"tiles {name(one)} of {where}"):
+            self.of(row, one, variant)
 
     def rank(self, row: Row, tiles: tuple, variants=VARIANTS) -> float:
         """The geometric mean of predicted microseconds; infinite where there is a problem."""
@@ -162,13 +170,20 @@ class Sweep:
         """The candidates of a row that came to the last step, best first."""
         order = functools.partial(self.order, row)
         all_of = candidates.of(row.kernel, row.head_dim, compile_gate.DTYPES[row.dtype])
-        first = sorted((c for c in all_of if c[3] == 2), key=order)
+        first = [c for c in all_of if c[3] == 2]
+        self.look(row, 1, first, "plain")
+        first.sort(key=order)
         kept = {c[:3] for c in first[:NEXT]}
-        known = sorted({*first, *(c for c in all_of if c[:3] in kept)}, key=order)
+        known = {*first, *(c for c in all_of if c[:3] in kept)}
+        self.look(row, 2, known, "plain")
+        known = sorted(known, key=order)
         (_, best), *_ = ranks = [order(c) for c in known]
         near = [c for c, (heavy, us) in zip(known, ranks, strict=True) if not heavy and us <= NEAR * best] or known[:1]
         lightest = min(near, key=lambda c: self.of(row, c, "plain").get("spilled", 0))
-        return sorted({*known[:NEXT], lightest, *table(row)}, key=functools.partial(self.rank, row))
+        last = {*known[:NEXT], lightest, *table(row)}
+        for variant in VARIANTS:
+            self.look(row, 3, last, variant)
+        return sorted(last, key=functools.partial(self.rank, row))
 
     def chosen(self, row: Row, last: list[tuple]) -> tuple:
         """Of those, the one for the table."""
@@ -244,7 +259,9 @@ def main() -> int:
         "| | | | D | tiles before | now | predicted µs before | now | at 2048 before | now | registers | spilled B |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in map(Row._make, itertools.product(args.arch, args.kernel, args.dtype, args.head_dim)):
+    rows = [Row._make(one) for one in itertools.product(args.arch, args.kernel, args.dtype, args.head_dim)]
+    for number, row in enumerate(rows, 1):
+        sweep.place = f"row {number} of {len(rows)}, "
         try:
             last = sweep.run(row)
         except TimeoutError:
@@ -261,4 +278,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(compile_gate.ended(main))

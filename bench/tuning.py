@@ -124,7 +124,7 @@ def _call(one: Candidate, q, k, v, do, choose) -> timing.Call:
 
     @torch.no_grad()
     def forward():
-        return dict(zip(("out", "lse"), backend.forward(problem, tensors), strict=True))
+        return dict(zip(("out", "stats"), backend.forward(problem, tensors), strict=True))
 
     if one.kernel.startswith("flash_fwd"):
         return forward
@@ -152,7 +152,7 @@ def rows(one: Candidate, device: torch.device) -> Iterator[dict]:
         given, right = (make(one.shape, torch.bfloat16, device) for make in (verify.inputs, verify.oracle))
         with taken(one):
             timed = _call(one, *given, backends.choose)
-            found = {name: x for name, x in timing.again(timed).items() if name != "lse"}
+            found = {name: x for name, x in timing.again(timed).items() if name != "stats"}
             if wrong := [str(e) for e in verify.worst(found, right) if not e.ok]:
                 yield {**row, "problem": f"wrong results: {'; '.join(wrong)}"}
                 return

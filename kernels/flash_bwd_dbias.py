@@ -27,7 +27,7 @@ def _owned(index, size, all_of, SUM: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _ds(
-    q, do, lse, delta, K, V, stride_k, stride_v, start_m, start_n, hi, LEFT, RIGHT, F, S, bh,
+    q, do, m, log2_l, delta, K, V, stride_k, stride_v, start_m, start_n, hi, LEFT, RIGHT, F, S, bh,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, VEC: tl.constexpr, PRECISION: tl.constexpr,
     MOD: tl.constexpr, LINEAR: tl.constexpr, MASK_VEC: tl.constexpr,
@@ -41,7 +41,7 @@ def _ds(
     s, keep, _ = score.logits(
         s, offs_m[:, None], offs_n[None, :], start_m, start_n, F, S, LEFT, RIGHT, MOD, None, LINEAR, MASK_VEC, True, True
     )
-    p = softmax.weights(s, lse[:, None], S, LINEAR)
+    p = softmax.weights(s, m[:, None], log2_l[:, None], S)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_DV] @ [BLOCK_DV, BLOCK_N]
     if F.dropout is not None:
         kept = dropout.keep(F.dropout, bh, start_m, start_n, BLOCK_M, BLOCK_N)
@@ -51,7 +51,7 @@ def _ds(
 
 @triton.jit
 def _head_sum(
-    acc, Q, K, V, DO, LSE, DELTA, LEFT, RIGHT, F, S, seq, stride_q, stride_k, stride_v, stride_do,
+    acc, Q, K, V, DO, STATS, DELTA, LEFT, RIGHT, F, S, seq, stride_q, stride_k, stride_v, stride_do,
     m_lo, m_hi, n_lo, n_hi, heads, group, n_q,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, VEC: tl.constexpr, PRECISION: tl.constexpr,
@@ -59,6 +59,7 @@ def _head_sum(
 ):  # fmt: skip
     """Add the scores of queries [m_lo, m_hi) and keys [n_lo, n_hi) of head S.h of a sequence to acc."""
     row = (seq.at * heads + S.h).to(tl.int64) * n_q + seq.q_row
+    stats = softmax.stats_at(STATS, seq, S.h, heads, n_q)
     Q_h = tile.head(Q, stride_q, seq.at, S.h, seq.q_row, VEC)
     DO_h = tile.head(DO, stride_do, seq.at, S.h, seq.q_row, VEC)
     K_h = tile.head(K, stride_k, seq.at, S.h // group, seq.k_row, VEC)
@@ -69,7 +70,7 @@ def _head_sum(
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q = tile.load(Q_h, stride_q, start_m, 0, seq.n_q, BLOCK_M, D, BLOCK_D, VEC, True)
         do = tile.load(DO_h, stride_do, start_m, 0, seq.n_q, BLOCK_M, DV, BLOCK_DV, VEC, True)
-        lse = softmax.load_lse(LSE + row, offs_m, 0, seq.n_q, LINEAR, True)
+        m, log2_l = softmax.load_stats(stats, offs_m, n_q, 0, seq.n_q, True)
         delta = tile.load_row_values(DELTA + row, offs_m, 0, seq.n_q, 0.0, True)
         first = n_lo
         if SUM_COLUMNS:
@@ -78,14 +79,15 @@ def _head_sum(
             hi = tl.where(n_lo + BLOCK_N > lo, hi, 0)
         for start_n in tl.range(first, tl.minimum(n_hi, hi), BLOCK_N):
             acc += _ds(
-                q, do, lse, delta, K_h, V_h, stride_k, stride_v, start_m, start_n, hi, LEFT, RIGHT, F, S, seq.b * heads + S.h,
-                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, LINEAR, MASK_VEC)  # fmt: skip
+                q, do, m, log2_l, delta, K_h, V_h, stride_k, stride_v, start_m, start_n, hi, LEFT, RIGHT, F, S,
+                seq.b * heads + S.h, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, LINEAR,
+                MASK_VEC)  # fmt: skip
     return acc
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def flash_bwd_dbias(
-    Q, K, V, DO, LSE, DELTA, DBIAS, F, stride_q, stride_k, stride_v, stride_do, batch, heads, group, n_q, n_k,
+    Q, K, V, DO, STATS, DELTA, DBIAS, F, stride_q, stride_k, stride_v, stride_do, batch, heads, group, n_q, n_k,
     scale, align, LEFT, RIGHT, bias_batch, bias_heads, bias_rows, bias_columns,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VEC: tl.constexpr,
     PRECISION: tl.constexpr, MOD: tl.constexpr, LINEAR: tl.constexpr, MASK_VEC: tl.constexpr,
@@ -113,7 +115,7 @@ def flash_bwd_dbias(
         for h in range(bias_h, tl.where(bias_heads == 1, heads, bias_h + 1)):
             S = score.prepare(F, seq, h, scale, align * (seq.n_k - seq.n_q), LINEAR, MASK_VEC)
             acc = _head_sum(
-                acc, Q, K, V, DO, LSE, DELTA, LEFT, RIGHT, F, S, seq, stride_q, stride_k, stride_v, stride_do,
+                acc, Q, K, V, DO, STATS, DELTA, LEFT, RIGHT, F, S, seq, stride_q, stride_k, stride_v, stride_do,
                 m_lo, m_hi, n_lo, n_hi, heads, group, n_q, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
                 VEC, PRECISION, MOD, LINEAR, MASK_VEC, SUM_COLUMNS)  # fmt: skip
 

@@ -1,8 +1,9 @@
 """dK and dV; and where one tile holds all keys, dQ in the same pass. No atomics: the same inputs give the same bits.
 
 flash_bwd_dkdv owns a tile of keys and sums dK and dV over the queries of its head, or of the whole group of heads that share
-the key. P is recomputed from the saved lse. With DQ it is the whole backward in one launch, each score and each exponential
-made once: as no other keys are there, dS K of a tile of queries is their dQ, and delta is formed here as well.
+the key. P is recomputed from the maximum and the sum that each row left. With DQ it is the whole backward in one launch, each
+score and each exponential made once: as no other keys are there, dS K of a tile of queries is their dQ, and delta is formed
+here as well.
 """
 
 import triton
@@ -31,8 +32,8 @@ def _delta(O, DLSE, DELTA, stride_o, do, start_m, lo, hi, n_q, F, DV: tl.constex
 
 @triton.jit
 def _tiles(
-    k, v, Q, O, DO, LSE, DLSE, DELTA, DQ, DSLOPES, stride_q, stride_o, stride_do, stride_dq, dk, dv, start, stop, lo, hi, n_q,
-    start_n, scale, LEFT, RIGHT, F, S, bh,
+    k, v, Q, O, DO, STATS, DLSE, DELTA, DQ, DSLOPES, stride_q, stride_o, stride_do, stride_dq, dk, dv, start, stop, lo, hi, n_q,
+    total_q, start_n, scale, LEFT, RIGHT, F, S, bh,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, VEC: tl.constexpr, PRECISION: tl.constexpr, MOD: tl.constexpr, MOD_GRAD: tl.constexpr,
     LINEAR: tl.constexpr, MASK_VEC: tl.constexpr, MASKED: tl.constexpr,
@@ -44,7 +45,7 @@ def _tiles(
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q = tile.load(Q, stride_q, start_m, lo, hi, BLOCK_M, D, BLOCK_D, VEC, MASKED)
         do = tile.load(DO, stride_do, start_m, lo, hi, BLOCK_M, DV, BLOCK_DV, VEC, MASKED)
-        lse = softmax.load_lse(LSE, offs_m, lo, hi, LINEAR, MASKED)
+        m, log2_l = softmax.load_stats(STATS, offs_m, total_q, lo, hi, MASKED)
         if DQ is not None:
             delta = _delta(O, DLSE, DELTA, stride_o, do, start_m, lo, hi, n_q, F, DV, BLOCK_DV, BLOCK_M, VEC, MASKED)
         else:
@@ -53,7 +54,7 @@ def _tiles(
         st, keep, slope = score.logits(
             st, offs_m[None, :], offs_n[:, None], start_m, start_n, F, S, LEFT, RIGHT,
             MOD, MOD_GRAD, LINEAR, MASK_VEC, MASKED, True)  # fmt: skip
-        pt = tl.where(keep, softmax.weights(st, lse[None, :], S, LINEAR), 0.0)
+        pt = tl.where(keep, softmax.weights(st, m[None, :], log2_l[None, :], S), 0.0)
         if DQ is not None and not MASKED:  # scores of keys that do not exist are 0, and their weights may overflow
             pt = tl.where(offs_n[:, None] < S.n_k, pt, 0.0)
         do = score.hide_unseen(do, keep, F, 0)
@@ -85,7 +86,7 @@ def _tiles(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def flash_bwd_dkdv(
-    Q, DO, K, V, O, LSE, DLSE, DELTA, DQ, DK, DV_OUT, DSLOPES, F,
+    Q, DO, K, V, O, STATS, DLSE, DELTA, DQ, DK, DV_OUT, DSLOPES, F,
     stride_q, stride_k, stride_v, stride_o, stride_do, stride_dq, stride_dk, stride_dv,
     batch, heads, group, n_q, n_k, tiles, scale, align, LEFT, RIGHT,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VEC: tl.constexpr,
@@ -128,6 +129,7 @@ def flash_bwd_dkdv(
         h = h_k * group + member
         S = score.prepare(F, seq, h, scale, shift, LINEAR, MASK_VEC)
         row = (seq.at * heads + h).to(tl.int64) * n_q + seq.q_row
+        stats = softmax.stats_at(STATS, seq, h, heads, n_q)
         Q_h = tile.head(Q, stride_q, seq.at, h, seq.q_row, VEC)
         DO_h = tile.head(DO, stride_do, seq.at, h, seq.q_row, VEC)
         O_h, DQ_h, DLSE_h, DSLOPES_h = O, DQ, DLSE, DSLOPES
@@ -140,17 +142,17 @@ def flash_bwd_dkdv(
             DSLOPES_h = DSLOPES + row
         if RIGHT is not None:
             dk, dv = _tiles(
-                k, v, Q_h, O_h, DO_h, LSE + row, DLSE_h, DELTA + row, DQ_h, DSLOPES_h, stride_q, stride_o, stride_do, stride_dq,
-                dk, dv, first, tl.minimum(full_lo, last), lo, hi, seq.n_q, start_n, scale, LEFT, RIGHT, F, S,
+                k, v, Q_h, O_h, DO_h, stats, DLSE_h, DELTA + row, DQ_h, DSLOPES_h, stride_q, stride_o, stride_do, stride_dq,
+                dk, dv, first, tl.minimum(full_lo, last), lo, hi, seq.n_q, n_q, start_n, scale, LEFT, RIGHT, F, S,
                 seq.b * heads + h, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MOD_GRAD, LINEAR, MASK_VEC,
                 True)  # fmt: skip
         dk, dv = _tiles(
-            k, v, Q_h, O_h, DO_h, LSE + row, DLSE_h, DELTA + row, DQ_h, DSLOPES_h, stride_q, stride_o, stride_do, stride_dq,
-            dk, dv, full_lo, full_hi, lo, hi, seq.n_q, start_n, scale, LEFT, RIGHT, F, S, seq.b * heads + h,
+            k, v, Q_h, O_h, DO_h, stats, DLSE_h, DELTA + row, DQ_h, DSLOPES_h, stride_q, stride_o, stride_do, stride_dq,
+            dk, dv, full_lo, full_hi, lo, hi, seq.n_q, n_q, start_n, scale, LEFT, RIGHT, F, S, seq.b * heads + h,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MOD_GRAD, LINEAR, MASK_VEC, False)  # fmt: skip
         dk, dv = _tiles(
-            k, v, Q_h, O_h, DO_h, LSE + row, DLSE_h, DELTA + row, DQ_h, DSLOPES_h, stride_q, stride_o, stride_do, stride_dq,
-            dk, dv, full_hi, last, lo, hi, seq.n_q, start_n, scale, LEFT, RIGHT, F, S, seq.b * heads + h,
+            k, v, Q_h, O_h, DO_h, stats, DLSE_h, DELTA + row, DQ_h, DSLOPES_h, stride_q, stride_o, stride_do, stride_dq,
+            dk, dv, full_hi, last, lo, hi, seq.n_q, n_q, start_n, scale, LEFT, RIGHT, F, S, seq.b * heads + h,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MOD_GRAD, LINEAR, MASK_VEC, True)  # fmt: skip
 
     if F.dropout is not None:

@@ -1,7 +1,7 @@
 """dQ, and the deltas that the other kernels of the backward read. No atomics: the same inputs give the same bits.
 
 flash_bwd_dq owns a tile of queries: it forms delta = rowsum(O * dO) - dLSE, leaves it for the other kernels, and sums dQ over
-the keys. P = exp2(c * S - lse) is recomputed from the saved lse (Dao et al., FlashAttention, 2022).
+the keys. P is recomputed from the maximum and the sum that each row left (Dao et al., FlashAttention, 2022).
 """
 
 import triton
@@ -17,7 +17,7 @@ RUN_TIME = [
 
 @triton.jit
 def _dq_tiles(
-    q, do, lse, delta, K, V, stride_k, stride_v, dq, dslope, start, stop, lo, hi, start_m, LEFT, RIGHT, F, S, bh,
+    q, do, m, log2_l, delta, K, V, stride_k, stride_v, dq, dslope, start, stop, lo, hi, start_m, LEFT, RIGHT, F, S, bh,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, VEC: tl.constexpr, PRECISION: tl.constexpr, MOD: tl.constexpr, MOD_GRAD: tl.constexpr,
     LINEAR: tl.constexpr, MASK_VEC: tl.constexpr, MASKED: tl.constexpr,
@@ -32,7 +32,7 @@ def _dq_tiles(
         s, keep, slope = score.logits(
             s, offs_m[:, None], offs_n[None, :], start_m, start_n, F, S, LEFT, RIGHT,
             MOD, MOD_GRAD, LINEAR, MASK_VEC, MASKED, MASKED)  # fmt: skip
-        p = softmax.weights(s, lse[:, None], S, LINEAR)
+        p = softmax.weights(s, m[:, None], log2_l[:, None], S)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_DV] @ [BLOCK_DV, BLOCK_N]
         if F.dropout is not None:
             kept = dropout.keep(F.dropout, bh, start_m, start_n, BLOCK_M, BLOCK_N)
@@ -49,7 +49,7 @@ def _dq_tiles(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def flash_bwd_dq(
-    Q, K, V, O, DO, LSE, DLSE, DELTA, DQ, DSLOPES, F, stride_q, stride_k, stride_v, stride_o, stride_do, stride_dq,
+    Q, K, V, O, DO, STATS, DLSE, DELTA, DQ, DSLOPES, F, stride_q, stride_k, stride_v, stride_o, stride_do, stride_dq,
     batch, heads, group, n_q, n_k, tiles, scale, align, LEFT, RIGHT,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VEC: tl.constexpr,
     PRECISION: tl.constexpr, MOD: tl.constexpr, MOD_GRAD: tl.constexpr, LINEAR: tl.constexpr, MASK_VEC: tl.constexpr,
@@ -57,7 +57,7 @@ def flash_bwd_dq(
 ):  # fmt: skip
     """Grid as flash_fwd. Writes DQ, DELTA, and with slopes DSLOPES: each query's part of their gradient.
 
-    Shapes as in flash_fwd; DO as O, DQ as Q; LSE, DLSE, DELTA, DSLOPES (B, heads, n_q) fp32 contiguous. DLSE may be None.
+    Shapes as in flash_fwd; DO as O, DQ as Q; DLSE, DELTA, DSLOPES (B, heads, n_q) fp32 contiguous. DLSE may be None.
     """
     seq, h, start_m = sequence.locate_queries(F, tl.program_id(0), tiles, heads, batch, n_q, n_k, BLOCK_M)
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -75,7 +75,8 @@ def flash_bwd_dq(
     q = tile.load(Q_h, stride_q, start_m, 0, seq.n_q, BLOCK_M, D, BLOCK_D, VEC, True)
     o = tile.load(O_h, stride_o, start_m, 0, seq.n_q, BLOCK_M, DV, BLOCK_DV, VEC, True)
     do = tile.load(DO_h, stride_do, start_m, 0, seq.n_q, BLOCK_M, DV, BLOCK_DV, VEC, True)
-    lse = softmax.load_lse(LSE + row, offs_m, 0, seq.n_q, LINEAR, True)
+    stats = softmax.stats_at(STATS, seq, h, heads, n_q)
+    m, log2_l = softmax.load_stats(stats, offs_m, n_q, 0, seq.n_q, True)
     delta = softmax.delta(o, do, F)
     if DLSE is not None:
         delta -= tl.load(DLSE + row + offs_m, mask=in_rows, other=0.0)  # d lse / d s = p, so its gradient joins delta
@@ -88,14 +89,14 @@ def flash_bwd_dq(
     dslope = tl.zeros([BLOCK_M], tl.float32)
     if LEFT is not None:
         dq, dslope = _dq_tiles(
-            q, do, lse, delta, K, V, stride_k, stride_v, dq, dslope, band.first_tile(lo, F, BLOCK_N),
+            q, do, m, log2_l, delta, K, V, stride_k, stride_v, dq, dslope, band.first_tile(lo, F, BLOCK_N),
             tl.minimum(full_lo, hi), lo, hi, start_m, LEFT, RIGHT, F, S, bh, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
             VEC, PRECISION, MOD, MOD_GRAD, LINEAR, MASK_VEC, True)  # fmt: skip
     dq, dslope = _dq_tiles(
-        q, do, lse, delta, K, V, stride_k, stride_v, dq, dslope, full_lo, full_hi, lo, hi, start_m, LEFT, RIGHT, F, S, bh,
+        q, do, m, log2_l, delta, K, V, stride_k, stride_v, dq, dslope, full_lo, full_hi, lo, hi, start_m, LEFT, RIGHT, F, S, bh,
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MOD_GRAD, LINEAR, MASK_VEC, False)  # fmt: skip
     dq, dslope = _dq_tiles(
-        q, do, lse, delta, K, V, stride_k, stride_v, dq, dslope, full_hi, hi, lo, hi, start_m, LEFT, RIGHT, F, S, bh,
+        q, do, m, log2_l, delta, K, V, stride_k, stride_v, dq, dslope, full_hi, hi, lo, hi, start_m, LEFT, RIGHT, F, S, bh,
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MOD_GRAD, LINEAR, MASK_VEC, True)  # fmt: skip
     DQ_h = tile.head(DQ, stride_dq, seq.at, h, seq.q_row, VEC)
     tile.store(DQ_h, stride_dq, start_m, seq.n_q, dq * scale, BLOCK_M, D, BLOCK_D, VEC)

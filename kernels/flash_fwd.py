@@ -28,7 +28,7 @@ def _attend(
             s, offs_m[:, None], offs_n[None, :], start_m, start_n, F, S, LEFT, RIGHT,
             MOD, None, LINEAR, MASK_VEC, MASKED, MASKED)  # fmt: skip
         s = tl.where(keep, s, float("-inf"))
-        p, alpha, m_i, l_i = softmax.step(s, m_i, l_i, S, LINEAR)
+        p, alpha, m_i, l_i = softmax.step(s, m_i, l_i, S)
         if F.dropout is not None:
             p = tl.where(dropout.keep(F.dropout, bh, start_m, start_n, BLOCK_M, BLOCK_N), p, 0.0)
         v = tile.load(V, stride_v, start_n, lo, hi, BLOCK_N, DV, BLOCK_DV, VEC, MASKED)
@@ -40,7 +40,7 @@ def _attend(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def flash_fwd(
-    Q, K, V, O, LSE, F, stride_q, stride_k, stride_v, stride_o,
+    Q, K, V, O, STATS, F, stride_q, stride_k, stride_v, stride_o,
     batch, heads, group, n_q, n_k, tiles, scale, align, LEFT, RIGHT,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VEC: tl.constexpr,
     PRECISION: tl.constexpr, MOD: tl.constexpr, LINEAR: tl.constexpr, MASK_VEC: tl.constexpr,
@@ -48,15 +48,15 @@ def flash_fwd(
 ):  # fmt: skip
     """Grid (batch * heads * tiles,), tiles = ceil(n_q / BLOCK_M); packed: (heads * tiles,), tiles as in sequence.py.
 
-    Q (B, heads, n_q, D), K (B, heads / group, n_k, D), V (…, DV), O (B, heads, n_q, DV), LSE (B, heads, n_q) fp32 contiguous,
-    F Features; packed sequences have B = 1 and `batch` of them. align = 1 aligns the last query with the last key, 0 the first
-    with the first. MOD: the user's change of scores, a jit function, or None.
+    Q (B, heads, n_q, D), K (B, heads / group, n_k, D), V (…, DV), O (B, heads, n_q, DV), STATS (B, heads, 2, n_q) fp32
+    contiguous (softmax.store_stats), F Features; packed sequences have B = 1 and `batch` of them. align = 1 aligns the last
+    query with the last key, 0 the first with the first. MOD: the user's change of scores, a jit function, or None.
     """
     seq, h, start_m = sequence.locate_queries(F, tl.program_id(0), tiles, heads, batch, n_q, n_k, BLOCK_M)
     shift = align * (seq.n_k - seq.n_q)
     Q_h = tile.head(Q, stride_q, seq.at, h, seq.q_row, VEC)
     q = tile.load(Q_h, stride_q, start_m, 0, seq.n_q, BLOCK_M, D, BLOCK_D, VEC, True)
-    q, scale = softmax.fold_scale(q, score.scale_of(F, scale))
+    q, scale, sign = softmax.fold_scale(q, score.scale_of(F, scale))
     S = score.prepare(F, seq, h, scale, shift, LINEAR, MASK_VEC)
     end_m = tl.minimum(start_m + BLOCK_M, seq.n_q)
     lo, full_lo, full_hi, hi = band.key_range(start_m, end_m, S.n_k, shift, LEFT, RIGHT, F, BLOCK_N)
@@ -78,10 +78,12 @@ def flash_fwd(
         q, K, V, stride_k, stride_v, acc, m_i, l_i, full_hi, hi, lo, hi, start_m, LEFT, RIGHT, F, S, bh,
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, LINEAR, MASK_VEC, True)  # fmt: skip
 
-    o, lse = softmax.finish(acc, m_i, l_i, S)
+    o = acc / softmax.safe(l_i)[:, None]
     if F.dropout is not None:
         o *= F.dropout.factor
     O_h = tile.head(O, stride_o, seq.at, h, seq.q_row, VEC)
     tile.store(O_h, stride_o, start_m, seq.n_q, o, BLOCK_M, DV, BLOCK_DV, VEC)
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    tl.store(LSE + (seq.at * heads + h).to(tl.int64) * n_q + seq.q_row + offs_m, lse, mask=offs_m < seq.n_q)
+    if not LINEAR:  # the maximum is of whole logits
+        sign = 1.0
+    softmax.store_stats(softmax.stats_at(STATS, seq, h, heads, n_q), offs_m, n_q, seq.n_q, m_i, l_i, sign)

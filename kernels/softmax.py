@@ -1,8 +1,9 @@
-"""Online softmax in base 2: exp2 is one instruction, and scale * log2(e) folds into the multiply-add before it.
+"""Online softmax in base 2: exp2 is one instruction.
 
-That multiply-add rounds c * max and then subtracts it from an exact c * s, which is off by 2^-24 of the maximum: nothing for
-products of queries and keys, everything for a row of biases of -1e9. So `exponent` subtracts first where more than a product
-stands in the logits (not LINEAR), and running maxima are kept in units of the logits.
+A logit less the row's maximum is exact or nearly so, whatever the size of either, and never above 0. So that is formed first,
+and scaled then: one multiply-add of the logit by scale * log2(e) would be off by 2^-24 of the maximum, which is hundreds for
+logits of 1e10. A row leaves its maximum and the log of its sum apart for the backward, since in lse, their sum, the second is
+lost beside a first of -1e9. So the backward forms weights as the forward does, and none can exceed 1.
 
 Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); Dao et al., "FlashAttention" (2022).
 """
@@ -18,19 +19,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def fold_scale(q, scale):
-    """(q', scale') with scale' > 0 and scale' * (q' . k) = scale * (q . k): the row maximum and the -inf of masked scores
+    """(q', scale', sign) with scale' > 0 and scale' * (q' . k) = scale * (q . k): the row maximum and the -inf of masked scores
     survive a positive factor only, so the sign (or the zero) of scale moves into q."""
     sign = tl.where(scale > 0, 1.0, tl.where(scale < 0, -1.0, 0.0))
-    return (q.to(tl.float32) * sign).to(q.dtype), tl.where(scale == 0, 1.0, tl.abs(scale))
-
-
-@triton.jit
-def exponent(s, reference, S, LINEAR: tl.constexpr):
-    """c * (s - reference), for exp2; s [A, B], reference broadcasts to it."""
-    if LINEAR:
-        return s * S.c - reference * S.c
-    else:
-        return (s - reference) * S.c
+    return (q.to(tl.float32) * sign).to(q.dtype), tl.where(scale == 0, 1.0, tl.abs(scale)), sign
 
 
 @triton.jit
@@ -47,23 +39,37 @@ def start(zero, sinks, h, there):
 
 
 @triton.jit
-def step(s, m_i, l_i, S, LINEAR: tl.constexpr):
+def step(s, m_i, l_i, S):
     """Take in a tile of logits s [BLOCK_M, BLOCK_N], -inf where masked; S.c times them is base 2.
 
     m_i, l_i [BLOCK_M]: running maximum and sum. Returns p, the factor alpha for what was accumulated so far, m_i, l_i.
     """
     m_new = tl.maximum(m_i, tl.max(s, 1))
     m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)  # no key yet: keep -inf - -inf from making NaN
-    p = tl.math.exp2(exponent(s, m_ref[:, None], S, LINEAR))
-    alpha = tl.math.exp2(exponent(m_i, m_ref, S, LINEAR))
+    p = tl.math.exp2((s - m_ref[:, None]) * S.c)
+    alpha = tl.math.exp2((m_i - m_ref) * S.c)
     return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
 
 
 @triton.jit
-def finish(acc, m_i, l_i, S):
-    """Normalise acc [BLOCK_M, BLOCK_DV]; returns it and lse (natural logarithm). A row that saw no key gives 0 and -inf."""
-    l_safe = tl.where(l_i == 0.0, 1.0, l_i)
-    return acc / l_safe[:, None], m_i * (S.c * LN2) + tl.math.log2(l_safe) * LN2
+def safe(l_i):
+    """Sums of rows to divide by: 1 for a row that saw no key, which gives 0."""
+    return tl.where(l_i == 0.0, 1.0, l_i)
+
+
+@triton.jit
+def stats_at(STATS, seq, h, heads, n_q):
+    """Where the maxima of head h of a sequence are; the logs of its sums are n_q further."""
+    return STATS + (seq.at * heads + h).to(tl.int64) * n_q * 2 + seq.q_row
+
+
+@triton.jit
+def store_stats(stats, rows, n_q, hi, m_i, l_i, sign):
+    """Leave rows below hi of what `stats_at` gave: the maximum, in units of the logits (of q . k where those are linear, with
+    the sign that moved into q), and the natural log of the sum. A row that saw no key: 0 and -inf."""
+    dead = m_i == float("-inf")
+    tl.store(stats + rows, tl.where(dead, 0.0, m_i * sign), mask=rows < hi)
+    tl.store(stats + n_q + rows, tl.where(dead, float("-inf"), tl.math.log2(l_i) * LN2), mask=rows < hi)
 
 
 @triton.jit
@@ -76,19 +82,16 @@ def delta(o, do, F):
 
 
 @triton.jit
-def load_lse(LSE, rows, lo, hi, LINEAR: tl.constexpr, MASKED: tl.constexpr):
-    """lse of rows, for `weights`: in base 2 where logits are linear. Rows outside [lo, hi) and rows that saw no key get +inf:
-    all their p are 0."""
-    lse = load_row_values(LSE, rows, lo, hi, float("inf"), MASKED)
-    if LINEAR:
-        lse *= LOG2E
-    return tl.where(lse == float("-inf"), float("inf"), lse)
+def load_stats(stats, rows, n_q, lo, hi, MASKED: tl.constexpr):
+    """(maximum, base-2 log of the sum) of rows, for `weights`. Rows outside [lo, hi) and rows that saw no key get +inf as the
+    second: all their p are 0."""
+    m = load_row_values(stats, rows, lo, hi, 0.0, MASKED)
+    log2_l = load_row_values(stats + n_q, rows, lo, hi, float("inf"), MASKED) * LOG2E
+    return m, tl.where(log2_l == float("-inf"), float("inf"), log2_l)
 
 
 @triton.jit
-def weights(s, lse, S, LINEAR: tl.constexpr):
-    """P of logits s, from what load_lse gave of their rows, [A, 1] or [1, B]."""
-    if LINEAR:
-        return tl.math.exp2(s * S.c - lse)
-    else:
-        return tl.math.exp2((s - lse) * LOG2E)
+def weights(s, m, log2_l, S):
+    """P of logits s, from what load_stats gave of their rows, [A, 1] or [1, B]. 1 / l is the most that it can be, also where
+    another instruction than the forward's gives a product its last bits."""
+    return tl.math.exp2(tl.minimum((s - m) * S.c - log2_l, -log2_l))

@@ -55,23 +55,21 @@ def test_train_generate_resume(tmp_path, capsys):
 
 def test_bad_input_is_a_message_and_status_2(tmp_path, capsys):
     for arguments, message in [
-        (["train", "vit", "--steps", "0"], "--steps must be 1 or more"),
+        (["train", "vit", "--steps", "0"], "argument --steps: must be a whole number, 1 or more, but is '0'"),
         (["train", "vit", "--resume", "--out", str(tmp_path)], "there is no checkpoint"),
         (["generate", "", "--checkpoint", "x"], "at least one character"),
         (["generate", "a", "--checkpoint", str(tmp_path / "x")], "there is no checkpoint"),
-        (["generate", "a", "--count", "-1"], "must be 0 or more"),
+        (["generate", "a", "--count", "-1"], "argument --count: must be a whole number, 0 or more, but is '-1'"),
     ]:
         assert cli.main(arguments) == 2
         assert message in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["train", "llama"])
-    assert stop.value.code == 2
+    assert cli.main(["train", "llama"]) == 2
 
 
 def test_generate_refuses_another_model(tmp_path, capsys):
     assert cli.main(["train", "vit", "--steps", "1", "--out", str(tmp_path)]) == 0
     assert cli.main(["generate", "a", "--checkpoint", str(tmp_path / "vit.safetensors")]) == 2
-    assert "text comes from gpt" in capsys.readouterr().err
+    assert "vit.safetensors is of vit, but gpt is wanted; `tfkern train gpt` makes one" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -90,9 +88,9 @@ def test_interrupt_leaves_a_whole_checkpoint(tmp_path):
 
 
 def test_missing_extra_says_how_to_get_it(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert cli.main(["demo"]) == 2
-    assert "pip install 'tfkern[demo]'" in capsys.readouterr().err
+    assert "pip install '.[demo]'" in capsys.readouterr().err
 
 
 def test_demo_writes_its_report(tmp_path, capsys, monkeypatch):
@@ -100,7 +98,8 @@ def test_demo_writes_its_report(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "KERNEL_CASES", ("one-query",))
     assert cli.main(["demo", "--quick", "--out", str(tmp_path)]) == 0
     written = {p.name for p in tmp_path.iterdir()}
-    assert written == {"loss.png", "attention-text.png", "attention-digit.png", "sample.txt", "results.json"}
+    pictures = {"loss.png", "attention-text.png", "attention-digit.png"}
+    assert written == {*pictures, "sample.txt", "results.json", "demo-gpt.safetensors"}
     assert all((tmp_path / name).stat().st_size > 1000 for name in written if name.endswith(".png"))
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["problems"] == []

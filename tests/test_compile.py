@@ -173,11 +173,14 @@ config = gate.load("tfkern.configs").TileConfig
 spilling = gate.run("sm_90", "flash_fwd", "bf16", 128, config(128, 128, 4, 2), "plain", {})
 large = gate.run("sm_90", "flash_fwd", "bf16", 128, config(64, 64, 8, 9), "plain", {})
 print(spilling["problem"]); print(large["problem"])
+for bounds in ({gate.name(spilling): 9999}, {gate.own_name(spilling): 9999}, {gate.name(spilling): 9999, gate.own_name(spilling): 1}):
+    print(gate.problem(spilling, bounds))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=COMPILER, cwd=ROOT, check=True)
-    first, second = done.stdout.splitlines()
+    first, second, *with_bounds = done.stdout.splitlines()
     assert first.startswith("spills ")
     assert "bytes of shared memory" in second
+    assert with_bounds == ["None", "None", first.replace(" 0 ", " 1 ")]  # that of this Triton alone goes first
 
 
 def test_every_architecture_finds_a_row():
@@ -225,8 +228,8 @@ def call(b, h, h_k, n_q, n_k, d, packed=False, mask=None, lengths=None, **option
         options["cu_seqlens_q"] = options["cu_seqlens_k"] = torch.tensor([0] * lengths + [n_q], dtype=torch.int32)
     p, t = calls.build(q, k, v, enable_gqa=True, **options)
     t = t._replace(seed=torch.zeros(2, dtype=torch.int64) if p.dropout_p else None)
-    out, lse = portable.forward(p, t)
-    portable.backward(p, t, out, lse, torch.empty_like(out), None, [x is not None for x in t[:6]])
+    out, stats = portable.forward(p, t)
+    portable.backward(p, t, out, stats, torch.empty_like(out), None, [x is not None for x in t[:6]])
 
 def compiled(calls):
     for c in calls: c()

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+from functorch.compile import aot_function, default_partition, min_cut_rematerialization_partition, nop
+from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
 
 import tfkern
@@ -64,6 +66,83 @@ def test_checkpoint(layer, use_reentrant):
 def test_checkpoint_compiled(layer):
     f = compiled(lambda x: checkpoint(layer, x, use_reentrant=False))
     same(trained(f, layer), trained(layer, layer))
+
+
+Q, K, V, W = torch.randn(4, 2, 3, 12, 8, generator=torch.Generator().manual_seed(2)).double()
+
+
+def linear_in_v(f) -> None:
+    """The result of f is linear in v, so its product with w is that of v and the gradient, if that has the forward's bits."""
+    torch.manual_seed(3)
+    q, k, v = (x.clone().requires_grad_() for x in (Q, K, V))
+    y = f(q, k, v)
+    torch.rand(7)
+    _, _, dv = torch.autograd.grad((y * W).sum(), (q, k, v))
+    torch.testing.assert_close((v * dv).sum(), (y * W).sum())
+
+
+def dropped(q, k, v):
+    """Twice the same, with dropout: each has bits of its own."""
+    q, k, v = q.sin(), k.cos(), 2 * v
+    return tfkern.attention(q, k, v, dropout_p=0.5) - 3 * tfkern.attention(q, k, v, dropout_p=0.5)
+
+
+def checkpointed(q, k, v):
+    return checkpoint(dropped, q, k, v, use_reentrant=False)
+
+
+def vmapped(q, k, v):
+    return torch.vmap(lambda *x: dropped(*(t[None] for t in x))[0], randomness="different")(q, k, v)
+
+
+class Dropped(torch.nn.Module):
+    forward = staticmethod(dropped)
+
+
+@pytest.fixture
+def budget(request):
+    """The part of the activations that may be saved. (A cached graph would be an older one of the same ops.)"""
+    with functorch_config.patch(activation_memory_budget=request.param, enable_autograd_cache=False):
+        yield
+
+
+BUDGETS = pytest.mark.parametrize("budget", [0.0, 0.2, pytest.param(1.0, marks=pytest.mark.slow)], indirect=True)
+PARTITIONING = "aot_eager_decomp_partition"  # eager, but with inductor's partitioner
+
+
+@BUDGETS
+@pytest.mark.parametrize("f", [dropped, checkpointed])
+@pytest.mark.parametrize(
+    "backend", [PARTITIONING, *(pytest.param(x, marks=pytest.mark.slow) for x in ("aot_eager", "cudagraphs", "inductor"))]
+)
+def test_partitioners_keep_the_bits(backend, budget, f):
+    """Dropout's, whatever is recomputed."""
+    linear_in_v(torch.compile(f, fullgraph=True, backend=backend))
+
+
+@BUDGETS
+@pytest.mark.slow
+def test_partitioners_keep_the_bits_of_other_graphs(budget):
+    def whole(f, **options):
+        torch._dynamo.reset()
+        return torch.compile(f, fullgraph=True, backend=PARTITIONING, **options)
+
+    def tangent(q, k, v):  # forward and backward in a graph without a backward of its own
+        y, back = torch.func.vjp(lambda v: tfkern.attention(q, k, v, dropout_p=0.5), v)
+        return (y * W).sum() - (v * back(W)[0]).sum()
+
+    exported = torch.export.export(Dropped(), (Q, K, V)).module()
+    for f in (exported, vmapped):
+        linear_in_v(whole(f))
+    linear_in_v(whole(dropped, dynamic=True))
+    for partition in (default_partition, min_cut_rematerialization_partition):
+        linear_in_v(aot_function(exported, nop, nop, partition_fn=partition))
+    torch.testing.assert_close(whole(tangent)(Q, K, V), torch.zeros(()).double())
+    with torch.no_grad():
+        torch.manual_seed(0)
+        found = whole(dropped)(Q, K, V)
+        torch.manual_seed(0)
+        assert torch.equal(found, dropped(Q, K, V))
 
 
 @pytest.mark.parametrize("how", [lambda f: f, compiled], ids=["eager", "compiled"])

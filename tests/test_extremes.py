@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 
 import tfkern
-from tfkern import reference
+from tfkern import reference, testing
+from tfkern.testing import budget
 
 BACKENDS = pytest.mark.parametrize("backend", ["portable", "eager"])
 LARGE = [-1e4, -1e9, 1e9, 1e30, torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min]
@@ -34,6 +35,117 @@ def test_rows_of_one_large_bias_are_averages(size, backend, device):
     close(out, (v.sum(2, keepdim=True) / 51).expand_as(out))
     half = tfkern.attention(q.half(), v.half() * 0, v.half(), bias, backend=backend)
     assert half.isfinite().all()
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [-1e4, -1e9, torch.finfo(torch.float32).min])
+def test_gradients_of_rows_that_a_finite_mask_hides(size, dtype, backend, device):
+    """Each weighs 1/64 in such a row, and its lse is that of the mask alone."""
+    q, k, v = (torch.zeros(1, 1, n, 8, dtype=dtype, device=device) for n in (4, 64, 64))
+    v, leaves = v.normal_(generator=torch.Generator().manual_seed(0)), (q, k, v)
+    mask = torch.zeros(4, 64, device=device)
+    mask[0] = max(size, torch.finfo(dtype).min)
+    do = torch.zeros_like(q)
+    do[:, :, 0] = 1.0
+    mask = mask.to(dtype) if dtype != torch.float32 else mask
+    out = tfkern.attention(*(x.requires_grad_() for x in leaves), mask, backend=backend)
+    (dv,) = torch.autograd.grad(out, v, do)
+    assert torch.equal(dv, torch.full_like(dv, 1 / 64))
+
+
+HIDING = {
+    "plain": {}, "causal": dict(is_causal=True), "window": dict(window=(9, 4)), "softcap": dict(softcap=2.0),
+    "slopes": dict(alibi_slopes=torch.rand(2)), "dropout": dict(dropout_p=0.3), "sinks": dict(sinks=torch.randn(2)),
+    "hidden sinks": dict(sinks=torch.full((2,), -1e9)), "padded": dict(key_lengths=torch.tensor([40, 7])),
+    "scale": dict(scale=torch.tensor(-0.4)),
+}  # fmt: skip
+
+
+@BACKENDS
+@pytest.mark.parametrize("options", HIDING.values(), ids=HIDING.keys())
+def test_every_gradient_beside_rows_that_a_finite_mask_hides(qkv, options, backend, device):
+    """Whatever else is there: as autograd of the naive formula, where each of its rows is a softmax of its own."""
+    bias = torch.randn(2, 1, 20, 40, generator=torch.Generator().manual_seed(0)).to(device)
+    bias[1, :, 3:9] = torch.finfo(torch.float32).min
+    bias[0, :, 11] = -1e9
+    bias[0, :, 12:, 5:] = -1e9
+    options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    leaves = [
+        *qkv,
+        bias.requires_grad_(),
+        *(x.requires_grad_() for name, x in options.items() if name in ("alibi_slopes", "sinks")),
+    ]
+    do = torch.randn(2, 2, 20, 8, generator=torch.Generator().manual_seed(1)).to(device)
+    grads = []
+    for function, more in ((tfkern.attention, dict(backend=backend)), (reference.attention, {})):
+        torch.manual_seed(0)
+        grads.append(torch.autograd.grad(function(*qkv, bias, **options, **more), leaves, do))
+    for x, y in zip(*grads, strict=True):
+        close(x, y)
+
+
+@BACKENDS
+def test_packed_rows_that_a_finite_mask_hides(backend, device):
+    q, k, v = (torch.randn(n, 2, 8, device=device, requires_grad=True) for n in (9, 60, 60))
+    ends = [torch.tensor(x, device=device) for x in ([0, 5, 9], [0, 40, 60])]
+    mask = torch.zeros(2, 1, 5, 40, device=device)
+    mask[:, :, 1] = torch.finfo(torch.float32).min
+    grads = [
+        torch.autograd.grad(f(q, k, v, *ends, mask, **o).square().sum(), (q, k, v))
+        for f, o in ((tfkern.attention_varlen, dict(backend=backend)), (reference.attention_varlen, {}))
+    ]
+    for x, y in zip(*grads, strict=True):
+        close(x, y)
+
+
+@BACKENDS
+@pytest.mark.parametrize("factor", [1e3, 1e5, 1e8])
+@pytest.mark.parametrize("dim", [24, 64])
+@pytest.mark.parametrize("scale", [None, -0.3])
+def test_gradients_of_large_logits(factor, dim, scale, backend, device):
+    """Every query has one key, and the gradient of a value is how many chose it."""
+    generator = torch.Generator().manual_seed(dim)
+    q, k, v = ((torch.randn(1, 2, n, dim, generator=generator) * factor).to(device).requires_grad_() for n in (9, 33, 33))
+    options = dict(scale=scale, window=(40, 40))  # which PyTorch's own kernels have not
+    out, lse = tfkern.attention(q, k, v, **options, return_lse=True, backend=backend)
+    logits = reference.logits(q.double(), k.double(), **options)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    chosen = torch.nn.functional.one_hot(logits.argmax(-1), 33).sum(2)
+    assert torch.equal(dv, chosen[..., None].expand_as(dv).to(dv))
+    assert all(x.isfinite().all() for x in (dq, dk))
+    torch.testing.assert_close(lse.double(), logits.amax(-1), rtol=1e-6, atol=0)
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [30, 1000])
+@pytest.mark.parametrize("name", ["causal", "bias"])
+def test_the_budget_holds_for_large_logits(name, size, dtype, backend, device):
+    """As large as `size` times what they usually are."""
+    case = next(c for c in (*testing.CASES, *testing.FEATURE_CASES) if c.name == name)
+    inputs = testing.make_inputs(case, dtype, device)
+    for tensors in (inputs.tensors, inputs.clean):
+        tensors["query"] = tensors["query"] * size
+    for error in budget.assess(case, inputs, testing.results(tfkern.attention, inputs, backend=backend)):
+        assert error.ok, str(error)
+
+
+@BACKENDS
+@pytest.mark.parametrize("options", [{}, dict(is_causal=True), dict(window=(40, 40))], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [300.0, 1e5])
+def test_gradients_of_large_equal_logits(size, dtype, options, backend, device):
+    """Keys that are alike share a row's weight: its log is lost beside a logit of 1e10."""
+    n = 32
+    v, do = (torch.randn(1, 1, n, 24, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in (0, 1))
+    v, do = v.to(dtype).to(device).requires_grad_(), do.to(dtype).to(device)
+    q, k = (torch.full((1, 1, n, 24), size, dtype=dtype, device=device, requires_grad=True) for _ in range(2))
+    found = torch.autograd.grad(tfkern.attention(q, k, v, **options, backend=backend), (q, k, v), do)
+    weights = reference.attention_weights(q.double(), k.double(), **options)[0]
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(found[2].double(), weights.mT @ do.double(), rtol=2 * unit, atol=2 * unit)
+    assert all(x.isfinite().all() for x in found)
 
 
 @BACKENDS

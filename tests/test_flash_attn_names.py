@@ -27,6 +27,7 @@ OPTIONS = {
     "window": dict(window_size=(3, 1)),
     "left window, causal": dict(window_size=(2, -1), causal=True),
     "right window": dict(window_size=(-1, 0)),
+    "right window, its left another negative": dict(window_size=(-2, 1)),
     "scale": dict(softmax_scale=0.2),
     "softcap": dict(softcap=3.0, causal=True),
     "alibi": dict(alibi_slopes=SLOPES),
@@ -98,6 +99,15 @@ def results(function, tensors: dict, options: dict) -> dict:
     seeds = [torch.randn(x.shape, generator=generator).to(x) for x in (out, lse)]
     grads = torch.autograd.grad((out, lse), list(leaves.values()), seeds)
     return dict(out=out, lse=lse, **{f"d{n}": g for n, g in zip(leaves, grads, strict=True)})
+
+
+def test_windows_that_are_none():
+    q = torch.randn(1, 5, 2, 8)
+    with pytest.raises(TypeError, match=r"window's left must be an integer or None, but is -2\.0"):
+        flash_attn.flash_attn_func(q, q, q, window_size=(-2.0, 0))
+    full = flash_attn.flash_attn_func(q, q, q)
+    for window in ((-2, -7), (None, -1)):
+        assert torch.equal(flash_attn.flash_attn_func(q, q, q, window_size=window), full)
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)

@@ -17,6 +17,7 @@ import tfkern
 from tfkern import call, testing, tiles
 from tfkern.backends import hopper, hopper_backward
 from tfkern.bench.launches import watched
+from tfkern.problem import lse_of
 from tfkern.testing import budget
 
 sys.path.append(str(Path(__file__).resolve().parent))
@@ -61,7 +62,7 @@ def launches(number: int):
 
 @functools.cache
 def forward(name, dtype=torch.bfloat16):
-    """(inputs, out, lse) of a case."""
+    """(inputs, out, stats) of a case."""
     inputs, (problem, tensors) = built(CASES[name], dtype)
     with simulated():
         return inputs, *hopper.forward(problem, tensors)
@@ -69,14 +70,14 @@ def forward(name, dtype=torch.bfloat16):
 
 def backward(name, dtype=torch.bfloat16, schedule="lazy", seed=0, dlse=True, needed=ALL, into=None):
     """The gradients of a case; those of slopes and sinks too where it has them."""
-    inputs, out, lse = forward(name, dtype)
+    inputs, out, stats = forward(name, dtype)
     _, (problem, tensors) = built(CASES[name], dtype)
     do, given = inputs.do, inputs.dlse
     if problem.packed:  # into the shapes inside of tfkern
         do, given = do.transpose(0, 1).unsqueeze(0), given.unsqueeze(0)
     needed = (*needed, False, problem.has_slopes, problem.has_sinks)
     with simulated(schedule, seed):
-        return hopper_backward.backward(problem, tensors, out, lse, do, given if dlse else None, needed, into)
+        return hopper_backward.backward(problem, tensors, out, stats, do, given if dlse else None, needed, into)
 
 
 def assert_right(name, grads, inputs):
@@ -145,9 +146,9 @@ def test_weights_of_keys_that_are_not_there_may_overflow(padded):
     problem, tensors = call.build(q, k, v, key_lengths=lengths)
     assert hopper_backward.one_pass(problem)
     with simulated():
-        out, lse = hopper.forward(problem, tensors)
-        found = hopper_backward.backward(problem, tensors, out, lse, do, None, ALL)
-    assert lse.max() < -100  # float32 ends at exp(88)
+        out, stats = hopper.forward(problem, tensors)
+        found = hopper_backward.backward(problem, tensors, out, stats, do, None, ALL)
+    assert lse_of(stats, problem.scale).max() < -100  # float32 ends at exp(88)
     leaves = [x.float().requires_grad_() for x in (q, k, v)]
     tfkern.attention(*leaves, key_lengths=lengths, backend="eager").backward(do.float())
     for x, leaf in zip(found, leaves, strict=False):
@@ -282,7 +283,7 @@ original = launch.Launch.by_jit
 launch.Launch.by_jit = lambda self, *a: (by_jit.append(1), original(self, *a))[1]
 for n in (1, 197, 197, 384, 385, 512):
     q = torch.empty(32, 3, n, 64, dtype=torch.bfloat16)  # as many heads as fill a chip
-    hopper_backward.backward(*call.build(q, q, q, is_causal=True), q, torch.empty(32, 3, n), q, None, (True,) * 3 + (False,) * 3)
+    hopper_backward.backward(*call.build(q, q, q, is_causal=True), q, torch.empty(32, 3, 2, n), q, None, (True,) * 3 + (False,) * 3)
 print(len(by_jit), launched)
 """
     environment = {**os.environ, "TRITON_INTERPRET": "0"}

@@ -31,10 +31,10 @@ def run(backward=True, dlse=False, options=None, **shape):
     q, k, v = tensors(**shape)
     p, t = call.build(q, k, v, **(options or {}))
     t = t._replace(seed=torch.zeros(2, dtype=torch.int64) if p.dropout_p else None)
-    out, lse = portable.forward(p, t)
+    out, stats = portable.forward(p, t)
     if backward:
         needed = [x is not None for x in t[:6]]
-        portable.backward(p, t, out, lse, torch.empty_like(out), torch.empty_like(lse) if dlse else None, needed)
+        portable.backward(p, t, out, stats, torch.empty_like(out), torch.empty(q.shape[:3]) if dlse else None, needed)
     return q, k, v, out
 
 def plain(args):  # a launch's arguments, pointers as numbers
@@ -181,7 +181,7 @@ def work(n):
     for i in range(30):
         q, k, v = tensors(n=n + i % 3)
         p, t = call.build(q, k, v)
-        out, lse = portable.forward(p, t)
+        out, _ = portable.forward(p, t)
         found = [a for a in launched if a[9] == q.data_ptr() and a[12] == out.data_ptr()]
         if not found or found[-1][0] != 6 * -(-(n + i % 3) // 128):
             wrong.append((n, i))
@@ -215,8 +215,8 @@ def launch_on(index):
     p, t = call.build(q, q, q)
     l, _ = portable._plan_forward(p, t)
     on = launch.Launch(l.kernel, l.grid, types.SimpleNamespace(index=index), l.numbers, l.constants, l.options)
-    out = torch.empty_like(q); lse = torch.empty(q.shape[:3])
-    for _ in range(3): on((q, q, q, out, lse), features.NONE)
+    out = torch.empty_like(q); stats = torch.empty(*q.shape[:2], 2, q.shape[2])
+    for _ in range(3): on((q, q, q, out, stats), features.NONE)
 launch_on(0); launch_on(1); active.current = 1; launch_on(0)
 print(json.dumps([[a[3] for a in launched], len(launch._handles)]))
 """)

@@ -166,13 +166,35 @@ def test_causal_hint(kind, pad, appended, batch_first):
         same_in_float64(layer, given | dict(attn_mask=mask, is_causal=True, need_weights=weights))
 
 
+ROW, COLUMN = torch.arange(L)[:, None], torch.arange(S)
+UPPER = torch.zeros(L, S, dtype=torch.float64).masked_fill(ROW < COLUMN, -torch.inf)
+HINTED = {  # what is said to be causal
+    "with ALiBi": UPPER - 0.7 * (ROW - COLUMN).abs(),
+    "with ALiBi of each head": (UPPER - (ROW - COLUMN).abs()) * torch.linspace(0.2, 1.0, N * H)[:, None, None],
+    "with a window": (ROW < COLUMN) | (ROW > COLUMN + 1),
+    "a prefix": (ROW < COLUMN) & (COLUMN > 2),
+    "lower right": ROW + S - L < COLUMN,
+}
+
+
+@pytest.mark.parametrize("kind", ["self", "memory", "unbatched"])
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_a_wrong_causal_hint_beside_padding(batch_first):
-    """As in PyTorch it's the mask that counts, where the lengths differ."""
+def test_a_mask_that_is_not_what_the_hint_says(batch_first, kind):
+    """As in PyTorch: beside padding, and where weights are wanted, the mask counts, and elsewhere the hint."""
     layer = Theirs(E, H, batch_first=batch_first, dtype=torch.float64)
-    given = inputs_of("memory", batch_first, E, E) | masks("pad bool", L, S, True, "key_padding_mask")
-    lower_right = ~torch.ones(L, S, dtype=torch.bool).tril(S - L)
-    same_in_float64(layer, given | dict(attn_mask=lower_right, is_causal=True, need_weights=False))
+    given = inputs_of(kind, batch_first, E, E)
+    n_k = L if kind == "self" else S
+    for name, mask in HINTED.items():
+        given["attn_mask"] = (mask[:H] if mask.dim() == 3 and kind == "unbatched" else mask)[..., :n_k]
+        for pad, weights in itertools.product(("", "pad bool", "pad float"), (False, True)):
+            padding = masks(pad, L, n_k, kind != "unbatched", "key_padding_mask")
+            same_in_float64(layer, given | padding | dict(is_causal=True, need_weights=weights))
+            if pad and not weights:
+                hinted, plain = (
+                    theirs(layer, given | padding | dict(is_causal=hint, need_weights=False), torch.float64)
+                    for hint in (True, False)
+                )
+                torch.testing.assert_close(hinted["out"], plain["out"], msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

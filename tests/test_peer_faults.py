@@ -15,6 +15,7 @@ import tfkern
 from tfkern import call, configs, testing
 from tfkern.backends import BACKENDS, hopper, hopper_backward
 from tfkern.bench.peer_faults import FAULTS, HEAD_DIM, SCORE, cases, rows
+from tfkern.problem import lse_of
 from tfkern.testing import budget
 
 sys.path.append(str(Path(__file__).resolve().parent))
@@ -74,11 +75,11 @@ def test_the_kernels_for_hopper_are_right(fault):
     inputs = fault.inputs(torch.bfloat16)
     problem, tensors = call.build(**inputs.tensors, **inputs.options)
     with simulated():
-        out, lse = hopper.forward(problem, tensors)
+        out, stats = hopper.forward(problem, tensors)
     with contextlib.nullcontext() if hopper_backward.limits(problem) else simulated():
         needed = (True,) * 3 + (False,) * 3
-        made = BACKENDS["hopper"].backward(problem, tensors, out, lse, inputs.do, inputs.dlse, needed)
-    assert_right(fault, inputs, dict(out=out, lse=lse, dq=made.q, dk=made.k, dv=made.v))
+        made = BACKENDS["hopper"].backward(problem, tensors, out, stats, inputs.do, inputs.dlse, needed)
+    assert_right(fault, inputs, dict(out=out, lse=lse_of(stats, problem.unit(tensors)), dq=made.q, dk=made.k, dv=made.v))
 
 
 def test_the_rows_of_the_table(device, monkeypatch):

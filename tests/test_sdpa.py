@@ -326,7 +326,8 @@ ERRORS = {
     "one dim": lambda f: f(z(8), z(8), z(8)),
     "batches": lambda f: f(Q, z(3, 4, 6, 8), z(3, 4, 6, 8)),
     "heads": lambda f: f(Q, K[:, :2], K[:, :2]),
-    "value length, three dims": lambda f: f(Q[0], K[0], z(4, 5, 8)),
+    "value length, two dims": lambda f: f(Q[0, 0], K[0, 0], z(5, 8)),
+    "value length, five dims": lambda f: f(Q[None], K[None], z(1, 2, 4, 5, 8)),
     "head dims": lambda f: f(Q, z(2, 4, 6, 9), K),
     "mask of integers": lambda f: f(Q, K, K, z(3, 6).int()),
     "mask of another float": lambda f: f(Q, K, K, z(3, 6).half()),
@@ -383,6 +384,7 @@ def test_errors_are_of_the_same_type(name):
 # What PyTorch's documentation forbids and its fused paths compute, some of it from memory beside the tensors.
 FORBIDDEN = {
     "lengths of key and value": (lambda: ours(Q, K, z(2, 4, 7, 8)), RuntimeError, r"value must have the length of key, 6, but has shape \(2, 4, 7, 8\)"),
+    "lengths of key and value, three dims": (lambda: ours(Q[0], K[0], z(4, 5, 8)), RuntimeError, r"value must have the length of key, 6, but has shape \(4, 5, 8\)"),
     "mask and causal": (lambda: ours(Q, K, K, z(3, 6), is_causal=True), RuntimeError, "attn_mask must be None with is_causal=True"),
     "mask elsewhere": (lambda: ours(Q, K, K, z(3, 6, device="meta")), RuntimeError, "attn_mask must be on the device of query"),
     "scale infinite": (lambda: ours(Q, K, K, scale=math.inf), ValueError, "scale must be finite"),

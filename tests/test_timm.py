@@ -174,6 +174,44 @@ def test_patch_and_back(timm):
     assert (pickle.dumps(vars(model.blocks[0].attn)), [type(m) for m in model.modules()]) == before
 
 
+def test_fused_attn_is_theirs_to_set(timm):
+    """False, before patching or after, lets hooks on attn_drop see the weights, as in timm."""
+    model = unfused(make(timm, "ViT"))
+    report = tfkern.patch(model)
+    assert not report.changed
+    assert "its fused_attn is False" in report.unchanged["blocks.0.attn"]
+    for block in model.blocks:
+        block.attn.fused_attn = True
+    tfkern.patch(model)
+    layer, x = unfused(model).blocks[0].attn, torch.randn(2, 7, 32)
+    assert type(layer) is integration.Attention
+    seen = []
+    layer.attn_drop.register_forward_hook(lambda module, given, weights: seen.append(weights))
+    mask = torch.rand(2, 1, 7, 7) > 0.3
+    mask[..., 0] = True
+    for options in ({}, dict(is_causal=True), dict(attn_mask=mask), dict(attn_mask=torch.randn(7, 7))):
+        want = layer(x, **options), timm.layers.Attention.forward(layer, x, **options)
+        torch.testing.assert_close(*want)
+        torch.testing.assert_close(seen[-2], seen[-1])
+    assert len(seen) == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("cait_xxs24_224", dict(), {"blocks.0.attn": "TalkingHeadAttn", "blocks_token_only.0.attn": "ClassAttn"}),
+        ("xcit_nano_12_p16_224", dict(), {"blocks.0.attn": "XCA"}),
+        ("convit_tiny", dict(local_up_to_layer=1), {"blocks.0.attn": "GPSA", "blocks.1.attn": "MHSA"}),
+    ],
+)
+def test_layers_whose_names_tell_little_are_named(timm, name, options, expected):
+    more = dict(img_size=32, patch_size=16, embed_dim=16, depth=2, num_heads=2, num_classes=3) | options
+    report = tfkern.patch(timm.create_model(name, **more))
+    assert not report.changed
+    for path, cls in expected.items():
+        assert f".{cls}; where it calls F.scaled_dot_product_attention" in report.unchanged[path]
+
+
 def test_other_layers_are_named(timm):
     model = timm.create_model("eva02_tiny_patch14_224", img_size=28, embed_dim=24, depth=1, num_heads=2, num_classes=3)
     report = tfkern.patch(model)
@@ -182,8 +220,7 @@ def test_other_layers_are_named(timm):
 
 
 def test_the_recipe_in_the_readme(timm, capsys):
-    run = dict(tfkern=tfkern)
-    exec(recipe("timm"), run)
+    exec(recipe("timm"), run := {})
     assert type(run["model"].blocks[0].attn) is integration.Attention
     assert "changed (12)" in capsys.readouterr().out
 
@@ -200,4 +237,4 @@ def test_without_timm(timm, python_without, tmp_path):
     )
     done = subprocess.run(python_without("\n" + code, "timm"), capture_output=True, text=True, check=True)
     assert done.stdout.startswith("Linear(in_features=8")
-    assert "pip install 'tfkern[timm]'" in done.stdout
+    assert "pip install '.[timm]'" in done.stdout

@@ -1,16 +1,19 @@
 """The autograd Function and its backward, itself a Function, so that higher derivatives have a place to come to."""
 
+import functools
+
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from tfkern import call
 from tfkern.problem import Gradients, Problem, Tensors
 
 
 def attention(problem: Problem, backend, tensors: Tensors, qkv: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(out, lse) of one problem by one backend, differentiable in the first six tensors. With qkv, of which query, key and
+    """(out, stats) of one problem by one backend, differentiable in the first six tensors. With qkv, of which query, key and
     value are views, the gradient of those is one tensor like it."""
     if qkv is not None:
         tensors = tensors._replace(q=qkv, k=None, v=None)
@@ -53,26 +56,32 @@ def apply(function, problem, backend, *args):
     if not backend.recorded or function is AttentionBackward:
         return function.apply(problem, backend, *args)
     with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, function).apply(problem, backend, *args)
+        return _of_one_level(function).apply(problem, backend, *args)
+
+
+@functools.cache
+def _of_one_level(function):
+    """The Function for one transform alone: where an op has met them, its kernel has no others to ask."""
+    return type(function.__name__, (_SingleLevelFunction,), dict(vars(function)))
 
 
 def forward(problem, backend, t: Tensors) -> tuple[Tensor, Tensor]:
-    """(out, lse), without derivatives; q may be the packed qkv."""
+    """(out, stats), without derivatives; q may be the packed qkv."""
     return backend.forward(problem, t if backend.recorded else call.unpacked(t))
 
 
-def backward(problem, backend, needed, do, dlse, out, lse, t: Tensors) -> tuple[Tensor | None, ...]:
+def backward(problem, backend, needed, do, dlse, out, stats, t: Tensors) -> tuple[Tensor | None, ...]:
     """The gradients, without derivatives; q may be the packed qkv, whose gradient is one tensor then."""
     if t.k is not None or backend.recorded:
-        return tuple(backend.backward(problem, t, out, lse, do, dlse, needed))
+        return tuple(backend.backward(problem, t, out, stats, do, dlse, needed))
     qkv = torch.empty_like(t.q)
     needed = (needed[0],) * 3 + needed[3:]
-    grads = backend.backward(problem, call.unpacked(t), out, lse, do, dlse, needed, into=call.unpack(qkv))
+    grads = backend.backward(problem, call.unpacked(t), out, stats, do, dlse, needed, into=call.unpack(qkv))
     return qkv, None, None, *grads[3:]
 
 
 class Attention(torch.autograd.Function):
-    """out, lse = attention(tensors)."""
+    """out, stats = attention(tensors). Of the gradient of stats, that of log l is lse's; m counts as a constant."""
 
     @staticmethod
     def forward(problem, backend, *tensors):
@@ -85,15 +94,16 @@ class Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, do, dlse):
-        *tensors, out, lse = ctx.saved_tensors
-        if do is None and dlse is None:
+    def backward(ctx, do, dstats):
+        *tensors, out, stats = ctx.saved_tensors
+        if do is None and dstats is None:
             return (None,) * (2 + len(tensors))
         if do is None:
             do = torch.zeros_like(out)
+        dlse = None if dstats is None else dstats.select(2, 1)
         needed = ctx.needs_input_grad[2 : 2 + len(Gradients._fields)]
         # Where nobody will differentiate the gradients, as in most backwards, their Function has nothing to record.
-        arguments = (ctx.problem, ctx.backend, needed, do, dlse, out, lse, *tensors)
+        arguments = (ctx.problem, ctx.backend, needed, do, dlse, out, stats, *tensors)
         if torch.is_grad_enabled() or _transformed():
             grads = apply(AttentionBackward, *arguments)
         else:
@@ -113,8 +123,8 @@ class AttentionBackward(torch.autograd.Function):
     """Gradients from do, dlse and what the forward saved."""
 
     @staticmethod
-    def forward(problem, backend, needed, do, dlse, out, lse, *tensors):
-        return backward(problem, backend, needed, do, dlse, out, lse, Tensors(*tensors))
+    def forward(problem, backend, needed, do, dlse, out, stats, *tensors):
+        return backward(problem, backend, needed, do, dlse, out, stats, Tensors(*tensors))
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -7,13 +7,14 @@ from torch import Tensor
 
 STEPS = 1 << 16  # probabilities come in steps of 1 / STEPS
 ROUNDS = 7
+SEEDS = 0, 2**63 - 1  # the first, and one beyond the last
 _WORD = 0xFFFFFFFF
 
 
 def draw_seed(device: torch.device) -> Tensor:
     """Two random int64 from torch's generator of the device: a key and an offset. `torch.manual_seed` governs them,
     checkpointing replays them, and a CUDA graph draws new ones each time it runs."""
-    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)
+    return torch.randint(*SEEDS, (2,), dtype=torch.int64, device=device)
 
 
 def threshold(dropout_p: float) -> int:

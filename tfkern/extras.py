@@ -9,10 +9,10 @@ class MissingExtraError(ImportError):
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import a module that `pip install tfkern[extra]` brings."""
+    """Import a module that an extra of tfkern brings."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise MissingExtraError(
-            f"this needs {error.name}, which is not installed; get it with: pip install 'tfkern[{extra}]'"
+            f"this needs {error.name}, which is not installed; get it in tfkern's checkout with: pip install '.[{extra}]'"
         ) from None

@@ -45,6 +45,16 @@ def plain_memory(p: Problem, t: Tensors) -> Tensors:
     return t if t.mask is None else t._replace(mask=t.mask.view(torch.uint8))
 
 
+def empty_rows(p: Problem) -> Tensor:
+    """A number for each row of queries, to be written: (B, H, Nq)."""
+    return torch.empty(1 if p.packed else p.batch, p.heads, p.n_q, dtype=torch.float32, device=p.device)
+
+
+def empty_stats(p: Problem) -> Tensor:
+    """What a forward leaves of each row, to be written (problem.py)."""
+    return torch.empty(1 if p.packed else p.batch, p.heads, 2, p.n_q, dtype=torch.float32, device=p.device)
+
+
 def slope_sums(p: Problem, t: Tensors, parts: Tensor) -> Tensor:
     """The gradient of the slopes from each query's part (B, H, Nq); each sum has one order."""
     if p.packed and p.batch == 0:
@@ -57,7 +67,8 @@ def slope_sums(p: Problem, t: Tensors, parts: Tensor) -> Tensor:
     return sums.sum_to_size(t.slopes.shape).to(t.slopes.dtype)
 
 
-def sink_sums(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+def sink_sums(sinks: Tensor, stats: Tensor, delta: Tensor) -> Tensor:
     """The gradient of the sinks: a sink is one more logit, whose value is 0, so its dS is P * (0 - delta)."""
-    p = (sinks.float()[:, None] - lse).exp_()  # [H, 1] - [B, H, Nq]
-    return -(p * delta).masked_fill_(lse == -torch.inf, 0.0).sum((0, 2)).to(sinks.dtype)
+    m, log_l = stats.unbind(2)
+    p = (sinks.float()[:, None] - m).sub_(log_l).exp_()  # [H, 1] - [B, H, Nq]
+    return -(p * delta).masked_fill_(log_l == -torch.inf, 0.0).sum((0, 2)).to(sinks.dtype)

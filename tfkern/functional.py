@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tfkern import autograd, backends, call, checks, dropout, nested, ops
 from tfkern.dynamo import uncompiled
+from tfkern.problem import lse_of
 
 Pair = tuple[Callable, Callable]  # as a tfkern.ScoreMod is
 
@@ -166,15 +167,16 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *args, return_lse=False, 
 def _run(return_lse: bool, backend: str | None, qkv: Tensor | None, *arguments, **options):
     """What call.build takes, attended; with qkv, of which query, key and value are views, its gradient is one tensor."""
     if torch.compiler.is_compiling():
-        out, lse = ops.attention(backend, qkv, *arguments, **options)
+        out, stats, unit = ops.attention(backend, qkv, *arguments, **options)
         packed = options.get("cu_seqlens_q") is not None
     else:
         problem, tensors = call.build(*arguments, **options)
         chosen = backends.choose(problem, backend)
         if problem.dropout_p:
             tensors = tensors._replace(seed=dropout.draw_seed(problem.device))
-        out, lse = autograd.attention(problem, chosen, tensors, qkv)
-        packed = problem.packed
+        out, stats = autograd.attention(problem, chosen, tensors, qkv)
+        packed, unit = problem.packed, problem.unit(tensors)
+    lse = lse_of(stats, unit) if return_lse else None
     if packed:
-        out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)
+        out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0) if return_lse else None
     return (out, lse) if return_lse else out

@@ -1,4 +1,4 @@
-"""Running kernels in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors, with its bfloat16 mended and every address
+"""Running kernels in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors, with bfloat16 and dot mended, and every address
 checked against the tensors that the kernel was given: a read or write beside them raises instead of finding a neighbour."""
 
 import dataclasses
@@ -14,8 +14,10 @@ def interpreting() -> bool:
 
 @functools.cache
 def prepare() -> None:
-    """Make bfloat16 right. The interpreter keeps it as uint16 bits; its dot multiplies those as integers, and its conversion
-    from float32 truncates where GPUs round to nearest even."""
+    """Make bfloat16 and dot right. The interpreter keeps bfloat16 as uint16 bits; its dot multiplies those as integers, and its
+    conversion from float32 truncates where GPUs round to nearest even. On a GPU an element of a product is the same in
+    whichever tile it is, and whichever operand comes first, so that forward and backward see the same scores. BLAS sums
+    float32 in other orders for other shapes; in float64, as here, that does not show."""
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, interpreter_builder
@@ -28,9 +30,9 @@ def prepare() -> None:
         rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
         return np.where(np.isnan(data), (bits >> 16) | 0x40, rounded).astype(np.uint16)
 
-    def dot(self, a, b, *rest):
-        a, b = (TensorHandle(widen(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
-        return original_dot(self, a, b, *rest)
+    def dot(self, a, b, acc, *rest):
+        a, b = ((widen(x.data) if x.dtype.scalar == tl.bfloat16 else x.data).astype(np.float64) for x in (a, b))
+        return TensorHandle(np.matmul(a, b).astype(acc.data.dtype) + acc.data, acc.dtype.scalar)
 
     def cast(self, x, dtype):
         kinds = (x.dtype.scalar, dtype.scalar)
@@ -40,7 +42,7 @@ def prepare() -> None:
             return TensorHandle(narrow(x.data), tl.bfloat16)
         return original_cast(self, x, dtype)
 
-    original_dot, InterpreterBuilder.create_dot = InterpreterBuilder.create_dot, dot
+    InterpreterBuilder.create_dot = dot
     original_cast, InterpreterBuilder.cast_impl = InterpreterBuilder.cast_impl, cast
 
     def load(self, pointers, mask, *rest, **named):

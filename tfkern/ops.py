@@ -12,7 +12,7 @@ an Autograd kernel that applies the same autograd.Function as eager calls.
 import torch
 from torch import Tensor
 
-from tfkern import autograd, backends, call, checks, dropout, layout, score_mods
+from tfkern import autograd, backends, call, checks, dropout, dynamo, layout, score_mods
 from tfkern.backends import Backend
 from tfkern.problem import Problem, Tensors, lse_dtype
 
@@ -32,14 +32,16 @@ _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 _library.define(f"attention({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)", tags=_TAGS)
 _library.define(f"attention_forward({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)", tags=_TAGS)
 _library.define(
-    f"attention_backward(Tensor do, Tensor? dlse, Tensor out, Tensor lse, bool[] needed, {_TENSORS}, {_OPTIONS}) -> Tensor[]",
+    f"attention_backward(Tensor do, Tensor? dlse, Tensor out, Tensor stats, bool[] needed, {_TENSORS}, {_OPTIONS}) -> Tensor[]",
     tags=_TAGS,
 )
+_library.define("draw_seed(Device device) -> Tensor", tags=torch.Tag.nondeterministic_seeded)
 
 
 def attention(*arguments, **options) -> tuple[Tensor, Tensor]:
-    """(out, lse) by `tfkern::attention`, of what op_arguments takes; for Dynamo to trace."""
-    return torch.ops.tfkern.attention(*op_arguments(*arguments, **options))
+    """(out, stats, their unit) by `tfkern::attention`, of what op_arguments takes; for Dynamo to trace."""
+    given = op_arguments(*arguments, **options)
+    return *torch.ops.tfkern.attention(*given), _unit(Tensors(*given[:_COUNT]), *given[_COUNT:])
 
 
 def op_arguments(
@@ -60,11 +62,18 @@ def op_arguments(
         checks.scale(scale, 1, query)
         tensors, scale = tensors._replace(scale=scale), None
     if dropout_p:
-        tensors = tensors._replace(seed=dropout.draw_seed(query.device))
+        tensors = tensors._replace(seed=torch.ops.tfkern.draw_seed(query.device))
     checks.flag("is_causal", is_causal)
     left, right = checks.sides(window)
     name = None if score_mod is None else _name(score_mod, query)
     return *tensors, dropout_p, is_causal, scale, enable_gqa, causal_alignment, left, right, softcap, name, backend
+
+
+def _unit(t: Tensors, dropout_p, is_causal, scale, enable_gqa, causal_alignment, left, right, softcap, score_mod, backend):
+    """Problem.unit, or the tensor that scale is."""
+    if any(x is not None for x in (t.bias, t.slopes, t.sinks, softcap, score_mod)):
+        return 1.0
+    return checks.scale(scale, t.q.shape[-1], t.q) if t.scale is None else t.scale.reshape(())
 
 
 def _name(score_mod, query: Tensor) -> str:
@@ -103,24 +112,31 @@ def _understood(tensors: tuple, options: tuple) -> tuple[Problem, Backend, Tenso
     return problem, backends.choose(problem, backend), given
 
 
+def _draw_seed(device: torch.device) -> Tensor:
+    """dropout.draw_seed in a graph: by an operation in whose place no compiler puts a generator of its own."""
+    with dynamo.drawn_once():
+        return torch.ops.aten.randint.low_generator(*dropout.SEEDS, (2,), generator=None, dtype=torch.int64, device=device)
+
+
 def _forward(*arguments):
     problem, backend, tensors = _understood(arguments[:_COUNT], arguments[_COUNT:])
     return autograd.forward(problem, backend, tensors)
 
 
-def _backward(do, dlse, out, lse, needed, *arguments):
+def _backward(do, dlse, out, stats, needed, *arguments):
     problem, backend, tensors = _understood(arguments[:_COUNT], arguments[_COUNT:])
-    grads = autograd.backward(problem, backend, tuple(needed), do, dlse, out, lse, tensors)
+    grads = autograd.backward(problem, backend, tuple(needed), do, dlse, out, stats, tensors)
     return [grad for grad, need in zip(grads, needed, strict=True) if need]
 
 
 def _forward_fake(*arguments):
     t = call.unpacked(Tensors(*arguments[:_COUNT]))
     out = layout.empty_in_order_of(t.q, t.v.shape[-1])
-    return out, torch.empty(t.q.shape[:3], dtype=lse_dtype(t.q.dtype), device=t.q.device)
+    batch, heads, rows = t.q.shape[:3]
+    return out, torch.empty(batch, heads, 2, rows, dtype=lse_dtype(t.q.dtype), device=t.q.device)
 
 
-def _backward_fake(do, dlse, out, lse, needed, *arguments):
+def _backward_fake(do, dlse, out, stats, needed, *arguments):
     t = Tensors(*arguments[:_COUNT])
     if t.k is None:
         likes = [torch.empty_like(t.q) if needed[0] else None, None, None]
@@ -135,9 +151,9 @@ def _recorded_forward(options: tuple, t: Tensors):
         return torch.ops.tfkern.attention_forward(*t, *options)
 
 
-def _recorded_backward(options: tuple, t: Tensors, out, lse, do, dlse, needed):
+def _recorded_backward(options: tuple, t: Tensors, out, stats, do, dlse, needed):
     with torch._C._AutoDispatchBelowAutograd():
-        grads = iter(torch.ops.tfkern.attention_backward(do, dlse, out, lse, needed, *t, *options))
+        grads = iter(torch.ops.tfkern.attention_backward(do, dlse, out, stats, needed, *t, *options))
     return [next(grads) if need else None for need in needed]
 
 
@@ -160,14 +176,14 @@ def _differentiable_forward(*arguments):
     return _differentiable(*arguments)
 
 
-def _refused_backward(do, dlse, out, lse, needed, *arguments):
+def _refused_backward(do, dlse, out, stats, needed, *arguments):
     """That of `tfkern::attention_backward`."""
-    tensors = (do, dlse, out, lse, *arguments[:_COUNT])
+    tensors = (do, dlse, out, stats, *arguments[:_COUNT])
     autograd.refuse_tangents(tensors)
     if _wanted(tensors):
         autograd.refuse_second()
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.tfkern.attention_backward(do, dlse, out, lse, needed, *arguments)
+        return torch.ops.tfkern.attention_backward(do, dlse, out, stats, needed, *arguments)
 
 
 def _wanted(tensors) -> bool:
@@ -176,6 +192,7 @@ def _wanted(tensors) -> bool:
     return able and any(x is not None and x.requires_grad for x in tensors)
 
 
+_library.impl("draw_seed", _draw_seed, "CompositeImplicitAutograd")
 _library.impl("attention", _forward, "CompositeExplicitAutograd")
 _library.impl("attention", _differentiable, "Autograd")
 _library.impl("attention_forward", _forward, "CompositeExplicitAutograd")

@@ -1,4 +1,10 @@
-"""What is to be computed, without the tensors (Problem), and the tensors (Tensors). The checks are in checks.py."""
+"""What is to be computed, without the tensors (Problem), and the tensors (Tensors). The checks are in checks.py.
+
+What a forward leaves of each row for its backward are `stats` (B, H, 2, Nq), in the dtype of lse: m, and log l = log(sum of
+exp(logit - unit * m)). With m the largest logit, in units of q . k where that is all of it (`unit` is the scale then, else 1),
+the backward can form weights as the forward did: in lse = unit * m + log l the second is lost beside a first of 1e9. m may be
+another number, 0 where a row sees no key, and log l is -inf there.
+"""
 
 import functools
 from dataclasses import dataclass, field, fields
@@ -39,6 +45,20 @@ class Gradients(NamedTuple):
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     """That of lse, for inputs of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def lse_of(stats: Tensor, unit) -> Tensor:
+    """lse (B, H, Nq), all of whose gradient comes by way of log l."""
+    m, log_l = stats.unbind(2)
+    return log_l + m.detach() * unit
+
+
+def stats_of(lse: Tensor) -> Tensor:
+    """stats where lse is all that is known: m = 0."""
+    batch, heads, rows = lse.shape
+    stats = lse.new_zeros(batch, heads, 2, rows)
+    stats.select(2, 1).copy_(lse)
+    return stats
 
 
 @dataclass(frozen=True)
@@ -102,6 +122,12 @@ class Problem:
     def linear(self) -> bool:
         """Whether logits are products of queries and keys, scaled, and nothing else."""
         return not (self.bias or self.softcap or self.has_slopes or self.has_sinks or self.score_mod)
+
+    def unit(self, t: Tensors):
+        """What m of the stats is multiplied by to be a logit."""
+        if not self.linear:
+            return 1.0
+        return t.scale if self.scale is None else self.scale
 
     @functools.cached_property
     def plain(self) -> bool:

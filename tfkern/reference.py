@@ -12,8 +12,6 @@ from torch import Tensor
 from tfkern import dropout
 from tfkern.score_mods import each_head
 
-LOG2E = math.log2(math.e)
-
 
 def visible(n_q: int, n_k: int, *, is_causal=False, causal_alignment="upper_left", window=None, key_lengths=None, device=None):
     """(B or 1, 1, n_q, n_k) bool: True where query i sees key j, written out from the definitions in tfkern.attention."""
@@ -142,9 +140,9 @@ def flash(
     query: Tensor, key: Tensor, value: Tensor, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *,
     return_lse=False, seed=None, first=0, sinks=None, out_dtype=None, **options,
 ):  # fmt: skip
-    """`attention` with the backward that flash backwards compute, written out, N x N and all: P = 2^(S log2(e) - lse log2(e)),
-    delta = rowsum(O * dO) - dlse, dS = P * (dP - delta) (Dao et al., FlashAttention, 2022, section B.4). out_dtype is what O is
-    rounded to, from which delta is taken."""
+    """`attention` with the backward that flash backwards compute, written out, N x N and all: delta = rowsum(O * dO) - dlse,
+    dS = P * (dP - delta) (Dao et al., FlashAttention, 2022, section B.4). out_dtype is what O is rounded to, from which delta
+    is taken."""
     if dropout_p and seed is None:
         seed = dropout.draw_seed(query.device)
     with torch.no_grad():
@@ -173,11 +171,10 @@ class _Flash(torch.autograd.Function):
     def backward(ctx, do, dlse):
         s, sink, value, out, lse, factors = ctx.saved_tensors
         dead = lse == -math.inf
-        finite = lse.masked_fill(dead, 0.0)
-        p = (s * LOG2E - finite[..., None] * LOG2E).exp2()
+        both = torch.cat([s, sink[:, None, None].expand(*s.shape[:3], 1)], -1)
+        p, p_sink = torch.softmax(both, -1).masked_fill(dead[..., None], 0.0).split([s.shape[-1], 1], -1)
         delta = ((out * do).sum(-1) - dlse).masked_fill(dead, 0.0)
         dropped = p if factors is None else p * factors
         dp = do @ value.mT
         ds = p * ((dp if factors is None else dp * factors) - delta[..., None])
-        p_sink = (sink[:, None] - finite).exp().masked_fill(dead, 0.0)
-        return ds, -(p_sink * delta).sum((0, 2)), dropped.mT @ do, None, None, None
+        return ds, -(p_sink.squeeze(-1) * delta).sum((0, 2)), dropped.mT @ do, None, None, None

@@ -72,7 +72,7 @@ def _softmax(
             mbarrier.wait(v_full, phase)
             hide_rows(v, seen)
             fence_async_shared()
-    p, alpha, m_i, l_i = softmax.step(gl.where(keep, s, float("-inf")), m_i, l_i, S, LINEAR)
+    p, alpha, m_i, l_i = softmax.step(gl.where(keep, s, float("-inf")), m_i, l_i, S)
     if F.dropout is not None:
         p = gl.where(survivors(F.dropout, bh, start_m, start_n, p), p, 0.0)
     return p, alpha, m_i, l_i
@@ -168,13 +168,12 @@ def attend(
 
 @gluon.jit
 def finish(
-    acc, m_i, l_i, o_desc, O, LSE, stride_o, buffer, seq, h, heads, start_m, n_q, F, S,
+    acc, m_i, l_i, o_desc, O, STATS, stride_o, buffer, seq, h, heads, start_m, n_q, F,
     DIM: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
-    """O and LSE of a consumer's queries from start_m on. O leaves by way of `buffer`, which the one before has left by then."""
+    """O and STATS of a consumer's queries from start_m on. O leaves by way of `buffer`, which the one before has left."""
     ROWS: gl.constexpr = m_i.type.layout
-    l_safe = gl.where(l_i == 0.0, 1.0, l_i)
-    inverse = gl.convert_layout(1.0 / l_safe, gl.SliceLayout(1, acc.type.layout), assert_trivial=True)
+    inverse = gl.convert_layout(1.0 / softmax.safe(l_i), gl.SliceLayout(1, acc.type.layout), assert_trivial=True)
     if F.dropout is not None:
         inverse *= F.dropout.factor
     tma.store_wait(0)
@@ -185,7 +184,5 @@ def finish(
         tma_store(o_desc, [seq.at, h, start_m, 0], buffer)
     else:
         store_rows(o, O, stride_o, seq.at, h, seq.q_row + start_m, seq.n_q - start_m, DIM)
-    row = (seq.at * heads + h).to(gl.int64) * n_q + seq.q_row
     offs_m = start_m + gl.arange(0, BLOCK_M, layout=ROWS)
-    lse = m_i * (S.c * softmax.LN2) + gl.log2(l_safe) * softmax.LN2
-    gl.store(LSE + row + offs_m, lse, mask=offs_m < seq.n_q)
+    softmax.store_stats(softmax.stats_at(STATS, seq, h, heads, n_q), offs_m, n_q, seq.n_q, m_i, l_i, 1.0)

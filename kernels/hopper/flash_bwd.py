@@ -73,20 +73,22 @@ def _form_delta(o, do, DLSE, row, start_m, seen_lo, seen_hi, kept, F, BLOCK_M: g
 
 @gluon.jit
 def _fetch_queries(
-    q_desc, o_desc, do_desc, LSE, DLSE, memory, count, use, fresh, b, h, start_m, seen_lo, seen_hi, cuts, F, work,
+    q_desc, o_desc, do_desc, STATS, DLSE, memory, count, use, fresh, b, h, start_m, seen_lo, seen_hi, cuts, F, work,
     BLOCK_M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
-    """Tile number `count` of Q and dO, with lse and delta, as buffers fall free. When it is `fresh`, its O arrives in its slot,
-    of which this is use number `use`, and delta is formed, which is then kept for later blocks."""
+    """Tile number `count` of Q and dO, with maxima, sums and delta, as buffers fall free. When it is `fresh`, its O arrives in
+    its slot, of which this is use number `use`, and delta is formed, which is then kept for later blocks."""
     ROWS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     stage, phase = stage_of(count, STAGES)
     row = (b * work.heads + h).to(gl.int64) * work.n_q
-    lse = softmax.load_lse(LSE + row, start_m + gl.arange(0, BLOCK_M, layout=ROWS), seen_lo, seen_hi, True, True)
+    offs_m = start_m + gl.arange(0, BLOCK_M, layout=ROWS)
+    m, log2_l = softmax.load_stats(STATS + 2 * row, offs_m, work.n_q, seen_lo, seen_hi, True)
     mbarrier.wait(memory.q_empty.index(stage), phase ^ 1)
     cuts = _load_seen(
         q_desc, b, h, start_m, memory.qs.index(stage), memory.q_full.index(stage), seen_lo, seen_hi, work.n_q, memory.cut, cuts,
         BLOCK_M, D)  # fmt: skip
-    memory.lses.index(stage).store(lse)
+    memory.maxima.index(stage).store(m)
+    memory.sums.index(stage).store(log2_l)
     mbarrier.arrive(memory.q_full.index(stage), count=1)
     do_stage, do_phase = stage_of(count, STAGES - 1)
     slot = use % TILES
@@ -115,7 +117,7 @@ def _fetch_queries(
 
 @gluon.jit
 def _produce(
-    q_desc, k_desc, v_desc, o_desc, do_desc, LSE, DLSE, memory, work, F, LEFT, RIGHT, BLOCK_M: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, do_desc, STATS, DLSE, memory, work, F, LEFT, RIGHT, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
     """For every block of keys of every item, K and V as soon as the last ones are in registers; then its tiles of queries."""
@@ -141,7 +143,7 @@ def _produce(
             for member in range(work.group):
                 for i in range(first, last):
                     cuts = _fetch_queries(
-                        q_desc, o_desc, do_desc, LSE, DLSE, memory, count, uses + member * work.tiles + i, i >= reached, b,
+                        q_desc, o_desc, do_desc, STATS, DLSE, memory, count, uses + member * work.tiles + i, i >= reached, b,
                         h_k * work.group + member, i * BLOCK_M, q_lo, q_hi, cuts, F, work,
                         BLOCK_M, D, STAGES, TILES)  # fmt: skip
                     count += 1
@@ -225,7 +227,7 @@ def _gather(
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def flash_bwd(
-    q_desc, k_desc, v_desc, o_desc, do_desc, dq_desc, dk_desc, dv_desc, LSE, DLSE, F, heads, group, n_q, n_k, tiles, items,
+    q_desc, k_desc, v_desc, o_desc, do_desc, dq_desc, dk_desc, dv_desc, STATS, DLSE, F, heads, group, n_q, n_k, tiles, items,
     scale, align, LEFT, RIGHT, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     TILES: gl.constexpr, RING: gl.constexpr, REGISTERS: gl.constexpr, GATHERER: gl.constexpr,
 ):  # fmt: skip
@@ -233,8 +235,9 @@ def flash_bwd(
     TILES in all.
 
     Descriptors of Q, O, dO and dQ (B, heads, n_q, D) in blocks of (1, 1, BLOCK_M, D), of K, V, dK and dV (B, heads / group,
-    n_k, D) in blocks of (1, 1, BLOCK_N, D); D here may exceed theirs. LSE, DLSE (B, heads, n_q) fp32 contiguous; DLSE may be
-    None. F as in flash_fwd. Every row is written: queries that see no key, keys that no query sees or that do not exist get 0.
+    n_k, D) in blocks of (1, 1, BLOCK_N, D); D here may exceed theirs. STATS as in flash_fwd, DLSE (B, heads, n_q), fp32
+    contiguous; DLSE may be None. F as in flash_fwd. Every row is written: queries that see no key, keys that no query sees or
+    that do not exist get 0.
     """
     gl.static_assert(BLOCK_M == D and BLOCK_N == D, "dS^T, dQ, dK and dV share buffers")
     gl.static_assert(STAGES == 3, "the next tile is waited for before the one before is free")
@@ -248,10 +251,11 @@ def flash_bwd(
     dss = gl.allocate_shared_memory(q_desc.dtype, [2 * RING, 1, 1, BLOCK_N, D], dk_desc.layout)
     # Twice a tile of 16 bits, not once one of 32: TMA wants the alignment that its own layout has.
     slots = gl.allocate_shared_memory(q_desc.dtype, [TILES, 1, 1, 2 * BLOCK_M, D], o_desc.layout)
-    lses = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    maxima = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    sums = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     deltas = gl.allocate_shared_memory(gl.float32, [STAGES - 1, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     kept = gl.allocate_shared_memory(gl.float32, [TILES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    # Of the two that make a tile full, one is for what comes by TMA, one for lse or delta.
+    # Of the two that make a tile full, one is for what comes by TMA, one for the others.
     q_full, q_empty, do_full, do_empty = (
         barriers(STAGES, 2),
         barriers(STAGES, 2),
@@ -261,11 +265,11 @@ def flash_bwd(
     kv_full, kv_empty, cut = barriers(1, 4).index(0), barriers(1, 3).index(0), barriers(1, 1).index(0)
     ds_full, ds_empty = barriers(RING, 2), barriers(RING, 1)
     fence_async_shared()  # for the barriers
-    memory = Memory(ks, vs, qs, lses, dos, deltas, kept, slots, dss, kv_full, kv_empty, q_full, q_empty, do_full, do_empty,
-                    ds_full, ds_empty, cut)  # fmt: skip
+    memory = Memory(ks, vs, qs, maxima, sums, dos, deltas, kept, slots, dss, kv_full, kv_empty, q_full, q_empty, do_full,
+                    do_empty, ds_full, ds_empty, cut)  # fmt: skip
     work = Work(scale, heads, group, n_q, n_k, tiles, items, align)
     gl.warp_specialize([
-        (_produce, (q_desc, k_desc, v_desc, o_desc, do_desc, LSE, DLSE, memory, work, F, LEFT, RIGHT,
+        (_produce, (q_desc, k_desc, v_desc, o_desc, do_desc, STATS, DLSE, memory, work, F, LEFT, RIGHT,
                     BLOCK_M, BLOCK_N, D, STAGES, TILES)),
         (_gather, (dq_desc, dk_desc, dv_desc, memory, work, F, LEFT, RIGHT, BLOCK_M, BLOCK_N, D, TILES, RING)),
         (consume, (memory, work, F, LEFT, RIGHT, BLOCK_M, BLOCK_N, D, STAGES, RING, 0)),

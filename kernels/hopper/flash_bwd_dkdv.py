@@ -2,9 +2,9 @@
 
 A producer fetches tiles of queries by TMA and sends dK and dV out, each of one or two consumer warpgroups owns BLOCK_N = 64
 keys and sums over the queries of its head, or of the whole group of heads that share the key. Scores are held transposed, so
-that P^T and dS^T are operands in registers. A consumer issues S_i^T = K Q_i^T and dK += dS_{i-1}^T Q_{i-1} together, takes
-P_i = exp2(c S_i - lse) under the second and under dP_i^T = V dO_i^T, and forms dS_i under dV += P_i^T dO_i. Which queries see a
-key is as in kernels/band.py.
+that P^T and dS^T are operands in registers. A consumer issues S_i^T = K Q_i^T and dK += dS_{i-1}^T Q_{i-1} together, forms P_i
+under the second and under dP_i^T = V dO_i^T, and forms dS_i under dV += P_i^T dO_i. Which queries see a key is as in
+kernels/band.py.
 """
 
 from triton.experimental import gluon
@@ -36,14 +36,14 @@ RUN_TIME = ["stride_dk", "stride_dv", "batch", "heads", "group", "n_q", "n_k", "
 
 @gluon.jit
 def _produce(
-    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, LSE, DELTA, F, memory, seq, heads, h_k, group, start_n, first, lo, hi,
+    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, STATS, DELTA, F, memory, seq, heads, h_k, group, start_n, first, lo, hi,
     n_q, seen_lo, seen_hi, LINEAR: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
-    """Fetch K and V once, then Q, dO, lse and delta of every tile from `first` to hi of every head of the group as their
-    buffers fall free. In the end send dK and dV out, which consumers leave in the memory of K and V; zeros for keys outside of
-    [seen_lo, seen_hi)."""
-    ks, vs, qs, dos, lses, deltas, kv_full, full, empty, cut, done = memory
+    """Fetch K and V once, then Q, dO, maxima, sums and delta of every tile from `first` to hi of every head of the group, as
+    their buffers fall free. In the end send dK and dV out, which consumers leave in the memory of K and V; zeros for keys
+    outside of [seen_lo, seen_hi)."""
+    ks, vs, qs, dos, maxima, sums, deltas, kv_full, full, empty, cut, done = memory
     ROWS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     for c in gl.static_range(CONSUMERS):
         at = [seq.at, h_k, seq.k_row + start_n + c * BLOCK_N, 0]
@@ -59,13 +59,14 @@ def _produce(
             stage, phase = stage_of(member * n_tiles + i, STAGES)
             start_m = first + i * BLOCK_M
             offs_m = start_m + gl.arange(0, BLOCK_M, layout=ROWS)
-            lse = softmax.load_lse(LSE + row, offs_m, lo, hi, LINEAR, True)
+            m, log2_l = softmax.load_stats(softmax.stats_at(STATS, seq, h, heads, n_q), offs_m, n_q, lo, hi, True)
             delta = tile.load_row_values(DELTA + row, offs_m, lo, hi, 0.0, True)
             mbarrier.wait(empty.index(stage), phase ^ 1)
             cuts = load_rows(
                 q_desc, do_desc, [seq.at, h, seq.q_row + start_m, 0], qs.index(stage), dos.index(stage), full.index(stage),
                 cut.index(0), cuts, lo - start_m, hi - start_m, n_q, BLOCK_M, D)  # fmt: skip
-            lses.index(stage).store(lse)
+            maxima.index(stage).store(m)
+            sums.index(stage).store(log2_l)
             deltas.index(stage).store(delta)
             mbarrier.arrive(full.index(stage), count=1)
     if F.cu_k is None:
@@ -88,7 +89,7 @@ def _step(
     CONSUMER: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """dS and dV of tile number t, queries from start_m on, and dK of the tile before it, whose dS^T is ds."""
-    ks, vs, qs, dos, lses, deltas, _kv_full, full, empty, _cut, _done = memory
+    ks, vs, qs, dos, maxima, sums, deltas, _kv_full, full, empty, _cut, _done = memory
     stage, phase = stage_of(t, STAGES)
     before, _ = stage_of(t - 1, STAGES)
     S_LAYOUT: gl.constexpr = accumulator(BLOCK_M)
@@ -101,7 +102,7 @@ def _step(
     q = qs.index(stage).reshape([BLOCK_M, D])
     do = dos.index(stage).reshape([BLOCK_M, D])
     s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)  # [BLOCK_N, D] @ [D, BLOCK_M]
-    lse = lses.index(stage).load(COLUMNS)
+    m, log2_l = maxima.index(stage).load(COLUMNS), sums.index(stage).load(COLUMNS)
     if FIRST:
         s = warpgroup_mma_wait(0, deps=(s,))
     else:
@@ -112,7 +113,7 @@ def _step(
     s, keep, slope = score.logits(
         s, offs_m[None, :], offs_n[:, None], start_m, start_n, F, S, LEFT, RIGHT,
         MOD, MOD_GRAD, LINEAR, 0, MASKED, MASKED)  # fmt: skip
-    p = softmax.weights(gl.where(keep, s, float("-inf")), lse[None, :], S, LINEAR)
+    p = softmax.weights(gl.where(keep, s, float("-inf")), m[None, :], log2_l[None, :], S)
     kept = p
     if F.dropout is not None:  # of what is dropped p is negative, so that one register holds both
         p = gl.where(survivors_transposed(F.dropout, bh, start_m, start_n, p), p, -p)
@@ -150,7 +151,7 @@ def _sum(
     STAGES: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """dk and dv over all tiles of queries, of which there is one at least."""
-    _ks, _vs, qs, _dos, _lses, _deltas, _kv_full, full, _empty, _cut, _done = memory
+    _ks, _vs, qs, _dos, _maxima, _sums, _deltas, _kv_full, full, _empty, _cut, _done = memory
     _lo, full_lo, full_hi, hi = queries
     n_tiles = gl.cdiv(hi - first, BLOCK_M)
     total = group * n_tiles
@@ -192,7 +193,7 @@ def _consume(
     BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """All of 64 keys: dK and dV."""
-    ks, vs, _qs, _dos, _lses, _deltas, kv_full, _full, _empty, _cut, done = memory
+    ks, vs, _qs, _dos, _maxima, _sums, _deltas, kv_full, _full, _empty, _cut, done = memory
     D_LAYOUT: gl.constexpr = accumulator(D)
     start_n += CONSUMER * BLOCK_N
     k = ks.index(CONSUMER).reshape([BLOCK_N, D])
@@ -229,7 +230,7 @@ def _consume(
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def flash_bwd_dkdv(
-    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, DK, DV, LSE, DELTA, F, stride_dk, stride_dv, batch, heads, group, n_q,
+    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, DK, DV, STATS, DELTA, F, stride_dk, stride_dv, batch, heads, group, n_q,
     n_k, tiles, scale, align, LEFT, RIGHT, MOD: gl.constexpr, MOD_GRAD: gl.constexpr, LINEAR: gl.constexpr,
     DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr,
@@ -237,9 +238,9 @@ def flash_bwd_dkdv(
     """Grid (batch * heads / group * tiles,), tiles = ceil(n_k / (CONSUMERS * BLOCK_N)); packed as in sequence.py.
 
     Descriptors of Q and dO (B, heads, n_q, DIM) in blocks of (1, 1, BLOCK_M, D), of K, V, dK and dV (B, heads / group, n_k,
-    DIM) in blocks of (1, 1, BLOCK_N, D), DIM <= D; dK and dV again, with their strides. LSE, and DELTA of flash_bwd_dq,
-    (B, heads, n_q) fp32 contiguous; F as in flash_fwd. Every key row is written: keys that no query sees, and keys that do not
-    exist, get 0.
+    DIM) in blocks of (1, 1, BLOCK_N, D), DIM <= D; dK and dV again, with their strides. STATS as in flash_fwd, and DELTA of
+    flash_bwd_dq (B, heads, n_q), fp32 contiguous; F as in flash_fwd. Every key row is written: keys that no query sees, and
+    keys that do not exist, get 0.
     """
     gl.static_assert(STAGES >= 3, "the next tile is waited for before the one before is free")
     seq, h_k, start_n = sequence.locate_keys(F, gl.program_id(0), tiles, heads // group, batch, n_q, n_k, BLOCK_N * CONSUMERS)
@@ -255,16 +256,17 @@ def flash_bwd_dkdv(
     vs = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, BLOCK_N, D], v_desc.layout)
     qs = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_M, D], q_desc.layout)
     dos = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_M, D], do_desc.layout)
-    lses = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    maxima = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    sums = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     deltas = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    # Of the two that make a tile full, one is for what comes by TMA, one for lse and delta.
+    # Of the two that make a tile full, one is for what comes by TMA, one for the others.
     kv_full, full, empty, cut = barriers(CONSUMERS, 1), barriers(STAGES, 2), barriers(STAGES, CONSUMERS), barriers(1, 1)
     done = barriers(CONSUMERS, 1)
     fence_async_shared()  # for the barriers
-    memory = (ks, vs, qs, dos, lses, deltas, kv_full, full, empty, cut, done)
+    memory = (ks, vs, qs, dos, maxima, sums, deltas, kv_full, full, empty, cut, done)
     if CONSUMERS == 1:
         gl.warp_specialize([
-            (_produce, (q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, LSE, DELTA, F, memory, seq, heads, h_k, group,
+            (_produce, (q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, STATS, DELTA, F, memory, seq, heads, h_k, group,
                         start_n, first, queries[0], queries[3], n_q, seen_lo, seen_hi,
                         LINEAR, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
             (_consume, (DK, DV, stride_dk, stride_dv, memory, seq, heads, h_k, group, start_n, first, queries, seen_lo, seen_hi,
@@ -272,7 +274,7 @@ def flash_bwd_dkdv(
         ], [4], [REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_produce, (q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, LSE, DELTA, F, memory, seq, heads, h_k, group,
+            (_produce, (q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, STATS, DELTA, F, memory, seq, heads, h_k, group,
                         start_n, first, queries[0], queries[3], n_q, seen_lo, seen_hi,
                         LINEAR, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
             (_consume, (DK, DV, stride_dk, stride_dv, memory, seq, heads, h_k, group, start_n, first, queries, seen_lo, seen_hi,

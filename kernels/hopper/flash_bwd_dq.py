@@ -1,8 +1,8 @@
 """dQ for Hopper, and the deltas that flash_bwd_dkdv reads. No atomics: the same inputs give the same bits.
 
 A producer fetches tiles by TMA, each of one or two consumer warpgroups owns BLOCK_M = 64 queries. A consumer forms their delta
-once; then it issues S_j = Q K_j^T, dP_j = dO V_j^T and dQ += dS_{j-1} K_{j-1} together, and takes P_j = exp2(c S_j - lse) under
-the last two. Which keys a query sees is as in kernels/band.py.
+once; then it issues S_j = Q K_j^T, dP_j = dO V_j^T and dQ += dS_{j-1} K_{j-1} together, and forms P_j under the last two. Which
+keys a query sees is as in kernels/band.py.
 """
 
 from triton.experimental import gluon
@@ -47,7 +47,7 @@ def _produce(
 
 @gluon.jit
 def _step(
-    i, q, do, memory, dq, ds, dslope, lse, delta, bh, start_m, first, n_tiles, F, S, LEFT, RIGHT, MOD: gl.constexpr,
+    i, q, do, memory, dq, ds, dslope, m, log2_l, delta, bh, start_m, first, n_tiles, F, S, LEFT, RIGHT, MOD: gl.constexpr,
     MOD_GRAD: gl.constexpr, LINEAR: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
@@ -71,7 +71,7 @@ def _step(
     s, keep, slope = score.logits(
         s, offs_m[:, None], offs_n[None, :], start_m, start_n, F, S, LEFT, RIGHT,
         MOD, MOD_GRAD, LINEAR, 0, MASKED, MASKED)  # fmt: skip
-    p = softmax.weights(gl.where(keep, s, float("-inf")), lse[:, None], S, LINEAR)
+    p = softmax.weights(gl.where(keep, s, float("-inf")), m[:, None], log2_l[:, None], S)
     if F.dropout is not None:
         kept = survivors(F.dropout, bh, start_m, start_n, p)
     # A real branch: without one ptxas moves the wait below above the exponentials, and nothing overlaps.
@@ -85,7 +85,7 @@ def _step(
         dslope -= gl.sum(x * score.distance(offs_m[:, None], offs_n[None, :], S), 1)
     if F.softcap is not None or MOD is not None:
         x = x * slope
-    if F.softcap is not None or MOD is not None or F.sinks is not None:  # slope may be NaN; and a sink's lse is a number
+    if F.softcap is not None or MOD is not None or F.sinks is not None:  # slope may be NaN; and a sink is a maximum
         x = gl.where(keep, x, 0.0)
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=accumulator(D), k_width=2)
     following = gl.convert_layout(x.to(ks.dtype), A_LAYOUT)
@@ -98,7 +98,7 @@ def _step(
 
 @gluon.jit
 def _sum(
-    q, do, memory, dq, dslope, lse, delta, bh, start_m, first, keys, F, S, LEFT, RIGHT, MOD: gl.constexpr,
+    q, do, memory, dq, dslope, m, log2_l, delta, bh, start_m, first, keys, F, S, LEFT, RIGHT, MOD: gl.constexpr,
     MOD_GRAD: gl.constexpr, LINEAR: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -109,22 +109,22 @@ def _sum(
     ds = gl.zeros([BLOCK_M, BLOCK_N], ks.dtype, gl.DotOperandLayout(operand_index=0, parent=accumulator(D), k_width=2))
     mbarrier.wait(full.index(0), 0)
     dq, ds, dslope = _step(
-        0, q, do, memory, dq, ds, dslope, lse, delta, bh, start_m, first, n_tiles, F, S, LEFT, RIGHT,
+        0, q, do, memory, dq, ds, dslope, m, log2_l, delta, bh, start_m, first, n_tiles, F, S, LEFT, RIGHT,
         MOD, MOD_GRAD, LINEAR, BLOCK_M, BLOCK_N, D, STAGES, True, True)  # fmt: skip
     left = gl.minimum((full_lo - first) // BLOCK_N, n_tiles)
     right = gl.minimum(gl.maximum((full_hi - first) // BLOCK_N, left), n_tiles)
     if LEFT is not None:
         for i in range(1, left):
             dq, ds, dslope = _step(
-                i, q, do, memory, dq, ds, dslope, lse, delta, bh, start_m, first, n_tiles, F, S, LEFT, RIGHT,
+                i, q, do, memory, dq, ds, dslope, m, log2_l, delta, bh, start_m, first, n_tiles, F, S, LEFT, RIGHT,
                 MOD, MOD_GRAD, LINEAR, BLOCK_M, BLOCK_N, D, STAGES, False, True)  # fmt: skip
     for i in range(gl.maximum(left, 1), right):
         dq, ds, dslope = _step(
-            i, q, do, memory, dq, ds, dslope, lse, delta, bh, start_m, first, n_tiles, F, S, LEFT, RIGHT,
+            i, q, do, memory, dq, ds, dslope, m, log2_l, delta, bh, start_m, first, n_tiles, F, S, LEFT, RIGHT,
             MOD, MOD_GRAD, LINEAR, BLOCK_M, BLOCK_N, D, STAGES, False, False)  # fmt: skip
     for i in range(gl.maximum(right, 1), n_tiles):
         dq, ds, dslope = _step(
-            i, q, do, memory, dq, ds, dslope, lse, delta, bh, start_m, first, n_tiles, F, S, LEFT, RIGHT,
+            i, q, do, memory, dq, ds, dslope, m, log2_l, delta, bh, start_m, first, n_tiles, F, S, LEFT, RIGHT,
             MOD, MOD_GRAD, LINEAR, BLOCK_M, BLOCK_N, D, STAGES, False, True)  # fmt: skip
     last, _ = stage_of(n_tiles - 1, STAGES)
     dq = warpgroup_mma(ds, ks.index(last).reshape([BLOCK_N, D]), dq, is_async=True)  # [BLOCK_M, BLOCK_N] @ [BLOCK_N, D]
@@ -134,7 +134,7 @@ def _sum(
 
 @gluon.jit
 def _consume(
-    dq_desc, DQ, LSE, DLSE, DELTA, DSLOPES, stride_dq, F, memory, seq, h, heads, start_m, first, keys, S, row, LEFT, RIGHT,
+    dq_desc, DQ, STATS, DLSE, DELTA, DSLOPES, stride_dq, F, memory, seq, h, heads, start_m, first, keys, S, n_q, LEFT, RIGHT,
     MOD: gl.constexpr, MOD_GRAD: gl.constexpr, LINEAR: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
@@ -147,7 +147,9 @@ def _consume(
     do = dos.index(CONSUMER).reshape([BLOCK_M, D])
     offs_m = start_m + gl.arange(0, BLOCK_M, layout=ROWS)
     there = offs_m < seq.n_q
-    lse = softmax.load_lse(LSE + row, offs_m, 0, seq.n_q, LINEAR, True)
+    row = (seq.at * heads + h).to(gl.int64) * n_q + seq.q_row
+    stats = softmax.stats_at(STATS, seq, h, heads, n_q)
+    m, log2_l = softmax.load_stats(stats, offs_m, n_q, 0, seq.n_q, True)
     mbarrier.wait(rows_full.index(CONSUMER), 0)
     if D <= 64:
         A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=accumulator(BLOCK_N), k_width=2)
@@ -165,10 +167,10 @@ def _consume(
     dslope = gl.zeros([BLOCK_M], gl.float32, ROWS)
     if keys[3] > first:
         dq, dslope = _sum(
-            q_a, do_a, memory, dq, dslope, lse, delta, seq.b * heads + h, start_m, first, keys, F, S, LEFT, RIGHT,
+            q_a, do_a, memory, dq, dslope, m, log2_l, delta, seq.b * heads + h, start_m, first, keys, F, S, LEFT, RIGHT,
             MOD, MOD_GRAD, LINEAR, BLOCK_M, BLOCK_N, D, STAGES)  # fmt: skip
     # What sees no key may have been NaN, in its own row alone. dQ leaves through the memory of Q.
-    live = lse < float("inf")
+    live = log2_l < float("inf")
     if DSLOPES is not None:
         gl.store(DSLOPES + row + offs_m, gl.where(live, dslope, 0.0), mask=there)
     live = gl.convert_layout(live, gl.SliceLayout(1, D_LAYOUT), assert_trivial=True)[:, None]
@@ -184,7 +186,7 @@ def _consume(
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def flash_bwd_dq(
-    q_desc, k_desc, v_desc, o_desc, do_desc, dq_desc, DQ, LSE, DLSE, DELTA, DSLOPES, F, stride_dq, batch, heads, group, n_q,
+    q_desc, k_desc, v_desc, o_desc, do_desc, dq_desc, DQ, STATS, DLSE, DELTA, DSLOPES, F, stride_dq, batch, heads, group, n_q,
     n_k, tiles, scale, align, LEFT, RIGHT, MOD: gl.constexpr, MOD_GRAD: gl.constexpr, LINEAR: gl.constexpr, DIM: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -192,7 +194,7 @@ def flash_bwd_dq(
     """Grid (items,), and all arguments, as in flash_fwd; descriptors of dO and dQ as Q's, and dQ again, with its strides.
     Writes dQ, DELTA = rowsum(O * dO) - DLSE, and with slopes DSLOPES: each query's part of their gradient.
 
-    LSE, DLSE, DELTA, DSLOPES (B, heads, n_q) fp32 contiguous. DLSE and DSLOPES may be None.
+    DLSE, DELTA, DSLOPES (B, heads, n_q) fp32 contiguous. DLSE and DSLOPES may be None.
     """
     gl.static_assert(STAGES >= 3, "the next tile is waited for before the one before is free")
     seq, h, start_m = sequence.locate_queries(F, gl.program_id(0), tiles, heads, batch, n_q, n_k, BLOCK_M * CONSUMERS)
@@ -208,21 +210,20 @@ def flash_bwd_dq(
     vs = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_N, D], v_desc.layout)
     rows_full, full, empty, cut = barriers(CONSUMERS, 1), barriers(STAGES, 1), barriers(STAGES, CONSUMERS), barriers(1, 1)
     fence_async_shared()  # for the barriers
-    row = (seq.at * heads + h).to(gl.int64) * n_q + seq.q_row
     memory = (qs, os, dos, ks, vs, rows_full, full, empty, cut)
     if CONSUMERS == 1:
         gl.warp_specialize([
             (_produce, (q_desc, k_desc, v_desc, o_desc, do_desc, memory, seq, h, h // group, start_m, first, keys[0], keys[3],
                         n_k, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
-            (_consume, (dq_desc, DQ, LSE, DLSE, DELTA, DSLOPES, stride_dq, F, memory, seq, h, heads, start_m, first, keys, S,
-                        row, LEFT, RIGHT, MOD, MOD_GRAD, LINEAR, DIM, BLOCK_M, BLOCK_N, D, STAGES, 0)),
+            (_consume, (dq_desc, DQ, STATS, DLSE, DELTA, DSLOPES, stride_dq, F, memory, seq, h, heads, start_m, first, keys, S,
+                        n_q, LEFT, RIGHT, MOD, MOD_GRAD, LINEAR, DIM, BLOCK_M, BLOCK_N, D, STAGES, 0)),
         ], [4], [REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (_produce, (q_desc, k_desc, v_desc, o_desc, do_desc, memory, seq, h, h // group, start_m, first, keys[0], keys[3],
                         n_k, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
-            (_consume, (dq_desc, DQ, LSE, DLSE, DELTA, DSLOPES, stride_dq, F, memory, seq, h, heads, start_m, first, keys, S,
-                        row, LEFT, RIGHT, MOD, MOD_GRAD, LINEAR, DIM, BLOCK_M, BLOCK_N, D, STAGES, 0)),
-            (_consume, (dq_desc, DQ, LSE, DLSE, DELTA, DSLOPES, stride_dq, F, memory, seq, h, heads, start_m, first, keys, S,
-                        row, LEFT, RIGHT, MOD, MOD_GRAD, LINEAR, DIM, BLOCK_M, BLOCK_N, D, STAGES, 1)),
+            (_consume, (dq_desc, DQ, STATS, DLSE, DELTA, DSLOPES, stride_dq, F, memory, seq, h, heads, start_m, first, keys, S,
+                        n_q, LEFT, RIGHT, MOD, MOD_GRAD, LINEAR, DIM, BLOCK_M, BLOCK_N, D, STAGES, 0)),
+            (_consume, (dq_desc, DQ, STATS, DLSE, DELTA, DSLOPES, stride_dq, F, memory, seq, h, heads, start_m, first, keys, S,
+                        n_q, LEFT, RIGHT, MOD, MOD_GRAD, LINEAR, DIM, BLOCK_M, BLOCK_N, D, STAGES, 1)),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip

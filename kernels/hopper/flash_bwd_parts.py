@@ -26,8 +26,9 @@ class Memory(NamedTuple):
 
     ks: Any  # K and V of a block, a buffer a consumer
     vs: Any
-    qs: Any  # tiles of queries, with their lse
-    lses: Any
+    qs: Any  # tiles of queries, with their maxima and the base-2 logs of their sums
+    maxima: Any
+    sums: Any
     dos: Any  # and of dO, with their delta
     deltas: Any
     kept: Any  # delta, by slot

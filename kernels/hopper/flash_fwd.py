@@ -62,11 +62,11 @@ def _produce(
 
 @gluon.jit
 def _consume(
-    o_desc, O, LSE, stride_o, queries, memory, work, F, LEFT, RIGHT, MOD: gl.constexpr, LINEAR: gl.constexpr,
+    o_desc, O, STATS, stride_o, queries, memory, work, F, LEFT, RIGHT, MOD: gl.constexpr, LINEAR: gl.constexpr,
     MASK_VEC: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr, CONSUMERS: gl.constexpr, CONSUMER: gl.constexpr, PINGPONG: gl.constexpr,
 ):  # fmt: skip
-    """O and LSE of 64 queries of every item."""
+    """O and STATS of 64 queries of every item."""
     qs, os, q_full, q_empty = queries
     _scale, _batch, heads, _group, n_q, _n_k, _tiles, items, _align = work
     O_LAYOUT: gl.constexpr = accumulator(D)
@@ -88,7 +88,7 @@ def _consume(
                 keys, F, S, LEFT, RIGHT, MOD, LINEAR, MASK_VEC, BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, PINGPONG)  # fmt: skip
         if not O_IN_Q:
             mbarrier.arrive(q_empty.index(CONSUMER), count=1)
-        finish(acc, m_i, l_i, o_desc, O, LSE, stride_o, os.index(CONSUMER), seq, h, heads, start_m, n_q, F, S, DIM, BLOCK_M, D)
+        finish(acc, m_i, l_i, o_desc, O, STATS, stride_o, os.index(CONSUMER), seq, h, heads, start_m, n_q, F, DIM, BLOCK_M, D)
         if O_IN_Q:
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(CONSUMER), count=1)
@@ -100,8 +100,8 @@ def _consume(
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def flash_fwd(
-    q_desc, k_desc, v_desc, o_desc, O, LSE, F, stride_o, batch, heads, group, n_q, n_k, tiles, items, scale, align, LEFT, RIGHT,
-    MOD: gl.constexpr, LINEAR: gl.constexpr, MASK_VEC: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, O, STATS, F, stride_o, batch, heads, group, n_q, n_k, tiles, items, scale, align, LEFT,
+    RIGHT, MOD: gl.constexpr, LINEAR: gl.constexpr, MASK_VEC: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, PINGPONG: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -109,8 +109,8 @@ def flash_fwd(
     Packed: heads * tiles, tiles as in sequence.py.
 
     Descriptors of Q and O (B, heads, n_q, DIM) in blocks of (1, 1, BLOCK_M, D), of K and V (B, heads / group, n_k, DIM) in
-    blocks of (1, 1, BLOCK_N, D), DIM <= D. O again, with its strides as in tile.py, VEC 8. LSE (B, heads, n_q) fp32 contiguous;
-    F Features; scale > 0; n_q, n_k > 0. For 4 warps: the producer.
+    blocks of (1, 1, BLOCK_N, D), DIM <= D. O again, with its strides as in tile.py, VEC 8. STATS (B, heads, 2, n_q) fp32
+    contiguous (softmax.store_stats); F Features; scale > 0; n_q, n_k > 0. For 4 warps: the producer.
     """
     gl.static_assert(STAGES >= 2, "K of the next tile is waited for before V of this one is free")
     gl.static_assert(CONSUMERS == 2 or not PINGPONG, "two consumers take turns")
@@ -132,26 +132,26 @@ def flash_fwd(
         gl.warp_specialize([
             (_produce, (q_desc, k_desc, v_desc, queries, memory, v_cut, work, F, LEFT, RIGHT, LINEAR, MASK_VEC,
                         BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
-            (_consume, (o_desc, O, LSE, stride_o, queries, memory, work, F, LEFT, RIGHT, MOD, LINEAR, MASK_VEC,
+            (_consume, (o_desc, O, STATS, stride_o, queries, memory, work, F, LEFT, RIGHT, MOD, LINEAR, MASK_VEC,
                         DIM, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, 0, PINGPONG)),
         ], [4], [REGISTERS])  # fmt: skip
     elif CONSUMERS == 2:
         gl.warp_specialize([
             (_produce, (q_desc, k_desc, v_desc, queries, memory, v_cut, work, F, LEFT, RIGHT, LINEAR, MASK_VEC,
                         BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
-            (_consume, (o_desc, O, LSE, stride_o, queries, memory, work, F, LEFT, RIGHT, MOD, LINEAR, MASK_VEC,
+            (_consume, (o_desc, O, STATS, stride_o, queries, memory, work, F, LEFT, RIGHT, MOD, LINEAR, MASK_VEC,
                         DIM, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, 0, PINGPONG)),
-            (_consume, (o_desc, O, LSE, stride_o, queries, memory, work, F, LEFT, RIGHT, MOD, LINEAR, MASK_VEC,
+            (_consume, (o_desc, O, STATS, stride_o, queries, memory, work, F, LEFT, RIGHT, MOD, LINEAR, MASK_VEC,
                         DIM, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, 1, PINGPONG)),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (_produce, (q_desc, k_desc, v_desc, queries, memory, v_cut, work, F, LEFT, RIGHT, LINEAR, MASK_VEC,
                         BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
-            (_consume, (o_desc, O, LSE, stride_o, queries, memory, work, F, LEFT, RIGHT, MOD, LINEAR, MASK_VEC,
+            (_consume, (o_desc, O, STATS, stride_o, queries, memory, work, F, LEFT, RIGHT, MOD, LINEAR, MASK_VEC,
                         DIM, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, 0, PINGPONG)),
-            (_consume, (o_desc, O, LSE, stride_o, queries, memory, work, F, LEFT, RIGHT, MOD, LINEAR, MASK_VEC,
+            (_consume, (o_desc, O, STATS, stride_o, queries, memory, work, F, LEFT, RIGHT, MOD, LINEAR, MASK_VEC,
                         DIM, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, 1, PINGPONG)),
-            (_consume, (o_desc, O, LSE, stride_o, queries, memory, work, F, LEFT, RIGHT, MOD, LINEAR, MASK_VEC,
+            (_consume, (o_desc, O, STATS, stride_o, queries, memory, work, F, LEFT, RIGHT, MOD, LINEAR, MASK_VEC,
                         DIM, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, 2, PINGPONG)),
         ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip

@@ -70,11 +70,11 @@ def _release(first, end, memory, STAGES: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    q_desc, o_desc, O, LSE, stride_o, queries, memory, work, F, RIGHT, MOD: gl.constexpr, LINEAR: gl.constexpr,
+    q_desc, o_desc, O, STATS, stride_o, queries, memory, work, F, RIGHT, MOD: gl.constexpr, LINEAR: gl.constexpr,
     DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
-    """O and LSE of every CONSUMERS-th tile of queries. The last of a head, which see most under a causal mask, come first."""
+    """O and STATS of every CONSUMERS-th tile of queries. The last of a head, which see most under a causal mask, come first."""
     qs, os, q_full = queries
     scale, _batch, heads, group, n_q, _n_k, tiles, sets, align = work
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BLOCK_N))
@@ -108,7 +108,7 @@ def _consume(
             if last:
                 _release(count + n_tiles, end, memory, STAGES)
             finish(
-                acc, m_i, l_i, o_desc, O, LSE, stride_o, os.index(CONSUMER), seq, h, heads, start_m, n_q, F, S,
+                acc, m_i, l_i, o_desc, O, STATS, stride_o, os.index(CONSUMER), seq, h, heads, start_m, n_q, F,
                 DIM, BLOCK_M, D)  # fmt: skip
         count = end
     tma.store_wait(0)
@@ -116,7 +116,7 @@ def _consume(
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def flash_fwd_short(
-    q_desc, k_desc, v_desc, o_desc, O, LSE, F, stride_o, batch, heads, group, n_q, n_k, tiles, sets, scale, align, RIGHT,
+    q_desc, k_desc, v_desc, o_desc, O, STATS, F, stride_o, batch, heads, group, n_q, n_k, tiles, sets, scale, align, RIGHT,
     MOD: gl.constexpr, LINEAR: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -137,10 +137,10 @@ def flash_fwd_short(
     work = (scale, batch, heads, group, n_q, n_k, tiles, sets, align)
     gl.warp_specialize([
         (_produce, (k_desc, v_desc, memory, v_cut, work, F, RIGHT, BLOCK_N, D, STAGES)),
-        (_consume, (q_desc, o_desc, O, LSE, stride_o, queries, memory, work, F, RIGHT, MOD, LINEAR,
+        (_consume, (q_desc, o_desc, O, STATS, stride_o, queries, memory, work, F, RIGHT, MOD, LINEAR,
                     DIM, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, 0)),
-        (_consume, (q_desc, o_desc, O, LSE, stride_o, queries, memory, work, F, RIGHT, MOD, LINEAR,
+        (_consume, (q_desc, o_desc, O, STATS, stride_o, queries, memory, work, F, RIGHT, MOD, LINEAR,
                     DIM, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, 1)),
-        (_consume, (q_desc, o_desc, O, LSE, stride_o, queries, memory, work, F, RIGHT, MOD, LINEAR,
+        (_consume, (q_desc, o_desc, O, STATS, stride_o, queries, memory, work, F, RIGHT, MOD, LINEAR,
                     DIM, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS, 2)),
     ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip

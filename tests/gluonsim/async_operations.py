@@ -104,7 +104,7 @@ class Wgmma(AsyncOperation):
 
     def _execute(self) -> None:
         left = self._left.read(self.site) if isinstance(self._left, SharedView) else self._left
-        product = left.float() @ self._right.read(self.site).float()
+        product = (left.double() @ self._right.read(self.site).double()).float()  # as interpreter.py says
         if isinstance(self._addend, Accumulator):
             product += self._addend.operation.result
         elif self._addend is not None:

@@ -1,8 +1,9 @@
 """The backends, their order, and the choice between them.
 
 A backend has `unsupported(problem) -> list[str]` (the reasons why it can't do it; empty: it can),
-`forward(problem, tensors) -> (out, lse)` and `backward(problem, tensors, out, lse, do, dlse, needed, into=None) -> Gradients`;
-dlse may be None, and so may a gradient that is not `needed` (a bool each); `into` are tensors for those of q, k and v.
+`forward(problem, tensors) -> (out, stats)`, stats as in problem.py, and
+`backward(problem, tensors, out, stats, do, dlse, needed, into=None) -> Gradients`; dlse may be None, and so may a gradient that
+is not `needed` (a bool each); `into` are tensors for those of q, k and v.
 """
 
 import functools

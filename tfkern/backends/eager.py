@@ -2,7 +2,8 @@
 
 Where PyTorch's own fused CPU attention covers the problem, that runs. Elsewhere queries go in tiles past all of their keys,
 in float32 (float64 for float64): a tile's scores are the largest thing held. Packed sequences go one after the other, for which
-their cu_seqlens are read: on a GPU this backend, unlike the kernels, waits for the stream there.
+their cu_seqlens are read: on a GPU this backend, unlike the kernels, waits for the stream there. A tile has all keys of its
+queries, so that the backward makes weights as the forward did, and of the stats needs lse alone, with which m is 0 here.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from tfkern import layout
 from tfkern.eager_tiles import Tiles
-from tfkern.problem import Gradients, Problem, Tensors
+from tfkern.problem import Gradients, Problem, Tensors, stats_of
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -41,23 +42,24 @@ def _without_autocast(function):
 
 @_without_autocast
 def forward(problem: Problem, t: Tensors) -> tuple[Tensor, Tensor]:
-    """out in q's memory order, lse (B, H, Nq) float32, or float64 for float64; B is 1 for packed sequences."""
+    """out in q's memory order, stats (B, H, 2, Nq) float32, or float64 for float64; B is 1 for packed sequences."""
     if _covered(problem, t.q, t.k, t.v):
         out, lse = _flash(t.q, t.k, t.v, 0.0, _is_causal(problem), scale=problem.scale)
-        return layout.like_order(out, t.q), lse.contiguous()
+        return layout.like_order(out, t.q), stats_of(lse)
     out = layout.empty_in_order_of(t.q, problem.v_head_dim).zero_()
     lse = torch.full(t.q.shape[:3], -math.inf, dtype=problem.lse_dtype, device=problem.device)
     for p, part, rows, _, first in _sequences(problem, t):
         _forward_tiled(p, part, first, out[:, :, rows], lse[:, :, rows])
-    return out, lse
+    return out, stats_of(lse)
 
 
 @_without_autocast
-def backward(problem: Problem, t: Tensors, out, lse, do, dlse, needed, into=None) -> Gradients:
+def backward(problem: Problem, t: Tensors, out, stats, do, dlse, needed, into=None) -> Gradients:
     """The needed gradients, those of q, k and v in the memory order of what they are the gradients of, or written into the
     three tensors given."""
     into = into or (None, None, None)
-    if dlse is None and _covered(problem, t.q, t.k, t.v):
+    lse = stats.select(2, 1)
+    if dlse is None and _covered(problem, t.q, t.k, t.v) and _exact_enough(lse, problem.dtype):
         do = layout.last_dim_dense(do)
         grads = _flash_backward(do, t.q, t.k, t.v, out, lse, 0.0, _is_causal(problem), scale=problem.scale)
         return Gradients(*(layout.deliver(g, x, i) for g, x, i in zip(grads, t, into, strict=False)))
@@ -97,6 +99,14 @@ def _covered(p: Problem, *tensors: Tensor) -> bool:
     )
 
 
+def _exact_enough(lse: Tensor, dtype: torch.dtype) -> bool:
+    """Whether PyTorch's backward, which takes weights from lse, loses less by lse's rounding than results of that dtype do by
+    theirs, or no more than a float32 sum of some numbers loses."""
+    largest = max(64.0, torch.finfo(dtype).eps * 2**20)
+    least, most = lse.aminmax()
+    return -largest <= least.item() and most.item() <= largest  # False for NaN
+
+
 def _sequences(p: Problem, t: Tensors):
     """(problem, tensors, rows, keys, first): the batch as it is, or each packed sequence as a problem of its own, with the
     number of its first sequence."""
@@ -126,23 +136,32 @@ def _of_sequence(x: Tensor | None, whole: Problem, part: Problem, b: int) -> Ten
     return x if x.dim() == 2 else x[:, :, : part.n_q, : part.n_k]
 
 
+def _softmax(tiles: Tiles, tile, q: Tensor, want_slope: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For folded queries of a tile: weights (B, H, rows, keys) but for what normalises them, that, weights of the sinks but for
+    it, and lse, all of them (B, H, rows, 1)."""
+    p, sinks = tiles.p, tiles.t.sinks
+    s = tiles.logits(tile, q, want_slope)
+    sinks = s.new_full((p.heads,), -math.inf) if sinks is None else sinks.to(s.dtype)
+    sinks = sinks[:, None, None].expand(*s.shape[:3], 1)
+    largest = torch.maximum(s.amax(-1, keepdim=True), sinks) if s.shape[-1] else sinks
+    largest = largest.masked_fill(largest == -math.inf, 0.0)  # no key, no sink: -inf - -inf would be NaN
+    weights = s.sub_(largest).exp_()
+    sinks = (sinks - largest).exp_()
+    total = weights.sum(-1, keepdim=True) + sinks
+    return weights, total.masked_fill(total == 0.0, 1.0), sinks, largest + total.log()
+
+
 def _forward_tiled(p: Problem, t: Tensors, first: int, out: Tensor, lse: Tensor) -> None:
     """Fill out and lse."""
     tiles = Tiles(p, t, first)
     for tile in tiles:
-        s = tiles.logits(tile, tiles.fold(t.q, tile))
-        sinks = s.new_full((p.heads,), -math.inf) if t.sinks is None else t.sinks.to(s.dtype)
-        sinks = sinks[:, None, None]
-        largest = torch.cat([s, sinks.expand(*s.shape[:3], 1)], -1).amax(-1, keepdim=True)
-        largest = largest.masked_fill(largest == -math.inf, 0.0)  # no key, no sink: -inf - -inf would be NaN
-        prob = s.sub_(largest).exp_()
-        total = prob.sum(-1, keepdim=True) + (sinks - largest).exp()
-        lse[:, :, tile.rows] = (largest + total.log()).squeeze(-1)
+        prob, total, _, tile_lse = _softmax(tiles, tile, tiles.fold(t.q, tile))
+        lse[:, :, tile.rows] = tile_lse.squeeze(-1)
         if tile.kept is not None:
             prob = prob * tile.kept
         v = tiles.hide_unseen(tiles.v[:, :, tile.keys], tile)
         product = tiles.unfold(tiles.refold(prob) @ v)  # [rows, keys] @ [keys, Dv]
-        out[:, :, tile.rows] = product / total.masked_fill(total == 0.0, 1.0)
+        out[:, :, tile.rows] = product / total
 
 
 def _backward_tiled(p: Problem, t: Tensors, first: int, out, lse, do, dlse, grads: Gradients) -> None:
@@ -150,13 +169,13 @@ def _backward_tiled(p: Problem, t: Tensors, first: int, out, lse, do, dlse, grad
     tiles = Tiles(p, t, first)
     scale = p.scale if p.scale is not None else t.scale
     for tile in tiles:
-        row_lse = lse[:, :, tile.rows]
         q, do_t = (tiles.hide_dead(tiles.fold(x, tile), tile) for x in (t.q, do))
-        prob = tiles.logits(tile, q, want_slope=True).sub_(_finite(row_lse)[..., None]).exp_()
+        prob, total, sink_prob, _ = _softmax(tiles, tile, q, want_slope=True)
+        prob.div_(total)
         delta = (tiles.unfold(tiles.fold(out, tile)) * tiles.unfold(do_t)).sum(-1)
         if dlse is not None:  # d lse / d s = p, so its gradient joins delta
             delta = delta - dlse[:, :, tile.rows].to(tiles.compute)
-        delta = delta.masked_fill(row_lse == -math.inf, 0.0)
+        delta = delta.masked_fill(lse[:, :, tile.rows] == -math.inf, 0.0)
         kept = prob if tile.kept is None else prob * tile.kept
         grads.v[:, :, tile.keys] += tiles.refold(kept).mT @ do_t  # [keys, rows] @ [rows, Dv]
         dp = tiles.unfold(do_t @ tiles.v[:, :, tile.keys].mT)  # [rows, Dv] @ [Dv, keys]
@@ -168,16 +187,10 @@ def _backward_tiled(p: Problem, t: Tensors, first: int, out, lse, do, dlse, grad
         if grads.slopes is not None:
             grads.slopes.sub_((ds * tiles.distance(tile)).sum((2, 3)).sum_to_size(grads.slopes.shape))
         if grads.sinks is not None:
-            p_sink = (t.sinks.to(ds.dtype)[:, None] - row_lse).exp_().masked_fill_(row_lse == -math.inf, 0.0)
-            grads.sinks.sub_((p_sink * delta).sum((0, 2)))
+            grads.sinks.sub_((sink_prob.div_(total).squeeze(-1) * delta).sum((0, 2)))
         if tile.slope is not None:
             ds = tile.only_seen(ds * tile.slope)
         ds = tiles.refold(ds)
         k = tiles.hide_unseen(tiles.k[:, :, tile.keys], tile)
         grads.q[:, :, tile.rows] = tiles.unfold(ds @ k) * scale  # [rows, keys] @ [keys, D]
         grads.k[:, :, tile.keys] += (ds.mT @ q) * scale  # [keys, rows] @ [rows, D]
-
-
-def _finite(lse: Tensor) -> Tensor:
-    """lse with 0 for the -inf of rows that see no key, so that their exp(-inf - lse) is 0 and not NaN."""
-    return lse.masked_fill(lse == -math.inf, 0.0)

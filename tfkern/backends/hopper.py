@@ -39,7 +39,7 @@ def limits(p: Problem) -> list[str]:
 
 
 def forward(problem: Problem, t: Tensors) -> tuple[Tensor, Tensor]:
-    """out in q's memory order, lse (B, H, Nq) float32; B is 1 for packed sequences."""
+    """out in q's memory order, stats (B, H, 2, Nq) float32 (problem.py); B is 1 for packed sequences."""
     p, t = problem, features.plain_memory(problem, t)
     q, k, v = (tma.readable(x) for x in t[:3])
     key = "hopper", q.stride(), features.mask_vec(t)
@@ -49,9 +49,9 @@ def forward(problem: Problem, t: Tensors) -> tuple[Tensor, Tensor]:
         plan = p.plans[key] = _plan(p, result, features.mask_vec(t)), result
     launch_fwd, result = plan
     out = result.empty()
-    lse = torch.empty(result.shape[:3], dtype=torch.float32, device=p.device)
-    launch_fwd((q, k, v, out, out, lse), *features.of(p, t))
-    return out, lse
+    stats = features.empty_stats(p)
+    launch_fwd((q, k, v, out, out, stats), *features.of(p, t))
+    return out, stats
 
 
 def _plan(p: Problem, out: layout.Blank, mask_vec: int) -> launch.Launch:

@@ -38,7 +38,7 @@ class Plan(NamedTuple):
     dkdv: launch.Launch | None = None
 
 
-def backward(problem: Problem, t: Tensors, out, lse, do, dlse, needed, into=None) -> Gradients:
+def backward(problem: Problem, t: Tensors, out, stats, do, dlse, needed, into=None) -> Gradients:
     """As portable.backward, within `limits`. In one launch where that fits; of two, that for dQ runs for any gradient, as delta
     comes of it."""
     p, t, need = problem, features.plain_memory(problem, t), Gradients(*needed)
@@ -46,23 +46,23 @@ def backward(problem: Problem, t: Tensors, out, lse, do, dlse, needed, into=None
     dlse = None if dlse is None else dlse.resolve_neg().contiguous()
     wanted = into or _results(p, t)
     dq, dk, dv = (x if tma.ready(x) else torch.empty_like(x, memory_format=torch.contiguous_format) for x in wanted)
-    dslopes, delta = torch.empty_like(lse) if need.slopes else None, None
+    dslopes, delta = features.empty_rows(p) if need.slopes else None, None
     plan = _planned(p, (dq, dk, dv), need, dlse is None)
     optional = features.of(p, t)
     if plan.one_pass is not None:
-        plan.one_pass((q, k, v, out, do, dq, dk, dv, lse, dlse), *optional)
+        plan.one_pass((q, k, v, out, do, dq, dk, dv, stats, dlse), *optional)
     else:
-        delta = torch.empty_like(lse)
-        plan.dq((q, k, v, out, do, dq, dq, lse, dlse, delta, dslopes), *optional)
+        delta = features.empty_rows(p)
+        plan.dq((q, k, v, out, do, dq, dq, stats, dlse, delta, dslopes), *optional)
         if plan.dkdv is not None:
-            plan.dkdv((q, k, v, do, dk, dv, dk, dv, lse, delta), *optional)
+            plan.dkdv((q, k, v, do, dk, dv, dk, dv, stats, delta), *optional)
         else:
             dk = dv = None
     made = zip((dq, dk, dv), wanted, strict=True)
     return Gradients(
         *(x if x is None or x is there else there.copy_(x) for x, there in made), None,
         features.slope_sums(p, t, dslopes) if need.slopes else None,
-        features.sink_sums(t.sinks, lse, delta) if need.sinks else None,
+        features.sink_sums(t.sinks, stats, delta) if need.sinks else None,
     )  # fmt: skip
 
 

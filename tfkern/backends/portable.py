@@ -21,16 +21,16 @@ def unsupported(problem: Problem) -> list[str]:
 
 
 def forward(problem: Problem, t: Tensors) -> tuple[Tensor, Tensor]:
-    """out in q's memory order, lse (B, H, Nq) float32; B is 1 for packed sequences."""
+    """out in q's memory order, stats (B, H, 2, Nq) float32 (problem.py); B is 1 for packed sequences."""
     p, t = problem, features.plain_memory(problem, t)
     launch_fwd, result = _plan(p, _plan_forward, t)
     out = result.empty()
-    lse = torch.empty(result.shape[:3], dtype=torch.float32, device=p.device)
-    launch_fwd((t.q, t.k, t.v, out, lse), *features.of(p, t))
-    return out, lse
+    stats = features.empty_stats(p)
+    launch_fwd((t.q, t.k, t.v, out, stats), *features.of(p, t))
+    return out, stats
 
 
-def backward(problem: Problem, t: Tensors, out, lse, do, dlse, needed, into=None) -> Gradients:
+def backward(problem: Problem, t: Tensors, out, stats, do, dlse, needed, into=None) -> Gradients:
     """The needed gradients, those of q, k and v in the memory order of what they are the gradients of, or written into the
     three tensors given."""
     p, t = problem, features.plain_memory(problem, t)
@@ -40,24 +40,24 @@ def backward(problem: Problem, t: Tensors, out, lse, do, dlse, needed, into=None
     aligned = (t.q.data_ptr() | do.data_ptr()) % launch.ALIGNMENT == 0
     plan = _plan(p, _plan_backward, t, out, do, need, into, dlse is None, aligned)
     dq, dk, dv = into or (result.empty() for result in plan.results)
-    delta = torch.empty_like(lse)
-    dslopes = torch.empty_like(lse) if need.slopes else None
+    delta = features.empty_rows(p)
+    dslopes = features.empty_rows(p) if need.slopes else None
     optional = features.of(p, t)
     if plan.dq is None:
-        plan.dkdv((t.q, do, t.k, t.v, out, lse, dlse, delta, dq, dk, dv, dslopes), *optional)
+        plan.dkdv((t.q, do, t.k, t.v, out, stats, dlse, delta, dq, dk, dv, dslopes), *optional)
     else:
         # delta and, where slopes need a gradient, each query's part of it, come of this one: any gradient needs it
-        plan.dq((t.q, t.k, t.v, out, do, lse, dlse, delta, dq, dslopes), *optional)
+        plan.dq((t.q, t.k, t.v, out, do, stats, dlse, delta, dq, dslopes), *optional)
         if need.k or need.v:
-            plan.dkdv((t.q, do, t.k, t.v, None, lse, None, delta, None, dk, dv, None), *optional)
+            plan.dkdv((t.q, do, t.k, t.v, None, stats, None, delta, None, dk, dv, None), *optional)
     dbias = None
     if need.bias:
         dbias = torch.empty(p.bias, dtype=t.bias.dtype, device=p.device)
-        plan.dbias((t.q, t.k, t.v, do, lse, delta, dbias), *optional)
+        plan.dbias((t.q, t.k, t.v, do, stats, delta, dbias), *optional)
     return Gradients(
         dq, *((dk, dv) if need.k or need.v else (None, None)), dbias,
         features.slope_sums(p, t, dslopes) if need.slopes else None,
-        features.sink_sums(t.sinks, lse, delta) if need.sinks else None,
+        features.sink_sums(t.sinks, stats, delta) if need.sinks else None,
     )  # fmt: skip
 
 

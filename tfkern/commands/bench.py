@@ -6,12 +6,15 @@ what time that would take on an H100, with a band, `overhead` says what a call c
 """
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
+from tfkern.commands.arguments import number, writable
+from tfkern.ending import InputError
 from tfkern.extras import require
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -30,7 +33,7 @@ def add_arguments(parser) -> None:
         "what", nargs="?", choices=list(WHAT), default="speed", help="; ".join(f"{k}: {v}" for k, v in WHAT.items())
     )
     parser.add_argument("--dtype", choices=list(DTYPES), help="speed; default: bf16 on a GPU, fp32 without")
-    parser.add_argument("--seconds", type=float, default=0.3, help="speed: for each figure")
+    parser.add_argument("--seconds", type=number(float, 0.001), default=0.3, help="speed: for each figure")
     parser.add_argument("--out", type=Path, default=Path("tfkern-out/bench"), help="speed: folder of results.json and .png")
     parser.add_argument("--against", type=Path, help="model: a results file of `make gpu`")
     parser.add_argument("--results", type=Path, help="report: a results file of `make gpu`")
@@ -42,12 +45,13 @@ def run(args) -> int:
     if args.what == "compile":
         return script("compile_gate.py")
     if args.what == "sweep":
-        print("Times here are the cost model's own, for ranking tiles alone. `tfkern bench model` has predictions, with bands.")
+        note = "Times here are the cost model's own, for ranking tiles alone. `tfkern bench model` has predictions, with bands."
+        print(note, flush=True)
         return script("sweep.py")
     if args.what == "model":
         return script("against.py", str(args.against)) if args.against else script("model.py")
     if args.what == "overhead":
-        return process(["-c", "from tfkern.bench import overhead; overhead.main()"])
+        return process(["-m", "tfkern.bench.overhead"])
     require("matplotlib", "demo")
     return report(args) if args.what == "report" else speed(args)
 
@@ -60,6 +64,7 @@ def speed(args) -> int:
         print("no GPU: the Triton kernels can't be timed here. This compares the CPU backend; `tfkern bench model` predicts.\n")
     dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
     rows = []
+    writable(args.out)
     for row in runner.run(dtype, device, args.seconds):
         rows.append(row)
         where = f"{row['shape']:15} {row.get('direction', ''):17} {row['provider']:16}"
@@ -75,9 +80,11 @@ def report(args) -> int:
     from tfkern.bench import report as again
 
     if args.results is None:
-        print("tfkern bench report needs --results FILE, a results file of `make gpu`", file=sys.stderr)
-        return 2
+        raise InputError("report needs --results FILE, a results file of `make gpu`")
     text = again.table(args.results)
+    if args.readme:
+        again.parts(args.readme)
+    writable(args.results.parent, "the folder of --results")
     print(text)
     for picture in again.draw(args.results):
         print(f"wrote {picture}")
@@ -94,4 +101,14 @@ def script(name: str, *arguments: str) -> int:
 
 
 def process(arguments: list[str]) -> int:
-    return subprocess.run([sys.executable, *arguments], env={**os.environ, "TRITON_INTERPRET": "0"}, check=False).returncode
+    """Run Python; its exit status, as a shell shows it. An interrupt is for this process, which ends the other."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a process inherits what is ignored
+    try:
+        child = subprocess.Popen([sys.executable, *arguments], env={**os.environ, "TRITON_INTERPRET": "0"})
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    try:
+        code = child.wait()
+    finally:
+        child.kill()
+    return 128 - code if code < 0 else code

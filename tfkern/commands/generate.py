@@ -1,35 +1,48 @@
-"""Continue a text with the GPT that `tfkern train gpt` trained."""
+"""Continue a text with the GPT that `tfkern train gpt` or `tfkern demo` trained."""
 
+import sys
 from pathlib import Path
 
 import torch
 
 import tfkern
+from tfkern.commands.arguments import SEED, number
+from tfkern.commands.demo import CHECKPOINT
+from tfkern.ending import InputError
 from tfkern.extras import require
-from tfkern.training import sampling
+from tfkern.training import data, sampling
 from tfkern.training.trainer import CheckpointError, Training
+
+DEFAULTS = (Path("tfkern-out/gpt.safetensors"), CHECKPOINT)
 
 
 def add_arguments(parser) -> None:
     parser.add_argument("prompt", nargs="?", default="The ")
-    parser.add_argument("--checkpoint", type=Path, default=Path("tfkern-out/gpt.safetensors"))
-    parser.add_argument("--count", type=int, default=400, help="characters to write")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest character")
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--seed", type=int, default=0)
+    where = " or ".join(map(str, DEFAULTS))
+    parser.add_argument("--checkpoint", type=Path, help=f"default: {where}, the first that is there")
+    parser.add_argument("--count", type=number(int, 0), default=400, help="characters to write")
+    parser.add_argument("--temperature", type=number(float, 0.0), default=0.8, help="0 takes the likeliest character")
+    parser.add_argument("--top-k", type=number(int, 1), help="choose among so many of the likeliest")
+    parser.add_argument("--seed", type=SEED, default=0)
 
 
 def run(args) -> int:
-    """Print the prompt and what the model makes of it."""
+    """Print the prompt and, as it comes, what the model makes of it."""
     require("safetensors", "demo")
     if not args.prompt:
-        raise ValueError("the prompt must have at least one character")
-    if args.count < 0 or args.temperature < 0 or (args.top_k is not None and args.top_k < 1):
-        raise ValueError("--count and --temperature must be 0 or more, --top-k 1 or more")
-    training = Training.load(args.checkpoint, tfkern.attention, "cuda" if torch.cuda.is_available() else "cpu")
-    if training.task.name != "gpt":
+        raise InputError("the prompt must have at least one character")
+    data.corpus().encode(args.prompt)  # refuses one with characters that no model knows
+    path = args.checkpoint or next((path for path in DEFAULTS if path.exists()), None)
+    if path is None:
         raise CheckpointError(
-            f"{args.checkpoint} is of {training.task.name}, but text comes from gpt; train one with `tfkern train gpt`"
+            f"there is no checkpoint {' or '.join(map(str, DEFAULTS))}; "
+            "`tfkern train gpt` or `tfkern demo` writes one, or name one with --checkpoint"
         )
-    print(sampling.continued(training, args.prompt, args.count, args.temperature, args.top_k, args.seed))
+    training = Training.load(path, tfkern.attention, "cuda" if torch.cuda.is_available() else "cpu", "gpt")
+    if args.checkpoint is None:
+        print(f"by {path}, after step {len(training.losses)} of {training.steps}:", file=sys.stderr, flush=True)
+    print(args.prompt, end="", flush=True)
+    for character in sampling.continuing(training, args.prompt, args.count, args.temperature, args.top_k, args.seed):
+        print(character, end="", flush=True)
+    print()
     return 0

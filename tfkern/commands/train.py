@@ -11,43 +11,28 @@ from pathlib import Path
 import torch
 
 import tfkern
+from tfkern.commands.arguments import SEED, number, writable
+from tfkern.ending import INTERRUPTED, InputError
 from tfkern.extras import require
 from tfkern.training.tasks import TASKS
 from tfkern.training.trainer import Training
 
 
 def add_arguments(parser) -> None:
+    steps = number(int, 1)
     parser.add_argument("model", choices=list(TASKS))
-    parser.add_argument("--steps", type=int, help="how many updates in all (default: the model's own number)")
+    parser.add_argument("--steps", type=steps, help="how many updates in all (default: the model's own number)")
     parser.add_argument("--out", type=Path, default=Path("tfkern-out"), help="folder of the checkpoint MODEL.safetensors")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=50, metavar="STEPS")
+    parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument("--save-every", type=steps, default=50, metavar="STEPS")
 
 
 def run(args) -> int:
     """Train to the end, or until interrupted; the checkpoint is there either way."""
     require("safetensors", "demo")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     path = args.out / f"{args.model}.safetensors"
-    if args.steps is not None and args.steps < 1:
-        raise ValueError(f"--steps must be 1 or more, but is {args.steps}")
-    if args.save_every < 1:
-        raise ValueError(f"--save-every must be 1 or more, but is {args.save_every}")
-    if args.resume:
-        training = Training.load(path, tfkern.attention, device)
-        if args.steps not in (None, training.steps):
-            raise ValueError(
-                f"{path} is of a training of {training.steps} steps, on which its learning rates depend; "
-                f"--steps {args.steps} does not fit: leave it out, or train anew into another --out"
-            )
-        print(f"going on after step {len(training.losses)} of {training.steps}")
-    elif path.exists():
-        raise ValueError(f"{path} exists and is not overwritten: --resume goes on from it; or remove it, or name another --out")
-    else:
-        training = Training.start(TASKS[args.model], tfkern.attention, args.steps, args.seed, device)
-    args.out.mkdir(parents=True, exist_ok=True)
-
+    training = begun(args, path)
     interrupted = threading.Event()
 
     def report(training: Training) -> bool:
@@ -64,10 +49,31 @@ def run(args) -> int:
     print(f"checkpoint after step {len(training.losses)}: {path}")
     if interrupted.is_set():
         print("interrupted; --resume goes on from there")
-        return 130
+        return INTERRUPTED
     score = training.score()
     print(f"{score.name}: {score}")
     return 0
+
+
+def begun(args, path: Path) -> Training:
+    """A training from its start, or from where its checkpoint is."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not args.resume:
+        writable(args.out)
+        if path.exists():
+            raise InputError(
+                f"{path} exists and is not overwritten: --resume goes on from it; or remove it, or name another --out"
+            )
+        return Training.start(TASKS[args.model], tfkern.attention, args.steps, args.seed, device)
+    training = Training.load(path, tfkern.attention, device, args.model)
+    if args.steps not in (None, training.steps):
+        raise InputError(
+            f"{path} is of a training of {training.steps} steps, on which its learning rates depend; "
+            f"--steps {args.steps} does not fit: leave it out, or train anew into another --out"
+        )
+    writable(args.out)
+    print(f"going on after step {len(training.losses)} of {training.steps}")
+    return training
 
 
 @contextlib.contextmanager

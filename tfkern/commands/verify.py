@@ -1,15 +1,19 @@
 """Check every backend that works here against the float64 oracle, forward and backward, error beside budget."""
 
-from collections.abc import Iterable, Iterator
+import itertools
 from dataclasses import dataclass
 
 import torch
 
 from tfkern import call, launch, testing
 from tfkern.backends import BACKENDS, order
+from tfkern.commands.tables import width
+from tfkern.progress import counted
 from tfkern.testing import SHORT
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+QUANTITIES = ("out", "lse", "dq", "dk", "dv")  # of every case; others stand behind with their names
+HEADING = f"{'case':20} {'backend':9} {'dtype':9} " + " ".join(f"{q + ' error/budget':>21}" for q in QUANTITIES)
 
 
 def add_arguments(parser) -> None:
@@ -23,17 +27,16 @@ def run(args) -> int:
     if launch.missing():
         print(f"left out, since {launch.missing()}: {', '.join(map(str, filter(testing.needs_triton, cases)))}")
         cases = [case for case in cases if not testing.needs_triton(case)]
-    print(f"{'case':20} {'backend':9} {'dtype':9} " + " ".join(f"{q + ' error/budget':>21}" for q in QUANTITIES))
-    failed = total = 0
-    for result in results(cases, backends(device), DTYPES, device):
-        print(result, flush=True)
-        total += 1
-        failed += not result.ok
-    print(f"{total - failed} passed, {failed} failed")
+    columns = width()
+    if len(HEADING) <= columns:
+        print(HEADING, flush=True)
+    asked, found = itertools.product(cases, backends(device), DTYPES), []
+    for case, backend, dtype in counted(asked, lambda one: " ".join(map(str, one))):
+        found.append(checked(case, backend, dtype, device))
+        print(found[-1].text(columns), flush=True)
+    failed = sum(not result.ok for result in found)
+    print(f"{len(found) - failed} passed, {failed} failed")
     return 1 if failed else 0
-
-
-QUANTITIES = ("out", "lse", "dq", "dk", "dv")  # of every case; others stand behind with their names
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,17 @@ class Result:
     def ok(self) -> bool:
         return all(e.ok for e in self.errors)
 
-    def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        figures = " ".join(
+    def text(self, columns: int) -> str:
+        """A line, errors and budgets under HEADING; where columns are too few, a line for each quantity."""
+        names = f"{self.case.name:20} {self.backend:9} {str(self.dtype).removeprefix('torch.'):9}"
+        if columns < len(HEADING):
+            figures = (f"  {e.quantity:9} {e.error:.1e}/{e.budget:.1e}{'' if e.ok else ' WRONG'}" for e in self.errors)
+            return "\n".join([" ".join(names.split()), *figures])
+        figures = (
             f"{'' if e.quantity in QUANTITIES else e.quantity}{e.error:>10.1e}/{e.budget:.1e}{' ' if e.ok else '!'}  "
             for e in self.errors
         )
-        return f"{self.case.name:20} {self.backend:9} {dtype:9} {figures}{'' if self.ok else 'WRONG'}"
+        return f"{names} {' '.join(figures)}{'' if self.ok else 'WRONG'}"
 
 
 def backends(device: torch.device) -> list[str]:
@@ -64,9 +71,6 @@ def backends(device: torch.device) -> list[str]:
     return [name for name in order(device.type) if not BACKENDS[name].unsupported(call.build(q, q, q)[0])]
 
 
-def results(cases: Iterable[testing.Case], names: Iterable[str], dtypes, device) -> Iterator[Result]:
-    """Check each case by each backend in each dtype."""
-    for case in cases:
-        for name in names:
-            for dtype in dtypes:
-                yield Result(case, name, dtype, testing.check(case, dtype, name, device))
+def checked(case: testing.Case, backend: str, dtype: torch.dtype, device: torch.device) -> Result:
+    """Check a case by a backend in a dtype."""
+    return Result(case, backend, dtype, testing.check(case, dtype, backend, device))

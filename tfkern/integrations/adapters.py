@@ -16,6 +16,8 @@ class Adapter:
     apply: Callable[[nn.Module], None]
     revert: Callable[[nn.Module], None]
     becomes: str
+    ours: type | None = None  # the class that modules get, if theirs changes
+    forward: bool = True  # whether it is the forward of that class that attends
     whole: bool = False  # whether modules within, unless they have adapters of their own, are changed by it
 
 
@@ -39,7 +41,11 @@ def of(module: nn.Module) -> Adapter | None:
 
 def by_class(theirs: type, ours: type, unsupported: Callable[[nn.Module], str | None] = lambda module: None) -> Adapter:
     """Where ours is a subclass that adds nothing to the state: the instance's class is all that changes. Instances of other
-    subclasses of theirs do not match: what they have made of it is theirs to know."""
+    subclasses of theirs do not match: what they have made of it is theirs to know.
+
+    Whoever wraps a module's forward keeps a bound method of ours, and may call it after the class has changed back: a forward
+    of ours hands instances of other classes on to `type(self).forward`.
+    """
     return Adapter(
         name=full_name(theirs),
         matches=lambda module: type(module) is theirs,
@@ -47,6 +53,8 @@ def by_class(theirs: type, ours: type, unsupported: Callable[[nn.Module], str | 
         apply=lambda module: setattr(module, "__class__", ours),
         revert=lambda module: setattr(module, "__class__", theirs),
         becomes=full_name(ours),
+        ours=ours,
+        forward=ours.forward is not theirs.forward,
     )
 
 

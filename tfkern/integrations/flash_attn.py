@@ -4,8 +4,8 @@ Common to all of them:
 
 - Lengths stand before heads, (batch, length, heads, head_dim), or packed (total, heads, head_dim), in the result as well, which
   has the memory order of the queries. Keys and values may have fewer heads, whose number divides the queries'.
-- `causal` and `window_size` = (left, right), -1 meaning unbounded, are aligned to the lower right: with shift = keys - queries,
-  query i sees keys i + shift - left ... i + shift + right, and causal is right = 0.
+- `causal` and `window_size` = (left, right), any negative number meaning unbounded, are aligned to the lower right: with
+  shift = keys - queries, query i sees keys i + shift - left ... i + shift + right, and causal is right = 0.
 - `softmax_scale` None is 1 / sqrt(head_dim); `softcap` 0 is none; `alibi_slopes` are (heads,) or (batch, heads), for
   -slope * |i + shift - j|; `dropout_p` applies whenever it is > 0.
 - With `return_attn_probs` the result is (out, softmax_lse, None): lse (batch, heads, length), packed (heads, total), float32,
@@ -18,6 +18,7 @@ key has an lse of -inf, and errors are tfkern.attention's, which call q, k and v
 Source: the interface of flash-attn 2.8 (Dao, "FlashAttention-2", 2023).
 """
 
+import torch
 from torch import Tensor
 
 from tfkern.functional import attention, attention_packed, attention_varlen
@@ -42,8 +43,8 @@ def flash_attn_func(
     """Attention of q (B, N, H, D), k (B, M, Hkv, D) and v (B, M, Hkv, Dv): (B, N, H, Dv). Raises as tfkern.attention."""
     options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out, lse = attention(q, k, v, enable_gqa=True, return_lse=True, **options)
-    return _result(out.transpose(1, 2), lse, return_attn_probs)
+    found = attention(q, k, v, enable_gqa=True, return_lse=return_attn_probs, **options)
+    return (found[0].transpose(1, 2), found[1], None) if return_attn_probs else found.transpose(1, 2)
 
 
 def flash_attn_kvpacked_func(
@@ -65,7 +66,7 @@ def flash_attn_qkvpacked_func(
 ) -> Result:  # fmt: skip
     """flash_attn_func with all three in one tensor, qkv (B, N, 3, H, D), whose gradient is one tensor as well."""
     options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
-    return _result(*attention_packed(qkv, return_lse=True, **options), return_attn_probs)
+    return _result(attention_packed(qkv, return_lse=return_attn_probs, **options), return_attn_probs)
 
 
 def flash_attn_varlen_func(
@@ -79,8 +80,8 @@ def flash_attn_varlen_func(
     if block_table is not None:
         raise NotImplementedError("block_table (paged keys and values) is not built yet; gather the pages into k and v")
     options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
-    out = attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, enable_gqa=True, return_lse=True, **options)
-    return _result(*out, return_attn_probs)
+    out = attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, enable_gqa=True, return_lse=return_attn_probs, **options)
+    return _result(out, return_attn_probs)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -104,7 +105,7 @@ def flash_attn_varlen_qkvpacked_func(
 ) -> Result:  # fmt: skip
     """flash_attn_varlen_func with all three in one tensor, qkv (total, 3, H, D), whose gradient is one tensor as well."""
     options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
-    return _result(*attention_packed(qkv, cu_seqlens=cu_seqlens, return_lse=True, **options), return_attn_probs)
+    return _result(attention_packed(qkv, cu_seqlens=cu_seqlens, return_lse=return_attn_probs, **options), return_attn_probs)
 
 
 def _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes) -> dict:
@@ -113,8 +114,13 @@ def _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slope
         raise TypeError(f"window_size must be a pair (left, right), -1 meaning unbounded, but is {window_size!r}")
     return dict(
         dropout_p=dropout_p, scale=softmax_scale, is_causal=causal, causal_alignment="lower_right",
-        window=tuple(None if side == -1 else side for side in window_size), softcap=softcap or None, alibi_slopes=alibi_slopes,
+        window=tuple(map(side, window_size)), softcap=softcap or None, alibi_slopes=alibi_slopes,
     )  # fmt: skip
+
+
+def side(n: int | None) -> int | None:
+    """One side of a window as tfkern.attention takes it: any negative number is unbounded there."""
+    return None if isinstance(n, (int, torch.SymInt)) and n < 0 else n
 
 
 def _pair(kv: Tensor, dims: str, count: int) -> tuple[Tensor, Tensor]:
@@ -125,5 +131,5 @@ def _pair(kv: Tensor, dims: str, count: int) -> tuple[Tensor, Tensor]:
     return kv.unbind(-3)
 
 
-def _result(out: Tensor, lse: Tensor, return_attn_probs: bool) -> Result:
-    return (out, lse, None) if return_attn_probs else out
+def _result(found, return_attn_probs: bool) -> Result:
+    return (*found, None) if return_attn_probs else found

@@ -42,6 +42,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, n_embd) -> (B, T, n_embd); position i sees positions j <= i."""
+        if not isinstance(self, CausalSelfAttention):  # changed back, and called by who kept the bound method
+            return type(self).forward(self, x)
         qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, self.n_embd // self.n_head))
         y = attention_packed(qkv, None, self.attn_dropout.p if self.training else 0.0, is_causal=True)
         return self.resid_dropout(self.c_proj(y.flatten(2)))
@@ -75,9 +77,17 @@ def _unsupported(module: nn.Module) -> str | None:
         return f"{name} has other layers of dropout than nanoGPT's"
     if list(inspect.signature(type(module).forward).parameters) != ["self", "x"]:
         return f"{name}'s forward takes other arguments than x"
+    if _watched(module):
+        return f"{name} writes its weights out: its flash is False, or attn_dropout has hooks, which would see nothing"
     if module.c_attn.weight.is_meta:
         return f"{name} has no weights yet, and without them nobody can see that it does what nanoGPT's does"
     return _tried(module, name)
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether someone wants the weights to go through attn_dropout: by nanoGPT's switch, or by hooks where it always does."""
+    hooks = module.attn_dropout._forward_hooks or module.attn_dropout._forward_pre_hooks
+    return not module.flash if hasattr(module, "flash") else bool(hooks)
 
 
 def _tried(module: nn.Module, name: str) -> str | None:
@@ -126,5 +136,6 @@ register(
         apply=_apply,
         revert=_revert,
         becomes="tfkern.integrations.nanogpt.CausalSelfAttention",
+        ours=CausalSelfAttention,
     )
 )

@@ -1,12 +1,13 @@
 """F.scaled_dot_product_attention for the whole process: put in its place, and back."""
 
+import contextlib
 import sys
 import threading
 
 import torch
 import torch.nn.functional as F
 
-from tfkern.integrations import torch_sdpa
+from tfkern.integrations import replay, torch_sdpa
 
 NAME = "scaled_dot_product_attention"
 PYTORCHS = torch._C._nn.scaled_dot_product_attention
@@ -24,12 +25,17 @@ class _Service:
 
 
 _service = _Service()
+_replay = threading.local()  # blocks: in this thread, where that holds, whoever else wants ours
 
 
 def dispatcher(*args, **kwargs):
     """What stands in the place of PyTorch's function. Whoever imported it by name meanwhile has PyTorch's again afterwards."""
-    serving = _service.always or _service.blocks
-    return (torch_sdpa.scaled_dot_product_attention if serving else PYTORCHS)(*args, **kwargs)
+    return (torch_sdpa.scaled_dot_product_attention if serving() else PYTORCHS)(*args, **kwargs)
+
+
+def serving() -> bool:
+    """Whether somebody wants ours, of whom this thread is to know."""
+    return bool(getattr(_replay, "blocks", _service.always or _service.blocks))
 
 
 def serve(block: bool) -> list[str]:
@@ -38,9 +44,10 @@ def serve(block: bool) -> list[str]:
         if not (block and _service.places):
             _install()
         if block:
-            _service.blocks += 1
+            _count(1)
         else:
             _service.always = True
+        replay.note(_service, serving, _as_then)
         return [text for *_, text in _service.places]
 
 
@@ -48,7 +55,7 @@ def stop(block: bool) -> list[str]:
     """Stop serving, or end a block. Returns the names that lead to PyTorch's function again: none while others want ours."""
     with _service.lock:
         if block:
-            _service.blocks -= 1
+            _count(-1)
         else:
             _service.always = False
         if _service.always or _service.blocks:
@@ -59,7 +66,30 @@ def stop(block: bool) -> list[str]:
                 namespace[name] = _service.replaced
                 restored.append(text)
         _service.places.clear()
+        replay.forget(_service)
         return restored
+
+
+def _count(blocks: int) -> None:
+    _service.blocks += blocks
+    if hasattr(_replay, "blocks"):
+        _replay.blocks += blocks
+
+
+@contextlib.contextmanager
+def _as_then(served: bool):
+    """A replay of what was served, or was not."""
+    before = vars(_replay).copy()
+    _replay.blocks = 0
+    if served:
+        serve(block=True)
+    try:
+        yield
+    finally:
+        if served:
+            stop(block=True)
+        vars(_replay).clear()
+        vars(_replay).update(before)
 
 
 def _install() -> None:

@@ -15,7 +15,8 @@ class Attention(nn.Module):
 
     `timm.create_model("vit_base_patch16_224", attn_layer=tfkern.integrations.timm.Attention)` builds a model with it,
     tfkern.patch(model) changes one that is there. Query, key and value are read in place from the one projection, unless
-    they are normalised first.
+    they are normalised first. Where its attribute `fused_attn` is set to False, the weights are written out and go through
+    `attn_drop`, whose hooks see them.
 
     Args:
         dim: width C of the input.
@@ -68,23 +69,45 @@ class Attention(nn.Module):
             attn_mask: broadcasts to (B, H, N, N). bool: True = attend; float: added to the scores, differentiable.
             is_causal: position i sees positions j <= i. With attn_mask both hold, where timm takes the one or raises.
         """
+        if not isinstance(self, Attention):  # changed back, and called by who kept the bound method
+            return type(self).forward(self, x, attn_mask, is_causal)
         dropout_p = self.attn_drop.p if self.training else 0.0
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        if type(self.q_norm) is type(self.k_norm) is nn.Identity:
+        if self.fused_attn and type(self.q_norm) is type(self.k_norm) is nn.Identity:
             y = attention_packed(qkv, attn_mask, dropout_p, is_causal, self.scale)
         else:
             q, k, v = qkv.permute(2, 0, 3, 1, 4)
             q, k = (norm(z).to(v.dtype) for norm, z in ((self.q_norm, q), (self.k_norm, k)))
-            y = attention(q, k, v, attn_mask, dropout_p, is_causal, self.scale).transpose(1, 2)
+            if self.fused_attn:
+                y = attention(q, k, v, attn_mask, dropout_p, is_causal, self.scale).transpose(1, 2)
+            else:
+                y = (self.attn_drop(self._weights(q, k, attn_mask, is_causal)) @ v).transpose(1, 2)
         y = self.norm(y.flatten(2))
         if self.gate is not None:
             y = y * torch.sigmoid(self.gate(x))
         return self.proj_drop(self.proj(y))
 
+    def _weights(self, q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        """The softmax, (B, H, N, N), written out."""
+        scores = (q * self.scale) @ k.mT
+        if is_causal:
+            scores = scores + torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype, device=scores.device).triu(1)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, -torch.inf)
+        elif attn_mask is not None:
+            scores = scores + attn_mask
+        return scores.softmax(-1)
+
 
 def _is_theirs(module: nn.Module) -> bool:
     theirs = sys.modules.get("timm.layers.attention")  # whoever has such a layer has imported it
     return theirs is not None and type(module) is theirs.Attention
+
+
+def _unsupported(module: nn.Module) -> str | None:
+    if module.fused_attn:
+        return None
+    return "its fused_attn is False, so that hooks on attn_drop may see the weights; set it to True to have it changed"
 
 
 def _apply(module: nn.Module) -> None:
@@ -99,9 +122,10 @@ register(
     Adapter(
         name="timm.layers.Attention",
         matches=_is_theirs,
-        unsupported=lambda module: None,
+        unsupported=_unsupported,
         apply=_apply,
         revert=_revert,
         becomes="tfkern.integrations.timm.Attention",
+        ours=Attention,
     )
 )

@@ -17,7 +17,8 @@ import torch
 from torch.nn.attention import register_flash_attention_impl
 
 from tfkern import autograd, backends, call, dropout
-from tfkern.problem import Gradients, Problem, Tensors
+from tfkern.integrations import flash_attn
+from tfkern.problem import Gradients, Problem, Tensors, lse_of, stats_of
 
 NAME = "tfkern"
 _WANTED = (True, True, True) + (False,) * (len(Gradients._fields) - 3)  # dq, dk, dv
@@ -59,7 +60,7 @@ def _understood(
     packed = cum_seq_q is not None
     if not packed:
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    window = tuple(None if side in (None, -1) else side for side in (window_size_left, window_size_right))
+    window = tuple(map(flash_attn.side, (window_size_left, window_size_right)))
     tensors = query, key, value, None, alibi_slopes, None, seqused_k, cum_seq_q, cum_seq_k
     problem = call.describe(tensors, (dropout_p, is_causal, scale, True, "lower_right", window, None, None))
     return problem, backends.choose(problem, None), call.collect(packed, *tensors, None)
@@ -95,7 +96,8 @@ def _forward(
         rng_state = tensors.seed.view(torch.uint64)
     else:
         rng_state = torch.zeros(2, dtype=torch.uint64, device=query.device)
-    out, lse = autograd.forward(problem, backend, tensors)
+    out, stats = autograd.forward(problem, backend, tensors)
+    lse = lse_of(stats, problem.unit(tensors))
     if problem.packed:
         out, lse = out.squeeze(0), lse.squeeze(0)
     unused, debug_mask = rng_state.new_zeros(()), query.new_empty(0)
@@ -113,7 +115,8 @@ def _backward(
     grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, rng_state, unused, *,
     scale=None, window_size_left=None, window_size_right=None,
 ):  # fmt: skip
-    """Gradients of query, key and value."""
+    """Gradients of query, key and value. Of the rows PyTorch hands on lse alone, so what that lost is lost here, as in
+    PyTorch's own kernels: where logits are as large as 1e4, its rounding (2^-24 of it) is a relative error of the gradients."""
     problem, backend, tensors = _understood(
         query, key, value, cum_seq_q, cum_seq_k, dropout_p, is_causal, scale, window_size_left, window_size_right
     )
@@ -122,7 +125,7 @@ def _backward(
     grad_out, out = (x.transpose(-2, -3) for x in (grad_out, out))
     if problem.packed:
         grad_out, out, logsumexp = (x.unsqueeze(0) for x in (grad_out, out, logsumexp))
-    grads = autograd.backward(problem, backend, _WANTED, grad_out, None, out, logsumexp, tensors)[:3]
+    grads = autograd.backward(problem, backend, _WANTED, grad_out, None, out, stats_of(logsumexp), tensors)[:3]
     return tuple((x.squeeze(0) if problem.packed else x).transpose(-2, -3) for x in grads)
 
 

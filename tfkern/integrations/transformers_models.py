@@ -49,7 +49,8 @@ def _revert(model) -> None:
     was = model.__dict__.pop(_WAS)
     for path, config in _configs(model):
         # What was ours already was made so by its user, or by the patch of a model around this one, which will revert it.
-        if was.get(path, integration.NAME) != integration.NAME:
+        # What is no longer ours was chosen since.
+        if was.get(path, integration.NAME) != integration.NAME and config._attn_implementation == integration.NAME:
             config._attn_implementation_internal = was[path]
     for module in model.modules():
         integration.unwatch(module)
@@ -63,6 +64,7 @@ register(
         apply=_apply,
         revert=_revert,
         becomes='attn_implementation="tfkern"',
+        forward=False,
         whole=True,
     )
 )

@@ -74,6 +74,10 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, ids: Tensor, count: int, temperature: float = 1.0, top_k: int | None = None, generator=None) -> Tensor:
         """Append `count` tokens to ids (B, N). temperature 0 takes the likeliest; top_k samples among the k likeliest."""
+        if not 0.0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be 0 or more and finite, but is {temperature}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be 1 or more, or None, but is {top_k}")
         for _ in range(count):
             logits = self(ids[:, -self.config.context :])[:, -1]  # (B, vocab_size)
             if temperature == 0.0:
@@ -82,7 +86,8 @@ class GPT(nn.Module):
                 if top_k is not None:
                     kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                     logits = logits.masked_fill(logits < kth, -math.inf)
-                chosen = torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)
+                below = (logits - logits.amax(-1, keepdim=True)).double()  # the lowest temperature makes no infinity of it
+                chosen = torch.multinomial(torch.softmax(below / temperature, -1), 1, generator=generator)
             ids = torch.cat([ids, chosen], 1)
         return ids
 

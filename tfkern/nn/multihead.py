@@ -11,8 +11,9 @@ class MultiheadAttention(nn.MultiheadAttention):
     """torch.nn.MultiheadAttention: its arguments, parameters, state dict, results and types of errors.
 
     With need_weights=False, tfkern attends: boolean masks stay boolean and are not expanded, the is_causal hint skips what it
-    hides, and self-attention reads its three projections from one tensor, without a copy. With need_weights=True (PyTorch's
-    default) the weights have to be written out, N x N of them for each head: that is left to PyTorch, and nothing is gained.
+    hides where there is no padding, and self-attention reads its three projections from one tensor, without a copy. With
+    need_weights=True (PyTorch's default) the weights have to be written out, N x N of them for each head: that is left to
+    PyTorch, and nothing is gained.
 
     Dropout draws other random bits than PyTorch's, from the same generator. A query that sees no key gets an attention of 0
     with need_weights=False, and NaN with weights, both as PyTorch's. Nested tensors work where they do in PyTorch: on the
@@ -49,11 +50,13 @@ class MultiheadAttention(nn.MultiheadAttention):
             value: (S, N, vdim), (N, S, vdim) or (S, vdim).
             key_padding_mask: (N, S) or (S,). bool: True = ignore; float: added to the scores.
             attn_mask: (L, S) or (N * num_heads, L, S). bool: True = ignore; float: added to the scores, differentiable.
-            is_causal: says that attn_mask, which must be there, is the causal mask: then it may not be looked at.
+            is_causal: says that attn_mask, which must be there, is the causal mask and nothing else. Without key_padding_mask
+                the mask is not looked at then, in inference either.
         """
-        if need_weights or query.is_nested or key.is_nested or value.is_nested:
-            return super().forward(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        changed_back = not isinstance(self, MultiheadAttention)  # tfkern.unpatch, and called by who kept the bound method
+        if changed_back or need_weights or query.is_nested or key.is_nested or value.is_nested:
+            return nn.MultiheadAttention.forward(
+                self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         self._check(query, key, value)
         self._check_masks(query, key, key_padding_mask, attn_mask, is_causal)
@@ -101,16 +104,14 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _masked(self, attn_mask, key_padding_mask, is_causal: bool, query, key, seq_first: bool) -> tuple[Tensor | None, bool]:
         """What tfkern.attention takes for the masks: (mask, is_causal)."""
+        if is_causal and key_padding_mask is None:  # as in PyTorch: beside padding it is the mask that counts
+            return None, True
         batch, n_q, n_k = query.shape[seq_first], query.shape[1 - seq_first], key.shape[1 - seq_first]
-        appended = (self.bias_k is not None) + self.add_zero_attn
-        # The hint stands for the mask where PyTorch takes it so, and where there is padding if that changes nothing.
-        is_causal = is_causal and (key_padding_mask is None or (n_q == n_k and not appended and not attn_mask.requires_grad))
-        if is_causal:
-            attn_mask = None
         mask = self._mask(attn_mask, key_padding_mask, (batch, n_q, n_k), query.dtype)
+        appended = (self.bias_k is not None) + self.add_zero_attn
         if mask is not None and appended:  # nobody hides what is appended
             mask = F.pad(mask, (0, appended), value=mask.dtype == torch.bool)
-        return mask, is_causal
+        return mask, False
 
     def _mask(self, attn_mask, key_padding_mask, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor | None:
         """Both as one mask for tfkern.attention: bool (True = attend) if both are, else float."""

@@ -4,9 +4,9 @@ Correct means: the error against the float64 oracle is at most twice the error t
 one rounding of the result. Plain PyTorch is the naive formula and its autograd.
 
 In float32 it is three times, and for gradients the larger error of that and of the flash backward written out naively. A flash
-backward takes P from a rounded lse and subtracts two sums that autograd never forms (with one key autograd gives an exact 0),
-so that none, PyTorch's own among them, keeps to the first rule; and where two computations differ only in the order of their
-float32 sums, their largest errors were seen to differ by 2.4 times. Flash-attention's tests use three times as well.
+backward subtracts two sums that autograd never forms (with one key autograd gives an exact 0), so that none, PyTorch's own
+among them, keeps to the first rule; and where two computations differ only in the order of their float32 sums, their largest
+errors were seen to differ by 2.4 times. Flash-attention's tests use three times as well.
 
 In 16 bits the flash backward is written out in float32, and only O, from which it takes delta, is rounded to 16 bits, as every
 flash backward finds it: with one key autograd gives an exact 0 here, too.

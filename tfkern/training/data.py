@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tfkern.extras import require
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -52,9 +54,7 @@ def corpus() -> Corpus:
 @functools.cache
 def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """((images, labels) to train on, the same held out) of scikit-learn's digits: (n, 1, 8, 8) in [-1, 1], and 0..9."""
-    from sklearn.datasets import load_digits
-
-    loaded = load_digits()
+    loaded = require("sklearn.datasets", "demo").load_digits()
     images = torch.tensor(loaded.images, dtype=torch.float32)[:, None] / 8.0 - 1.0
     labels = torch.tensor(loaded.target, dtype=torch.int64)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))

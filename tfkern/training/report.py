@@ -31,20 +31,18 @@ class Pair:
         return torch.tensor([self.fused.losses, self.naive.losses], dtype=torch.float64).diff(dim=0).abs().max().item()
 
 
-def summary_table(pairs: dict[str, Pair]):
-    """A rich table: a row a model."""
-    from rich.table import Table
+HEADINGS = ("model", "parameters", "steps", "last loss", "held out", "fused", "naive", "curves apart")
 
-    table = Table(title="trained with the fused and with the naive attention, from the same seed")
-    for heading in ("model", "parameters", "steps", "last loss", "held out", "fused", "naive", "curves apart"):
-        table.add_column(heading)
-    for p in pairs.values():
-        parameters = sum(x.numel() for x in p.fused.model.parameters())
-        table.add_row(
-            p.name, f"{parameters:,}", str(p.fused.steps), f"{p.fused.losses[-1]:.3f}", p.score.name, str(p.score),
-            str(p.naive_score), f"{p.apart:.1e}",
-        )  # fmt: skip
-    return table
+
+def summary(pairs: dict[str, Pair]) -> list[tuple[str, ...]]:
+    """A row a model, under HEADINGS."""
+    return [
+        (
+            p.name, f"{sum(x.numel() for x in p.fused.model.parameters()):,}", str(p.fused.steps), f"{p.fused.losses[-1]:.3f}",
+            p.score.name, str(p.score), str(p.naive_score), f"{p.apart:.1e}",
+        )
+        for p in pairs.values()
+    ]  # fmt: skip
 
 
 def write(folder: Path, pairs: dict[str, Pair], problems: list[str]) -> list[Path]:
@@ -60,14 +58,14 @@ def write(folder: Path, pairs: dict[str, Pair], problems: list[str]) -> list[Pat
     for name, figure in plots.items():
         figure.savefig(folder / name, dpi=120, bbox_inches="tight")
     written = sampling.continued(pairs["gpt"].fused, "The ", 300, temperature=0.7)
-    (folder / "sample.txt").write_text(f"GPT writes:\n{written}\n\n{sampling.filled(pairs['bert'].fused)}\n")
+    (folder / "sample.txt").write_text(f"GPT writes:\n{written}\n\n{sampling.filled(pairs['bert'].fused)}\n", "utf-8")
     figures = {
         p.name: dict(
             steps=p.fused.steps, fused=p.fused.losses, naive=p.naive.losses, apart=p.apart, **{p.score.name: p.score.value}
         )
         for p in pairs.values()
     }
-    (folder / "results.json").write_text(json.dumps(dict(problems=problems, **figures), indent=1))
+    (folder / "results.json").write_text(json.dumps(dict(problems=problems, **figures), indent=1), "utf-8")
     return [folder / name for name in (*plots, "sample.txt", "results.json")]
 
 

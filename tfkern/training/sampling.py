@@ -1,18 +1,27 @@
 """Text from the trained models."""
 
+from collections.abc import Iterator
+
 import torch
 
 from tfkern.training import data
 from tfkern.training.trainer import Training
 
 
-def continued(
+def continuing(
     training: Training, prompt: str, count: int, temperature: float = 0.8, top_k: int | None = None, seed: int = 0
-) -> str:
-    """The prompt and `count` characters more by a trained GPT."""
+) -> Iterator[str]:
+    """`count` characters by a trained GPT after the prompt, one by one as they come."""
     generator = torch.Generator(training.device).manual_seed(seed)
-    ids = data.corpus().encode(prompt).to(training.device)[None]
-    return data.corpus().decode(training.model.eval().generate(ids, count, temperature, top_k, generator)[0])
+    model, ids = training.model.eval(), data.corpus().encode(prompt).to(training.device)[None]
+    for _ in range(count):
+        ids = model.generate(ids[:, -model.config.context :], 1, temperature, top_k, generator)
+        yield data.corpus().decode(ids[0, -1:])
+
+
+def continued(training: Training, prompt: str, count: int, **options) -> str:
+    """The prompt and what `continuing` gives, with its options."""
+    return prompt + "".join(continuing(training, prompt, count, **options))
 
 
 def filled(training: Training) -> str:

@@ -1,6 +1,8 @@
 """One training loop for every task, and checkpoints from which it goes on bit for bit."""
 
 import dataclasses
+import errno
+import hashlib
 import json
 import math
 import os
@@ -10,13 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tfkern.ending import InputError
 from tfkern.training import data
 from tfkern.training.tasks import TASKS, Task
 
-FORMAT = "tfkern-training-1"
+FORMAT = "tfkern-training-2"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(InputError):
     """A file that is no checkpoint of this training; the message says what is wrong and what to do."""
 
 
@@ -69,7 +72,8 @@ class Training:
             return self.task.score(self.model, self.device)
 
     def save(self, path: Path) -> None:
-        """Write everything to one safetensors file, whole or not at all."""
+        """Write everything to one safetensors file, whole or not at all; OSError, and nothing left behind, if it can't be."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
@@ -78,21 +82,34 @@ class Training:
         tensors["generator"] = self.generator.get_state()
         tensors["rng"] = torch.get_rng_state()
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        tensors = {k: v.contiguous().cpu() for k, v in tensors.items()}
         about = dict(format=FORMAT, task=json.dumps(dataclasses.asdict(self.task)), characters=data.corpus().characters)
+        about["steps"] = str(self.steps)
+        about["sha256"] = _checksum(about, tensors)
         partial = path.with_name(path.name + ".partial")
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial, {**about, "steps": str(self.steps)})
-        os.replace(partial, path)
+        try:
+            save_file(tensors, partial, about)
+            os.replace(partial, path)
+        except (OSError, SafetensorError) as error:  # safetensors raises its own for a full disk
+            partial.unlink(missing_ok=True)
+            raise OSError(errno.EIO, f"the checkpoint can't be written ({error})", str(path)) from None
 
     @classmethod
-    def load(cls, path: Path, attention: Callable[..., Tensor], device="cpu") -> "Training":
-        """The training that `save` wrote, on any device. CheckpointError if the file isn't one."""
+    def load(cls, path: Path, attention: Callable[..., Tensor], device="cpu", model: str | None = None) -> "Training":
+        """The training that `save` wrote, on any device, of `model` if one is named. CheckpointError if the file isn't one."""
         about, tensors = _read(path)
         settings = json.loads(about["task"])
-        if settings["name"] != "vit" and about["characters"] != data.corpus().characters:
+        name = settings["name"]
+        if model not in (None, name):
+            raise CheckpointError(f"{path} is of {name}, but {model} is wanted; `tfkern train {model}` makes one")
+        if name != "vit" and about["characters"] != data.corpus().characters:
             raise CheckpointError(f"{path} was trained on another Python's text, whose characters differ; train anew")
-        task = type(TASKS[settings["name"]])(**settings)
-        self = cls.start(task, attention, int(about["steps"]), device=device)
-        self.model.load_state_dict(_under("model.", tensors))
+        try:
+            task = type(TASKS[name])(**settings)
+            self = cls.start(task, attention, int(about["steps"]), device=device)
+            self.model.load_state_dict(_under("model.", tensors))
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"{path} is of another version's {name} ({error}); train anew") from None
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in _under("optimizer.", tensors).items():
             index, name = key.split(".")
@@ -113,21 +130,38 @@ def schedule(step: int, steps: int) -> float:
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """What `save` wrote about a training, and its tensors."""
     from safetensors import SafetensorError, safe_open
 
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; name a file in it that `tfkern train` wrote")
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - the file is no mapping
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint {path}; `tfkern train` writes one") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read ({error}); name a file that `tfkern train` wrote") from None
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}); remove it and train anew") from None
-    if about.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} is a safetensors file, but no checkpoint of `tfkern train` (format {about.get('format')!r})"
-        )
+    found = about.get("format")
+    if not str(found).startswith("tfkern-training-"):
+        raise CheckpointError(f"{path} is a safetensors file, but no checkpoint of `tfkern train` (format {found!r})")
+    if found != FORMAT:
+        raise CheckpointError(f"{path} is of another version of tfkern (format {found!r}, here {FORMAT!r}); train anew")
+    if about.pop("sha256", None) != _checksum(about, tensors):
+        raise CheckpointError(f"{path} is damaged: its contents don't have the checksum that it was written with; train anew")
     return about, tensors
+
+
+def _checksum(about: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of all that a checkpoint says."""
+    found = hashlib.sha256(json.dumps(sorted(about.items())).encode())
+    for name, x in sorted(tensors.items()):
+        found.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        found.update(x.flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,40 @@
+"""What an argument must be, so that one which isn't ends the command with a line before anything is computed."""
+
+import argparse
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from tfkern.ending import InputError
+
+
+def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:
+    """The type of an argument that is a finite int or float from `least` to `most`."""
+    bounds = f"{least} or more" if most == math.inf else f"from {least} to {most}"
+
+    def parsed(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (least <= value <= most and value != math.inf):
+            raise argparse.ArgumentTypeError(f"must be {'a whole' if kind is int else 'a'} number, {bounds}, but is {text!r}")
+        return value
+
+    return parsed
+
+
+SEED = number(int, 0, 2**63 - 1)
+
+
+def writable(folder: Path, option: str = "--out") -> None:
+    """Make a folder for results if it is not there, and see that files can be made in it. InputError if not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{option} must be a folder that can be written to, or one that can be made, but {folder}: {error.strerror}"
+        ) from None
