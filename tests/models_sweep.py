@@ -9,7 +9,6 @@ import os
 import resource
 import signal
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -171,7 +170,6 @@ def tried(cls) -> dict:
     ignoring = any("attn_implementation" in str(w.message) for w in told)
     return dict(
         status="wrong" if wrong else "right", cases=cases, calls=calls, told=ignoring, agreed=agreed,
-        inputs=sorted(next(iter(runs.values()))[0]),
     )  # fmt: skip
 
 
@@ -196,7 +194,7 @@ def compared(theirs, ours, inputs: dict, gradients: bool) -> float | str:
         want = outputs(theirs, inputs, gradients)
     except Exception as e:
         return "eager: " + _said(e)
-    return differ(outputs(ours, inputs, gradients), want)
+    return float(f"{differ(outputs(ours, inputs, gradients), want):.1e}")
 
 
 def as_default(cls, sizes, ours, runs: dict) -> dict[str, str]:
@@ -247,17 +245,28 @@ def _family(name: str, classes: list[type], send) -> None:
     signal.signal(signal.SIGALRM, stop)
     logging.disable(logging.CRITICAL)
     for cls in classes:
-        start = time.time()
         try:
             signal.alarm(SECONDS)
             found = tried(cls)
             signal.alarm(0)
         except SlowError:
             found = dict(status="not built", reason=f"no result within {SECONDS} s")
-        send(json.dumps({cls.__name__: dict(family=name, seconds=round(time.time() - start, 1), **found)}))
+        send(json.dumps({cls.__name__: dict(family=name, **found)}))
 
 
-def sweep(only: list[str]) -> None:
+def kept() -> dict[str, dict]:
+    """{class: what was found}."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def keep(results: dict[str, dict]) -> None:
+    """A line for each class."""
+    lines = [f"{json.dumps(cls)}: {json.dumps(results[cls], sort_keys=True)}" for cls in sorted(results)]
+    RESULTS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def sweep(names: list[str]) -> None:
+    """Families by name, or all that aren't finished yet: others may be at work on the same file."""
     import transformers
 
     from tfkern.integrations import transformers as integration
@@ -265,35 +274,35 @@ def sweep(only: list[str]) -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     integration.register()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name, classes in families().items():
-        if (only and name not in only) or (not only and all(cls.__name__ in results for cls in classes)):
+    everything = families()
+    for name in names or everything:
+        classes = everything[name]
+        if not names and all(cls.__name__ in kept() for cls in classes):
             continue
-        read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(read)
-            with open(write, "w") as pipe:
-                _family(name, classes, lambda line: print(line, file=pipe, flush=True))
-            os._exit(0)
-        os.close(write)
-        with open(read) as pipe:
-            for line in pipe:
-                results |= json.loads(line)
-        os.waitpid(child, 0)
-        for cls in classes:
-            results.setdefault(cls.__name__, dict(family=name, status="not built", reason="the process died"))
-            r = results[cls.__name__]
-            print(
-                r["status"],
-                r.get("seconds"),
-                cls.__name__,
-                r.get("cases") or r.get("reason"),
-                r.get("calls"),
-                r.get("told"),
-                flush=True,
-            )
-        RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
+        found = _in_a_process(name, classes)
+        keep(kept() | found)
+        for cls, r in found.items():
+            print(cls, r["status"], r.get("cases", r.get("reason")), r.get("agreed", ""), flush=True)
+
+
+def _in_a_process(name: str, classes: list[type]) -> dict[str, dict]:
+    """A family's results; what kills the process is the result of the class that it was at."""
+    found = {}
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        with open(write, "w") as pipe:
+            _family(name, classes, lambda line: print(line, file=pipe, flush=True))
+        os._exit(0)
+    os.close(write)
+    with open(read) as pipe:
+        for line in pipe:
+            found |= json.loads(line)
+    os.waitpid(child, 0)
+    for cls in classes:
+        found.setdefault(cls.__name__, dict(family=name, status="not built", reason="the process died"))
+    return found
 
 
 if __name__ == "__main__":

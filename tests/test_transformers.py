@@ -495,17 +495,34 @@ def test_register_again_and_by_another_name():
 
 @pytest.mark.parametrize("m", IGNORING, ids=str)
 def test_a_model_that_ignores_it_is_told(m):
-    model = m.make("tfkern")
-    with pytest.warns(UserWarning, match=r"ignores attn_implementation='tfkern'.*no call reached tfkern") as told:
-        model(**m.inputs())
+    """It is made as it would be without tfkern, and patch leaves it alone."""
+    with pytest.warns(UserWarning, match=r"doesn't ask transformers' AttentionInterface.*='tfkern' means 'eager'") as told:
+        model = m.make("tfkern")
     assert len(told) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(**m.inputs())  # once
+    assert {x.config._attn_implementation for x in model.modules() if hasattr(x, "config")} == {"eager"}
+    for side in (None, "right", "left"):
+        inputs = m.inputs(pad=side)
+        assert torch.equal(model(**inputs)[0], m.make("eager")(**inputs)[0])
     assert not any(x._forward_hooks for x in model.modules())
     report = tfkern.patch(model)
     assert not report.changed
     assert "doesn't ask transformers' AttentionInterface" in report.unchanged[""]
+
+
+@pytest.mark.parametrize("m", IGNORING, ids=str)
+def test_a_model_that_is_found_out_late(m, monkeypatch):
+    """One that doesn't look like it ignores tfkern: it is told at the first forward pass, and its masks are eager attention's."""
+    monkeypatch.setattr(integration, "asks", lambda cls: True)
+    model = m.make("tfkern")
+    inputs = m.inputs(pad="left")
+    with pytest.warns(UserWarning, match=r"ignores attn_implementation='tfkern'.*no call reached tfkern") as told:
+        found = model(**inputs)[0]
+    assert len(told) == 1
+    assert torch.equal(found[m.seen(inputs, found)], m.make("eager")(**inputs)[0][m.seen(inputs, found)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**inputs)  # once
+    assert not any(x._forward_hooks for x in model.modules())
 
 
 def test_the_watch_is_over_after_the_first_call():

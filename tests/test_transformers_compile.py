@@ -279,8 +279,9 @@ def test_layer_by_layer(name):
 
 
 @pytest.mark.parametrize("m", mostly_slow([(m,) for m in (*IGNORING, NAMED["BERT"])], [IGNORING[0], NAMED["BERT"]]), ids=str)
-def test_a_model_that_ignores_it_is_told(m):
-    """While tracing, and once."""
+def test_a_model_that_ignores_it_is_told(m, monkeypatch):
+    """While tracing, and once, where it doesn't show before."""
+    monkeypatch.setattr(integration, "asks", lambda cls: True)
     integration._told.clear()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
