@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_flatten_with_path
 
-TESTS = Path(__file__).resolve().parent
-sys.path.append(str(TESTS))
+sys.path.append(str(Path(__file__).resolve().parent))
 import small_models
+from small_inputs import inputs_of
 
-RESULTS = TESTS / "models_sweep.json"
+RESULTS = Path(__file__).resolve().parent / "models_sweep.json"
 SECONDS, GIGABYTES = 40, 6  # of one class
 TOLERANCE = 2e-3  # of the largest entry; float32 on both sides
 SKIPPED = ("past_key_values", "attentions", "hidden_states", "cross_attentions")
@@ -121,7 +121,7 @@ def runs_eager(cls) -> tuple:
         except Exception as e:
             reasons.append(_said(e))
             continue
-        for i, inputs in enumerate(small_models.inputs_of(model, None)):
+        for i, inputs in enumerate(inputs_of(model, None)):
             try:
                 found = outputs(model, inputs)
                 if not found:
@@ -159,8 +159,8 @@ def tried(cls) -> dict:
             runs = dict(runs_of(eager, which))
             cases = {name: compared(eager, ours, *run) for name, run in runs.items()}
             calls = integration.calls(ours)
-            if cls.can_generate() and which == 0 and "input_ids" in next(iter(runs.values()))[0]:
-                cases["generate"] = generated(eager, ours, [*small_models.inputs_of(eager, "left")][which])
+            if cls.can_generate() and "input_ids" in next(iter(runs.values()))[0]:
+                cases["generate"] = generated(eager, ours, [*inputs_of(eager, "left")][which])
             agreed = as_default(cls, sizes, ours, {n: run for n, run in runs.items() if not _right(cases[n])})
     except NotImplementedError as e:
         return dict(status="refused", reason=_said(e))
@@ -180,7 +180,7 @@ def _right(x) -> bool:
 def runs_of(model, which: int):
     """(name, (inputs, whether with gradients)) of what is compared."""
     for side in (None, "right", "left"):
-        inputs = [*small_models.inputs_of(model, side)][which]
+        inputs = [*inputs_of(model, side)][which]
         if side and all(x.bool().all() for name, x in inputs.items() if name.endswith("mask")):
             continue
         yield side or "plain", (inputs, False)

@@ -1,9 +1,6 @@
-"""Any model of transformers, made small from its config alone, and inputs for it by the names of its arguments. Importing this
-imports no transformers."""
+"""Any model of transformers, made small from its config alone. Importing this imports no transformers."""
 
-import inspect
 import re
-from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
 
 import torch
@@ -11,7 +8,6 @@ from torch import nn
 
 VOCAB, IMAGE = 99, 32
 WORDS = 70  # ids from here on are words, those below may mean something
-BATCH, LENGTH, LENGTHS = 3, 11, (11, 8, 5)
 
 
 @dataclass(frozen=True)
@@ -157,10 +153,18 @@ def _sub(spec, sizes: Sizes) -> dict:
     return {**kwargs_of(cls, sizes, spec.init_kwargs), "model_type": cls.model_type}
 
 
+def within(config) -> list:
+    """A config, and those within it."""
+    configs = [config]
+    for found in configs:
+        configs += [x for name in found.sub_configs if (x := getattr(found, name, None)) is not None]
+    return configs
+
+
 def config_of(cls, sizes: Sizes):
     """A small config for a model class."""
     config = cls.config_class(**kwargs_of(cls.config_class, sizes))
-    for sub in _within(config):
+    for sub in within(config):
         rope = getattr(sub, "rope_parameters", None)
         if isinstance(rope, dict) and "rope_theta" in rope and getattr(sub, "num_attention_heads", None):
             half = (getattr(sub, "head_dim", None) or sub.hidden_size // sub.num_attention_heads) // 2
@@ -180,178 +184,3 @@ def set_weights(model: nn.Module, seed: int = 0) -> None:
                 p.copy_(1 + 0.1 * x if name.endswith("weight") else 0.1 * x)
             else:
                 p.copy_(x * (0.5 if "embed" in name else 1.2 * (p.numel() / p.shape[0]) ** -0.5))
-
-
-def padding(side: str | None, length: int) -> torch.Tensor:
-    """(BATCH, length), 1 = a word."""
-    lengths = torch.tensor([-(-length * n // LENGTH) for n in LENGTHS])[:, None]
-    mask = (torch.arange(length) < (lengths if side else length)).long().expand(BATCH, length)
-    return (mask.flip(1) if side == "left" else mask).contiguous()
-
-
-def _within(config) -> list:
-    """A config, and those within it."""
-    configs = [config]
-    for found in configs:
-        configs += [x for name in found.sub_configs if (x := getattr(found, name, None)) is not None]
-    return configs
-
-
-def _first(config, *names, default=None):
-    """The first of these that a config, or one within it, has."""
-    for name in names:
-        for found in _within(config):
-            value = getattr(found, name, None)
-            if value is not None and not isinstance(value, dict):
-                return value
-    return default
-
-
-def _image(config) -> tuple[int, int, int]:
-    size = _first(config, "image_size", "img_size", "crop_size", default=IMAGE)
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    return int(_first(config, "num_channels", "in_channels", "in_chans", default=3)), min(height, 512), min(width, 512)
-
-
-def _value(name: str, config, generator) -> torch.Tensor | None:
-    """An argument of a model's forward pass, made up by its name."""
-
-    def randn(*shape):
-        return torch.randn(shape, generator=generator)
-
-    ids = torch.randint(WORDS, VOCAB - 1, (BATCH, LENGTH), generator=generator) % (_first(config, "vocab_size") or VOCAB)
-    mels = int(_first(config, "num_mel_bins", "input_feat_per_channel", "feature_size", "input_dim", "mel_dim", default=80))
-    frames = int(_first(config, "num_frames", "frames_per_clip", default=4))
-    channels, height, width = _image(config)
-    images = (BATCH, channels, height, width)
-    match name:
-        case "input_ids" | "decoder_input_ids":
-            return ids if name == "input_ids" else ids.flip(1)[:, :-2].contiguous()
-        case "pixel_values" | "pixel_values_videos":
-            return randn(BATCH, frames, *images[1:]) if name.endswith("videos") else randn(*images)
-        case "input_values":
-            return randn(BATCH, 6000)
-        case "decoder_attention_mask" | "attention_mask" | "input_features_mask" | "qformer_attention_mask":
-            return torch.ones(BATCH, LENGTH, dtype=torch.long)
-        case "qformer_input_ids":
-            return ids
-        case "past_values" | "past_observed_mask":
-            return randn(
-                BATCH, int(_first(config, "context_length", default=32)), int(_first(config, "num_input_channels", default=1))
-            )
-        case "grid_thw" | "image_grid_thw":
-            return torch.tensor([[1, 4, 4]] * BATCH)
-        case "input_features" | "audio_values" | "spectrogram":
-            return randn(BATCH, 40, mels)
-        case "bbox":
-            corner = torch.randint(0, 30, (BATCH, LENGTH, 2), generator=generator)
-            return torch.cat([corner, corner + 20], 2)
-        case "visual_feats":
-            return randn(BATCH, 5, int(_first(config, "visual_feat_dim", default=16)))
-        case "visual_pos":
-            return randn(BATCH, 5, 4)
-        case "inputs_embeds" | "hidden_states":
-            return randn(BATCH, LENGTH, int(_first(config, "hidden_size", "d_model", default=32)))
-    return None
-
-
-def inputs_of(model: nn.Module, side: str | None) -> Iterator[dict]:
-    """Inputs that a model's forward pass may take, the likeliest first."""
-    config, parameters = model.config, inspect.signature(model.forward).parameters
-    required = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    ids = ["input_ids"] + [n for n in ("bbox", "decoder_input_ids") if n in parameters]
-    for names in (
-        [*ids, "pixel_values", "visual_feats", "visual_pos"], ids, ["input_ids"], ["pixel_values"], ["pixel_values_videos"],
-        ["input_features", "decoder_input_ids"], ["input_values", "decoder_input_ids"], ["input_features"], ["input_values"],
-        ["inputs_embeds"], ["hidden_states"], required,
-    ):  # fmt: skip
-        names = [n for n in names if n in parameters]
-        for shape in _SHAPES:
-            generator = torch.Generator().manual_seed(0)
-            found = {n: _value(n, config, generator) for n in dict.fromkeys([*names, *required])}
-            found = {n: x for n, x in found.items() if x is not None}
-            if not found or not shape.fits(found):
-                continue
-            inputs = _padded(shape.change(found, config), parameters, config, side)
-            if "MultipleChoice" in type(model).__name__:
-                inputs = {n: torch.stack([x, x.flip(0)], 1) for n, x in inputs.items()}
-            yield inputs
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """Another shape that an argument may have to have."""
-
-    name: str = ""
-    form: object = None
-
-    def fits(self, inputs: dict) -> bool:
-        return not self.name or self.name in inputs
-
-    def change(self, inputs: dict, config) -> dict:
-        if not self.name:
-            return inputs
-        return inputs | {self.name: self.form(inputs[self.name], config)}
-
-
-def _video(x, config):
-    frames = int(_first(config, "num_frames", "frames_per_clip", default=4))
-    return x[:, None].expand(-1, frames, *x.shape[1:]).contiguous()
-
-
-def _spectrogram(x, config):
-    length, bins = int(_first(config, "max_length", default=40)), int(_first(config, "num_mel_bins", default=16))
-    return torch.arange(BATCH * length * bins).reshape(BATCH, length, bins).float().sin()
-
-
-def _patches(x, config):
-    """Of three images of 4 x 4 patches, behind each other."""
-    patch = int(_first(config, "patch_size", default=8)) ** 2
-    features = patch * int(_first(config, "in_channels", "num_channels", "in_chans", default=3))
-    features *= int(_first(config, "temporal_patch_size", default=1))
-    return torch.arange(BATCH * 16 * features).reshape(BATCH * 16, features).float().sin()
-
-
-def _transposed(x, config):
-    length = 2 * int(_first(config, "max_source_positions", default=32))
-    return torch.nn.functional.pad(x, (0, 0, 0, max(0, length - x.shape[1])))[:, :length].transpose(1, 2).contiguous()
-
-
-def _channel(x, config):
-    return x[:, None]
-
-
-_SHAPES = (
-    _Shape(), _Shape("pixel_values", _video), _Shape("input_features", _transposed), _Shape("input_values", _channel),
-    _Shape("input_values", _spectrogram), _Shape("hidden_states", _patches), _Shape("pixel_values", _patches),
-)  # fmt: skip
-
-
-def _padded(inputs: dict, parameters, config, side: str | None) -> dict:
-    """Inputs and the masks of them."""
-    masks = {"attention_mask": "input_ids", "decoder_attention_mask": "decoder_input_ids"}
-    for mask, of in masks.items():
-        if of not in inputs and mask == "attention_mask":
-            of = next(
-                (n for n in ("input_values", "input_features", "inputs_embeds") if n in inputs and inputs[n].dim() < 4), of
-            )
-        if mask in parameters and of in inputs and (side or mask == "attention_mask"):
-            inputs = inputs | {mask: padding(side, inputs[of].shape[1])}
-            if inputs[of].dtype == torch.long and inputs[of].dim() == 2:
-                inputs[of] = _spelled(inputs[of], inputs[mask], config)
-    if "pixel_mask" in parameters and "pixel_values" in inputs and inputs["pixel_values"].dim() == 4:
-        mask = torch.ones(BATCH, *inputs["pixel_values"].shape[2:], dtype=torch.long)
-        if side == "right":
-            mask[1:, :, IMAGE // 2 :] = 0
-        inputs = inputs | {"pixel_mask": mask}
-    return inputs
-
-
-def _spelled(ids: torch.Tensor, mask: torch.Tensor, config) -> torch.Tensor:
-    """Ids with an end, and what pads them."""
-    end, pad = _first(config, "eos_token_id"), _first(config, "pad_token_id", default=0)
-    end = end[0] if isinstance(end, list | tuple) else end
-    position = torch.arange(mask.shape[1])
-    if end is not None:
-        ids = torch.where(position == (position * mask).max(1, keepdim=True).values, end, ids)
-    return torch.where(mask.bool(), ids, pad)
