@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import sys
 import warnings
 import weakref
 
@@ -13,6 +12,7 @@ from tfkern.call import AUTOCAST
 from tfkern.extras import require
 from tfkern.functional import attention, attention_varlen
 from tfkern.integrations import transformers_masks
+from tfkern.integrations.transformers_asking import asks, eager_only, tables
 from tfkern.integrations.transformers_masks import Band, BandMask
 
 NAME = "tfkern"
@@ -153,17 +153,7 @@ def _refuse(kwargs: dict) -> None:
 
 
 def _is_causal(module: nn.Module) -> bool:
-    return getattr(module, "is_causal", True) and not _eager_only(type(module))
-
-
-@functools.cache
-def _eager_only(cls: type[nn.Module]) -> bool:
-    """Whether the models in a module's file have no attention but eager, which doesn't know is_causal."""
-    from transformers import PreTrainedModel
-
-    values = vars(sys.modules.get(cls.__module__, cls)).values()
-    found = [x for x in values if isinstance(x, type) and issubclass(x, PreTrainedModel) and x.__module__ == cls.__module__]
-    return bool(found) and not any(x._supports_sdpa for x in found)
+    return getattr(module, "is_causal", True) and not eager_only(type(module))
 
 
 def _chosen(mask: Tensor | None, indices: Tensor, n_k: int) -> Tensor:
@@ -240,40 +230,15 @@ def _watching(original):
         if not asks(type(self)):
             _tell_of_default(f"{type(self).__name__} doesn't ask transformers' AttentionInterface", chosen, default)
             return default
-        for name, table in _tables(type(self)):
+        for name, table in tables(type(self)):
             if chosen not in table:
                 _tell_of_default(f"{type(self).__name__} takes part of its attention from {name}", chosen, default)
-                table[chosen] = table[default]
+                table[chosen] = table.get(default, table["eager"])
         unwatch(self)
         self.register_forward_hook(_tell_if_ignored)
         return chosen
 
     return get_correct_attn_implementation
-
-
-def asks(cls: type[nn.Module]) -> bool:
-    """Whether a model's attention asks transformers' AttentionInterface: the module that its class is from has one, or else no
-    attention of its own (a model made of other models, or a subclass: then its base tells)."""
-    from transformers import AttentionInterface
-
-    for base in cls.__mro__:
-        values = vars(sys.modules.get(base.__module__, base)).values()
-        if any(isinstance(x, AttentionInterface) for x in values):
-            return True
-        if any(_is_attention(x) and x.__module__ == base.__module__ for x in values):
-            return False
-    return True
-
-
-def _is_attention(x) -> bool:
-    return isinstance(x, type) and issubclass(x, nn.Module) and "attention" in x.__name__.lower()
-
-
-def _tables(cls: type[nn.Module]):
-    """What a model's module has of tables {name of an attention implementation: class}, each with its own name."""
-    for name, x in list(vars(sys.modules.get(cls.__module__, cls)).items()):
-        if isinstance(x, dict) and x.keys() >= {"eager"} and all(map(_is_attention, x.values())):
-            yield name, x
 
 
 def _tell_of_default(why: str, chosen: str, default: str) -> None:
