@@ -68,7 +68,7 @@ def outputs(model, inputs: dict, gradients: bool = False) -> dict[str, torch.Ten
     }
     if gradients:
         generator = torch.Generator().manual_seed(1)
-        sums = [(x * torch.randn(x.shape, generator=generator)).nansum() for x in found.values() if x.requires_grad]
+        sums = [(x * torch.randn(x.shape, generator=generator))[x.isfinite()].sum() for x in found.values() if x.requires_grad]
         if sums:
             sum(sums).backward()
             found |= {f"gradient of {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -131,7 +131,7 @@ def runs_eager(cls) -> tuple:
                 return sizes, i, model
             except Exception as e:
                 reasons.append(_said(e))
-    raise NotBuiltError("; ".join(dict.fromkeys(reasons)))
+    raise NotBuiltError("; ".join(dict.fromkeys(reasons)) or "inputs that nobody here makes up")
 
 
 class NotBuiltError(Exception):
@@ -150,7 +150,7 @@ def tried(cls) -> dict:
     try:
         sizes, which, eager = runs_eager(cls)
     except NotBuiltError as e:
-        return dict(status="not built", reason=str(e)[:1000])
+        return dict(status="not built", reason=str(e)[:300])
     try:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
@@ -279,29 +279,31 @@ def sweep(names: list[str]) -> None:
         classes = everything[name]
         if not names and all(cls.__name__ in kept() for cls in classes):
             continue
-        found = _in_a_process(name, classes)
+        found = _in_processes(name, classes)
         keep(kept() | found)
         for cls, r in found.items():
             print(cls, r["status"], r.get("cases", r.get("reason")), r.get("agreed", ""), flush=True)
 
 
-def _in_a_process(name: str, classes: list[type]) -> dict[str, dict]:
-    """A family's results; what kills the process is the result of the class that it was at."""
+def _in_processes(name: str, classes: list[type]) -> dict[str, dict]:
+    """A family's results. What kills its process is the result of the class that it was at, and another does the rest."""
     found = {}
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(read)
-        with open(write, "w") as pipe:
-            _family(name, classes, lambda line: print(line, file=pipe, flush=True))
-        os._exit(0)
-    os.close(write)
-    with open(read) as pipe:
-        for line in pipe:
-            found |= json.loads(line)
-    os.waitpid(child, 0)
-    for cls in classes:
-        found.setdefault(cls.__name__, dict(family=name, status="not built", reason="the process died"))
+    while left := [cls for cls in classes if cls.__name__ not in found]:
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(read)
+            with open(write, "w") as pipe:
+                _family(name, left, lambda line, pipe=pipe: print(line, file=pipe, flush=True))
+            os._exit(0)
+        os.close(write)
+        with open(read) as pipe:
+            for line in pipe:
+                found |= json.loads(line)
+        os.waitpid(child, 0)
+        died = next((cls.__name__ for cls in left if cls.__name__ not in found), None)
+        if died:
+            found[died] = dict(family=name, status="not built", reason="the process died")
     return found
 
 

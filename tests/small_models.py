@@ -71,20 +71,20 @@ def _number(name: str, value: int, sizes: Sizes) -> int:
     return value
 
 
-def _numbers(name: str, values, sizes: Sizes):
-    """A list: of stages, of sizes, or of indices of layers."""
-    if name == "out_indices":
-        return type(values)(min(x, 1 + i * sizes.layers // len(values)) for i, x in enumerate(values))
+def _numbers(name: str, values, sizes: Sizes) -> list[int]:
+    """Of stages, of sizes, or of indices of layers."""
+    if name == "out_indices":  # up to 4 they are stages
+        return [x if max(values) <= 4 else 1 + i * sizes.layers // len(values) for i, x in enumerate(values)]
     if re.fullmatch(r".*(indexes|indices|index|_layers|layers|feature_layer)", name):
-        return type(values)(min(x, i % sizes.layers) for i, x in enumerate(values))
+        return [min(x, i % sizes.layers) for i, x in enumerate(values)]
     if re.fullmatch(r".*(depths|num_layers|layers_per_block|block_repeats)", name):
-        return type(values)(1 for _ in values)
+        return [1 for _ in values]
     if re.fullmatch(r".*(hidden_sizes|embed_dims?|channels|dims|conv_dim|tdnn_dim|.*filters)", name):
         factor = max(1, min(values) // 16)
-        return type(values)(max(1, x // factor) for x in values)
-    if re.fullmatch(r".*heads", name):
-        return values
-    return type(values)(_number(name, x, sizes) for x in values)
+        return [x if x < 16 else x // factor // 8 * 8 for x in values]
+    if re.fullmatch(r".*heads", name):  # Swin's are multiples of 3
+        return [x // 3 * 2 if values[0] == 3 else x for x in values]
+    return [_number(name, x, sizes) for x in values]
 
 
 def _small(name: str, value, sizes: Sizes):
@@ -96,10 +96,9 @@ def _small(name: str, value, sizes: Sizes):
         return _number(name, value, sizes)
     if isinstance(value, list | tuple) and value and all(type(x) is int for x in value):
         return _numbers(name, value, sizes)
-    if name == "out_features" and isinstance(value, list | tuple):
-        return type(value)(
-            f"stage{1 + i * sizes.layers // len(value)}" if x.startswith("stage") else x for i, x in enumerate(value)
-        )
+    if name == "out_features" and isinstance(value, list | tuple) and all(re.fullmatch(r"stage\d+", x) for x in value):
+        last = max(int(x[5:]) for x in value)
+        return [x if last <= 4 else f"stage{1 + i * sizes.layers // len(value)}" for i, x in enumerate(value)]
     return value
 
 
@@ -116,6 +115,7 @@ OVERRIDES = dict(
     BambaConfig=dict(attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16),
     GraniteMoeHybridConfig=dict(layer_types=["mamba", "attention"], mamba_n_heads=4, mamba_d_head=16, position_embedding_type="rope"),
     GPTNeoConfig=dict(attention_types=[[["global", "local"], 1]], num_layers=2),
+    BarkSemanticConfig=dict(block_size=64), BarkCoarseConfig=dict(block_size=64), BarkFineConfig=dict(block_size=64),
     Mamba2Config=dict(num_heads=8, head_dim=8, n_groups=1),
     MusicgenDecoderConfig=dict(num_codebooks=1), MusicgenMelodyDecoderConfig=dict(num_codebooks=1),
     JambaConfig=dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1),
