@@ -3,6 +3,7 @@ finds to tests/models_sweep.json, from which tests/models_table.py writes its ta
 
 import copy
 import inspect
+import itertools
 import json
 import logging
 import os
@@ -149,8 +150,8 @@ def tried(cls) -> dict:
 
     try:
         sizes, which, eager = runs_eager(cls)
-    except NotBuiltError as e:
-        return dict(status="not built", reason=str(e)[:300])
+    except Exception as e:
+        return dict(status="not built", reason=(str(e) if isinstance(e, NotBuiltError) else _said(e))[:300])
     try:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
@@ -160,7 +161,7 @@ def tried(cls) -> dict:
             cases = {name: compared(eager, ours, *run) for name, run in runs.items()}
             calls = integration.calls(ours)
             if cls.can_generate() and "input_ids" in next(iter(runs.values()))[0]:
-                cases["generate"] = generated(eager, ours, [*inputs_of(eager, "left")][which])
+                cases["generate"] = generated(eager, ours, nth_inputs(eager, "left", which))
             agreed = as_default(cls, sizes, ours, {n: run for n, run in runs.items() if not _right(cases[n])})
     except NotImplementedError as e:
         return dict(status="refused", reason=_said(e))
@@ -180,12 +181,16 @@ def _right(x) -> bool:
 def runs_of(model, which: int):
     """(name, (inputs, whether with gradients)) of what is compared."""
     for side in (None, "right", "left"):
-        inputs = [*inputs_of(model, side)][which]
+        inputs = nth_inputs(model, side, which)
         if side and all(x.bool().all() for name, x in inputs.items() if name.endswith("mask")):
             continue
         yield side or "plain", (inputs, False)
         if side != "left":
             yield f"{side or 'plain'}, gradients", (inputs, True)
+
+
+def nth_inputs(model, side: str | None, which: int) -> dict:
+    return next(itertools.islice(inputs_of(model, side), which, None))
 
 
 def compared(theirs, ours, inputs: dict, gradients: bool) -> float | str:

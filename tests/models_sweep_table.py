@@ -87,9 +87,9 @@ def _reasons(results: dict[str, dict], statuses: tuple[str, ...]) -> list[str]:
     for name, r in sorted(results.items()):
         if r["status"] in statuses:
             reason = r.get("reason") or ", ".join(
-                f"{n}: {x}" for n, x in r["cases"].items() if x != 0 and not isinstance(x, str)
+                f"{n}: {x}" for n, x in r.get("cases", {}).items() if x != 0 and not isinstance(x, str)
             )
             found.setdefault(
-                (r["family"], " ".join(reason.split("; ")[0].split())[:140] or "makes no sense by itself"), []
+                (r["family"], " ".join(reason.split("; ")[0].split())[:140] or "inputs that nobody here makes up"), []
             ).append(name)
     return [f"- {', '.join(names)}: `{reason.replace('`', '')}`" for (_, reason), names in sorted(found.items())]

@@ -118,7 +118,8 @@ def _spectrogram(x, config):
 
 def _patches(x, config):
     """Of three images of 4 x 4 patches, behind each other."""
-    patch = int(_first(config, "patch_size", default=8)) ** 2
+    size = _first(config, "patch_size", default=8)
+    patch = size**2 if isinstance(size, int) else size[-1] * size[-2]
     features = patch * int(_first(config, "in_channels", "num_channels", "in_chans", default=3))
     features *= int(_first(config, "temporal_patch_size", default=1))
     return torch.arange(BATCH * 16 * features).reshape(BATCH * 16, features).float().sin()
