@@ -107,7 +107,8 @@ class Attention(torch.autograd.Function):
         function = AttentionBackward.forward
         if torch.is_grad_enabled() or _transformed():
             function = functools.partial(apply, AttentionBackward)
-        grads = one_by_one_of_batched(function, arguments) if compat.batched(do) or compat.batched(dlse) else function(*arguments)
+        several = compat.batched(do) or compat.batched(dlse)
+        grads = one_by_one_of_batched(function, arguments) if several else function(*arguments)
         return None, None, *grads, *(None,) * (len(tensors) - len(grads))
 
     @staticmethod

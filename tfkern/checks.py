@@ -195,7 +195,7 @@ def scale(scale, head_dim: int, query: Tensor) -> float | Tensor:
 
 def shapes_only(x: Tensor) -> bool:
     """Whether there is nothing to compute but shapes: on the device meta, and in a FakeTensorMode."""
-    return x.is_meta or isinstance(x, FakeTensor)
+    return x.is_meta or compat.fake(x)
 
 
 def readable(x: Tensor) -> bool:

@@ -73,6 +73,11 @@ _FakeTensor = _private("torch._subclasses:FakeTensor")
 _is_batched = _private("torch._C._functorch:is_batchedtensor")
 
 
+def fake(x: Tensor) -> bool:
+    """Whether x is of FakeTensorMode. Else: nobody tells, and its shapes come by the operations that make them."""
+    return _FakeTensor is not None and isinstance(x, _FakeTensor)
+
+
 def has_values(x: Tensor) -> bool:
     if None not in (_FakeTensor, _is_batched):
         return not (isinstance(x, _FakeTensor) or _is_batched(x))
@@ -106,6 +111,15 @@ WRAPPERS = None not in (_wrapper, no_torch_function)
 
 def wrapper(kind: type[Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return _wrapper(kind, shape, dtype=dtype, device=device)
+
+
+# What torch.jit.script takes a function for. Else: torch.jit.script says that it can't compile the function.
+_register = _private("torch.jit._builtins:_register_builtin")
+
+
+def scripted_as(function, operator: str) -> None:
+    if _register is not None:
+        _register(function, operator)
 
 
 # Several gradients as one tensor, as torch.autograd.grad(..., is_grads_batched=True) makes them with a vmap of its own, within

@@ -5,6 +5,8 @@ import weakref
 
 from torch import nn
 
+from tfkern import compat
+
 _eager_only: "weakref.WeakKeyDictionary[type[nn.Module], bool]" = weakref.WeakKeyDictionary()
 
 
@@ -33,6 +35,7 @@ def tables(cls: type[nn.Module]):
             yield name, x
 
 
+@compat.while_tracing
 def eager_only(cls: type[nn.Module]) -> bool:
     """Whether the models in a module's file have no attention but eager, which doesn't know is_causal."""
     if cls not in _eager_only:
@@ -46,6 +49,3 @@ def _has_eager_only(cls: type[nn.Module]) -> bool:
     values = vars(sys.modules.get(cls.__module__, cls)).values()
     found = [x for x in values if isinstance(x, type) and issubclass(x, PreTrainedModel) and x.__module__ == cls.__module__]
     return bool(found) and not any(x._supports_sdpa for x in found)
-
-
-eager_only._dynamo_marked_constant = True  # called while tracing, and not in the graph
