@@ -86,8 +86,17 @@ def recorded(way: str, m: nn.Module, x: torch.Tensor):
         return make_fx(m, tracing_mode=way, _allow_non_fake_inputs=True)(x)
 
 
-@pytest.mark.parametrize("way", ["fx", "jit", "real", "symbolic", "jit, inference", "fake, inference"])
-@pytest.mark.parametrize("name", MODELS)
+WAYS = ["fx", "jit", "real", "symbolic", "jit, inference", "fake, inference"]
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        pytest.param(name, way, marks=[pytest.mark.slow] if way == "symbolic" and name not in ("a function", "nanoGPT") else [])
+        for name in MODELS
+        for way in WAYS
+    ],
+)
 def test_patched_models_are_recorded(patched, name, way):
     way, _, inference = way.partition(", ")
     m = model(name, not inference)
