@@ -86,8 +86,17 @@ def recorded(way: str, m: nn.Module, x: torch.Tensor):
         return make_fx(m, tracing_mode=way, _allow_non_fake_inputs=True)(x)
 
 
-@pytest.mark.parametrize("way", ["fx", "jit", "real", "symbolic", "jit, inference", "fake, inference"])
-@pytest.mark.parametrize("name", MODELS)
+WAYS = ["fx", "jit", "real", "symbolic", "jit, inference", "fake, inference"]
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        pytest.param(name, way, marks=[pytest.mark.slow] if way == "symbolic" and name not in ("a function", "nanoGPT") else [])
+        for name in MODELS
+        for way in WAYS
+    ],
+)
 def test_patched_models_are_recorded(patched, name, way):
     way, _, inference = way.partition(", ")
     m = model(name, not inference)
@@ -202,6 +211,44 @@ def test_export_keeps_tfkerns_op(patched, strict):
     tfkern.patch(m)
     program = torch.export.export(nn.Sequential(m, Called()), (X,), strict=strict)
     assert sum("tfkern.attention" in str(node.target) for node in program.graph.nodes) == 2
+
+
+class Transformers(nn.Module):
+    """A model of transformers: causal, padded, of grouped heads, or with features that PyTorch's operator hasn't."""
+
+    def __init__(self, name: str, **more):
+        super().__init__()
+        import transformers
+
+        sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, vocab_size=11)
+        config = getattr(transformers, f"{name}Config")(**sizes, **more)
+        self.model = getattr(transformers, f"{name}Model")._from_config(config, attn_implementation="eager").eval()
+
+    def forward(self, ids, padding):
+        return self.model(input_ids=ids, attention_mask=padding, use_cache=False).last_hidden_state
+
+
+@pytest.mark.needs("transformers", importlib.util.find_spec("transformers") is not None)
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("Llama", dict(num_key_value_heads=1)),
+        ("Gemma2", dict(num_key_value_heads=1, head_dim=8, sliding_window=3, attn_logit_softcapping=2.0)),
+    ],
+    ids=["Llama", "Gemma2"],
+)
+def test_models_of_transformers(name, more):
+    torch.manual_seed(0)
+    m, ids = Transformers(name, **more), torch.arange(12).view(2, 6) % 11
+    paddings = [torch.tensor([[1] * 6, [1] * n + [0] * (6 - n)]) for n in (6, 4, 2)]
+    want = [m(ids, padding) for padding in paddings]
+    tfkern.patch(m)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.jit.trace(m, (ids, paddings[1]), strict=False)
+        for padding, y in zip(paddings, want, strict=True):
+            seen = padding.bool()
+            torch.testing.assert_close(program(ids, padding)[seen], y[seen])
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")

@@ -8,11 +8,12 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from tfkern import compat
+from tfkern import compat, reference, tracing
 from tfkern.call import AUTOCAST
 from tfkern.extras import require
 from tfkern.functional import attention, attention_varlen
 from tfkern.integrations import transformers_masks
+from tfkern.integrations.torch_sdpa import PYTORCHS
 from tfkern.integrations.transformers_asking import asks, eager_only, tables
 from tfkern.integrations.transformers_masks import Band, BandMask
 
@@ -129,12 +130,24 @@ def attention_forward(
     with plain:
         if packed:
             return _packed(query, key, value, cu_seq_lens_q, cu_seq_lens_k, mask, band, options), None
+        attend = _recorded if tracing.pytorchs(query, key, value, mask) else attention
         if sinks is None:
-            out = attention(query, key, value, mask, key_lengths=band.key_lengths, **options)
+            out = attend(query, key, value, mask, key_lengths=band.key_lengths, **options)
         else:
-            out, lse = attention(query, key, value, mask, key_lengths=band.key_lengths, return_lse=True, **options)
+            out, lse = attend(query, key, value, mask, key_lengths=band.key_lengths, return_lse=True, **options)
             out = out * torch.sigmoid(lse.unsqueeze(-1) - sinks).to(out.dtype)  # what the sink leaves
     return out.transpose(1, 2).contiguous(), None
+
+
+def _recorded(query, key, value, mask, *, dropout_p, scale, enable_gqa, window, causal_alignment, **features) -> Tensor:
+    """For what records PyTorch's operators: its own attention where that has the features, or else all written out."""
+    if enable_gqa:  # which not everybody knows of it
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    is_causal = window == (None, 0) and causal_alignment == "upper_left" and mask is None
+    if (is_causal or window == (None, None)) and all(x is None for x in features.values()):
+        return PYTORCHS(query, key, value, mask, dropout_p, is_causal, scale=scale)
+    more = dict(dropout_p=dropout_p, scale=scale, window=window, causal_alignment=causal_alignment)
+    return reference.attention(query, key, value, mask, **more, **features)
 
 
 def _refuse(kwargs: dict) -> None:
