@@ -52,10 +52,13 @@ def test_verify_fits_its_terminal(columns):
     assert lines[-1 if columns == 200 else 3].endswith("WRONG")  # dq
 
 
-def test_an_end_by_a_signal_is_a_status():
+def test_processes_of_bench():
+    """An end by a signal is a status; an interrupt is left to the process that waits."""
     code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     assert bench.process(["-c", code]) == 128 + signal.SIGKILL
     assert bench.process(["-c", "raise SystemExit(3)"]) == 3
+    assert bench.process(["-c", "import signal; raise SystemExit(signal.getsignal(signal.SIGINT) != signal.SIG_IGN)"]) == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_train_generate_resume(tmp_path, capsys):
