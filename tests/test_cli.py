@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tfkern import cli, launch, testing
-from tfkern.commands import demo, verify
+from tfkern.commands import bench, demo, verify
 from tfkern.commands.arguments import writable
 from tfkern.ending import InputError
 
@@ -39,6 +40,25 @@ def test_verify(capsys, monkeypatch):
     monkeypatch.setattr(testing, "check", lambda *a: [testing.Error("out", float("nan"), 0.1, 0.2)])
     assert cli.main(["verify"]) == 1
     assert "0 passed, 6 failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 200])
+def test_verify_fits_its_terminal(columns):
+    errors = [testing.Error(q, 1e-7, 2e-7, 2e-7 if q != "dq" else 0.0) for q in verify.QUANTITIES]
+    lines = verify.Result(testing.CASES[0], "portable", torch.bfloat16, errors).text(columns).splitlines()
+    assert max(map(len, lines)) <= columns
+    assert len(lines) == (1 if columns == 200 else 6)
+    assert "\n".join(lines).count("1.0e-07/") == 5
+    assert lines[-1 if columns == 200 else 3].endswith("WRONG")  # dq
+
+
+def test_processes_of_bench():
+    """An end by a signal is a status; an interrupt is left to the process that waits."""
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    assert bench.process(["-c", code]) == 128 + signal.SIGKILL
+    assert bench.process(["-c", "raise SystemExit(3)"]) == 3
+    assert bench.process(["-c", "import signal; raise SystemExit(signal.getsignal(signal.SIGINT) != signal.SIG_IGN)"]) == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_train_generate_resume(tmp_path, capsys):
