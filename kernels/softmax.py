@@ -95,13 +95,25 @@ def load_log2_sum(stats, rows, n_q, lo, hi, MASKED: tl.constexpr):
 
 
 @triton.jit
+def exponent(s, m, S):
+    """That of P before it is normalised, base 2, of logits s and maxima m of their rows. At most 0 but for the last bits of a
+    product, which may be others than in the forward where another instruction makes it."""
+    return (s - m) * S.c
+
+
+@triton.jit
 def unnormalised(s, m, S):
-    """P but for the row's factor 1 / l, of logits s and maxima m: at most 1, as `weights`."""
-    return tl.math.exp2(tl.minimum((s - m) * S.c, 0.0))
+    """P but for the row's factor 1 / l: at most 1."""
+    return tl.math.exp2(tl.minimum(exponent(s, m, S), 0.0))
+
+
+@triton.jit
+def normalised(x, log2_l):
+    """P of exponents x: at most 1 / l."""
+    return tl.math.exp2(tl.minimum(x - log2_l, -log2_l))
 
 
 @triton.jit
 def weights(s, m, log2_l, S):
-    """P of logits s, from m and log2(l) of their rows, [A, 1] or [1, B]. 1 / l is the most that it can be, also where
-    another instruction than the forward's gives a product its last bits."""
-    return tl.math.exp2(tl.minimum((s - m) * S.c - log2_l, -log2_l))
+    """P of logits s, from m and log2(l) of their rows, [A, 1] or [1, B]."""
+    return normalised(exponent(s, m, S), log2_l)
