@@ -162,7 +162,7 @@ def tried(cls) -> dict:
             calls = integration.calls(ours)
             if cls.can_generate() and "input_ids" in next(iter(runs.values()))[0]:
                 cases["generate"] = generated(eager, ours, nth_inputs(eager, "left", which))
-            agreed = as_default(cls, sizes, ours, {n: run for n, run in runs.items() if not _right(cases[n])})
+            agreed = as_default(cls, sizes, eager, ours, {n: run for n, run in runs.items() if not _right(cases[n])})
     except NotImplementedError as e:
         return dict(status="refused", reason=_said(e))
     except Exception as e:
@@ -202,20 +202,45 @@ def compared(theirs, ours, inputs: dict, gradients: bool) -> float | str:
     return float(f"{differ(outputs(ours, inputs, gradients), want):.1e}")
 
 
-def as_default(cls, sizes, ours, runs: dict) -> dict[str, str]:
-    """{run: the other attention that gives what tfkern does}, of runs in which eager attention doesn't: it attends evenly to
-    hidden keys where all are hidden, and adds masks that are bool."""
+def as_default(cls, sizes, eager, ours, runs: dict) -> dict[str, str]:
+    """{run: the other attention that agrees}, of runs in which eager attention doesn't: it attends evenly to hidden keys where all
+    are hidden, and adds masks that are bool. "added": with masks taken so, tfkern gives what eager attention does."""
     found = {}
-    for attn in (None, "sdpa") if runs else ():
+    for attn in (None, "sdpa", _added(), "float64") if runs else ():
+        theirs, one = eager, ours
         try:
-            theirs = made(cls, sizes, attn)
-            theirs.load_state_dict(ours.state_dict())
+            if attn == "float64":
+                theirs, one = (copy.deepcopy(x).double() for x in (eager, ours))
+            elif attn == "added":
+                one = made(cls, sizes, attn)
+            else:
+                theirs = made(cls, sizes, attn)
         except ValueError:  # it has no such attention
             continue
-        for name, run in runs.items():
-            if name not in found and _right(compared(theirs, ours, *run)):
+        if attn != "float64":
+            (one if attn == "added" else theirs).load_state_dict(ours.state_dict())
+        for name, (inputs, gradients) in runs.items():
+            wide = {n: x.double() if attn == "float64" and x.is_floating_point() else x for n, x in inputs.items()}
+            if name not in found and isinstance(x := compared(theirs, one, wide, gradients), float) and _right(x):
                 found[name] = attn or "the default"
     return found
+
+
+def _added() -> str:
+    """tfkern's attention with masks that are added to scores whatever they are, as attn_implementation."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    from tfkern.integrations import transformers as integration
+
+    def forward(module, query, key, value, mask, **options):
+        if isinstance(mask, integration.BandMask):
+            mask = mask.written()
+        mask = mask.to(query.dtype) if mask is not None and mask.dtype == torch.bool else mask
+        return integration.attention_forward(module, query, key, value, mask, **options)
+
+    AttentionInterface.register("added", forward)
+    AttentionMaskInterface.register("added", integration.transformers_masks.mask)
+    return "added"
 
 
 def generated(eager, ours, inputs):

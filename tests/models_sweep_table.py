@@ -30,7 +30,8 @@ def render(results: dict[str, dict]) -> list[str]:
         'with random weights in float32, beside `attn_implementation="eager"`: without padding, with padding on the right and the left,',
         "the gradients of all parameters, and greedy generation from prompts padded on the left. Right is what differs by less than",
         "0.002 of the largest entry. Where all keys are hidden from a query, eager attention looks at all of them, PyTorch's and tfkern's at",
-        "none: where that reaches an output, and where a model adds a bool mask, *n as sdpa* or *as the default* says what it equals.",
+        "none: where that reaches an output, and where a model adds a bool mask, *n as sdpa* or *as the default* says what it equals, and",
+        "*as added* that tfkern, given the masks so, equals eager attention. *As float64*: the two agree there, and float32 is too narrow.",
         "",
         f"{len(results)} classes of {len(families)} families: {counts['right']} right ("
         + ", ".join(f"{kinds[kind]} {text}" for kind, text in BY.items())
