@@ -25,7 +25,6 @@ ROWS = {
     for size in (2, 4)
     for head_dim in tiles.HEAD_DIM_CLASSES
 }
-CHOSEN = [key for key, config in ROWS.items() if config.source == tiles.MODEL]
 
 
 def owned(kernel: str, config) -> int:
@@ -33,20 +32,14 @@ def owned(kernel: str, config) -> int:
 
 
 def test_where_rows_come_from():
-    """Those of 16 bits on sm_80 and on graphics cards, float32's on NVIDIA but for gradients of biases, and these gradients in
-    16 bits on sm_90 were all ranked by the model. What was not says so."""
-    assert {config.source for config in ROWS.values()} <= {tiles.MODEL, tiles.FIT, tiles.COMPILES}
-    biases = "flash_bwd_dbias"
-    ranked = {key for key in ROWS if key[2] == 2 and (key[0] in ("sm_80", "sm_86") or key[:2] == ("sm_90", biases))}
-    ranked |= {key for key in ROWS if key[2] == 4 and key[0] != "gfx942" and key[1] != biases}
-    assert ranked <= set(CHOSEN)
+    """Every row was chosen by the model."""
+    assert {config.source for config in ROWS.values()} == {tiles.MODEL}
 
 
 def test_a_warp_has_rows_of_its_own():
     """Sixteen at least, as a matrix instruction of one warp has: with fewer, warps share rows, make their products twice or
     reduce together. Sums of 256 columns take more warps' registers."""
-    for arch, kernel, size, head_dim in CHOSEN:
-        config = ROWS[arch, kernel, size, head_dim]
+    for (arch, kernel, size, head_dim), config in ROWS.items():
         if size == 2 and head_dim < 256 and kernel != "flash_bwd_dbias":
             assert owned(kernel, config) >= 16 * config.num_warps, (arch, kernel, head_dim, config)
 

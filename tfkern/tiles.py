@@ -1,10 +1,8 @@
 """The tile sizes themselves, and where each comes from. Plain data: imports neither torch nor Triton.
 
-Sources: MODEL, chosen by the cost model among all candidates (`tfkern bench sweep`, bench/sweep.py; of float32 among a few), or
-next to it where the first spilled more or was slower from 1,024 keys on (16 bits on sm_90: the forward at D = 128, dQ at D =
-256); FIT, not compared by the model yet: first of a list of sensible tiles, largest first, that spilled next to nothing on
-Triton 3.6.0, 3.7.1 and 3.9.0 (sm_100: on 3.7.1 alone); COMPILES, chosen by hand, as those of the Gluon kernels.
-bench/spills.json has what is spilled.
+Sources: MODEL, chosen by the cost model among all candidates (`tfkern bench sweep`, bench/sweep.py; of float32 on sm_80 and
+sm_90 among a few), or next to it where the first spilled more or was slower from 1,024 keys on (16 bits on sm_90: the forward
+at D = 128, dQ at D = 256); COMPILES, chosen by hand, as those of the Gluon kernels. bench/spills.json has what is spilled.
 Nothing here has been timed on a GPU yet; `make gpu` does that.
 """
 
@@ -23,7 +21,6 @@ SHARED = {
 HEAD_DIM_CLASSES = (16, 32, 64, 128, 256)
 
 MODEL = "cost model, 2026-11"
-FIT = "largest that fits in registers, 2026-10"
 COMPILES = "compiles without spills, 2026-11"
 
 
@@ -70,7 +67,6 @@ def _rows(*configs: TileConfig) -> dict[int, TileConfig]:
     return dict(zip(HEAD_DIM_CLASSES, configs, strict=True))
 
 
-C = functools.partial(TileConfig, source=FIT)
 M = functools.partial(TileConfig, source=MODEL)
 SM_80 = {
     ("flash_fwd", 2): _rows(M(64, 64, 4, 2), M(64, 64, 4, 2), M(64, 32, 4, 2), M(128, 32, 4, 2), M(64, 64, 4, 1)),
@@ -98,18 +94,15 @@ SM_90 = {
     ("flash_bwd_dbias", 2): _rows(M(64, 32, 4, 1), M(64, 32, 4, 1), M(64, 64, 4, 1), M(128, 64, 8, 1), M(64, 64, 8, 1)),
     ("flash_bwd_dbias", 4): _rows(M(32, 32, 4, 1), M(32, 32, 4, 1), M(64, 16, 4, 1), M(32, 32, 4, 2), M(32, 16, 4, 1)),
 }  # fmt: skip
-# fp32 as sm_90's, ranked for that chip, as nothing better is known; the others chosen on Triton 3.7.1 alone. Of dK and dV at
-# D = 128 the model could not rank the loop.
+# fp32 as sm_90's, ranked for that chip, as nothing better is known.
 SM_100 = {
     **SM_90,
     ("flash_fwd", 2): _rows(M(128, 64, 4, 1), M(64, 64, 4, 1), M(64, 64, 4, 1), M(128, 32, 8, 2), M(128, 64, 8, 1)),
     ("flash_bwd_dq", 2): _rows(M(128, 32, 4, 2), M(128, 32, 4, 2), M(64, 32, 4, 2), M(128, 32, 8, 2), M(128, 32, 8, 1)),
     ("flash_bwd_dq", 4): {**SM_90["flash_bwd_dq", 4], 128: M(32, 16, 8, 2)},  # next to one that spills 360 bytes
-    ("flash_bwd_dkdv", 2): _rows(
-        C(32, 64, 4, 2), C(32, 64, 4, 2), M(32, 128, 8, 1), TileConfig(32, 128, 8, 1, COMPILES), C(16, 32, 8, 2)
-    ),
-    ("flash_bwd_dbias", 2): _rows(C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 32, 8, 2), C(16, 32, 8, 2)),
-}
+    ("flash_bwd_dkdv", 2): _rows(M(32, 64, 4, 1), M(64, 64, 4, 1), M(32, 128, 8, 1), M(32, 128, 8, 1), M(32, 32, 4, 1)),
+    ("flash_bwd_dbias", 2): _rows(M(32, 32, 4, 1), M(32, 32, 4, 1), M(32, 32, 4, 1), M(64, 32, 4, 1), M(32, 16, 4, 2)),
+}  # fmt: skip
 TABLE = {
     "sm_80": SM_80,
     "sm_86": SM_86,
@@ -117,25 +110,25 @@ TABLE = {
     "sm_100": SM_100,
     "gfx942": {
         ("flash_fwd", 2): _rows(M(128, 64, 4, 1), M(128, 64, 4, 1), M(128, 32, 4, 2), M(64, 32, 4, 2), M(64, 64, 4, 1)),
-        ("flash_fwd", 4): _rows(M(64, 16, 4, 3), M(128, 32, 4, 1), M(64, 16, 4, 2), M(32, 16, 4, 2), C(32, 16, 8, 2)),
+        ("flash_fwd", 4): _rows(M(64, 16, 4, 3), M(128, 32, 4, 1), M(64, 16, 4, 2), M(32, 16, 4, 2), M(16, 16, 4, 1)),
         ("flash_bwd_dq", 2): _rows(M(128, 32, 4, 1), M(64, 32, 4, 2), M(128, 32, 4, 1), M(64, 32, 4, 1), M(64, 32, 4, 1)),
-        ("flash_bwd_dq", 4): _rows(M(128, 32, 4, 1), M(64, 16, 4, 3), M(64, 16, 4, 3), M(64, 16, 4, 3), C(16, 16, 4, 2)),
+        ("flash_bwd_dq", 4): _rows(M(128, 32, 4, 1), M(64, 16, 4, 3), M(64, 16, 4, 3), M(64, 16, 4, 3), M(32, 16, 4, 1)),
         ("flash_bwd_dkdv", 2): _rows(M(16, 64, 4, 1), M(32, 128, 4, 1), M(32, 128, 4, 1), M(16, 64, 4, 1), M(16, 64, 8, 1)),
-        ("flash_bwd_dkdv", 4): _rows(M(16, 64, 4, 1), M(32, 128, 4, 1), M(16, 64, 4, 1), C(16, 32, 8, 1), C(16, 16, 4, 1)),
+        ("flash_bwd_dkdv", 4): _rows(M(16, 64, 4, 1), M(32, 128, 4, 1), M(16, 64, 4, 1), M(16, 32, 4, 1), M(16, 16, 4, 1)),
         ("flash_bwd_dbias", 2): _rows(M(64, 64, 4, 1), M(64, 64, 4, 1), M(128, 64, 8, 1), M(64, 64, 4, 1), M(32, 16, 4, 1)),
-        ("flash_bwd_dbias", 4): _rows(C(32, 32, 4, 2), C(32, 32, 4, 2), C(32, 32, 4, 2), C(32, 16, 4, 2), C(16, 16, 4, 2)),
+        ("flash_bwd_dbias", 4): _rows(M(64, 16, 4, 1), M(64, 16, 4, 1), M(64, 16, 4, 1), M(32, 16, 4, 1), M(32, 16, 4, 1)),
     },
 }  # fmt: skip
 
 # (architecture, element size, head-dim class): tiles for a backward in one pass, for few keys first.
 ONE_PASS_TABLE = {
-    **{("interpreter", itemsize, block_d): (C(32, 64),) for itemsize in (2, 4) for block_d in HEAD_DIM_CLASSES},
+    **{("interpreter", itemsize, block_d): (TileConfig(32, 64),) for itemsize in (2, 4) for block_d in HEAD_DIM_CLASSES},
     ("sm_90", 2, 64): (M(32, 64, 4, 1), M(64, 128, 8, 1)),
 }
 
 # The same: tiles of flash_bwd_dkdv where TMA brings its queries, and no addresses of theirs take registers.
 DESCRIPTOR_TABLE = {
-    **{("interpreter", 2, block_d): C(32, 64) for block_d in HEAD_DIM_CLASSES},
+    **{("interpreter", 2, block_d): TileConfig(32, 64) for block_d in HEAD_DIM_CLASSES},
     ("sm_90", 2, 32): M(64, 64, 4, 2, registers=168),
     ("sm_90", 2, 64): M(64, 64, 4, 2, registers=168),
     ("sm_90", 2, 128): M(64, 64, 4, 2),
