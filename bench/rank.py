@@ -85,7 +85,7 @@ def has(backend: str, kernel: str, head_dim: int) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [" ".join(pair) for pair in candidates.KERNELS]
+    names = [" ".join(pair) for pair in candidates.KERNELS if pair[1] not in candidates.UNRANKED]
     parser.add_argument("--kernel", nargs="+", default=names, choices=names)
     parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--store", type=Path)
