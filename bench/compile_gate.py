@@ -39,7 +39,7 @@ VARIANTS = {
 HEAVY = {"mask", "bias", "dropout", "softcap", "slopes", "MOD"}
 FEATURES = [name for name in VARIANTS if name not in ("plain", "causal", "padded", "all", "odd", "strided")]
 FP32_TENSORS = {"STATS", "DLSE", "DELTA", "DSLOPES"}
-ONE_PASS_ONLY = {"O", "DLSE", "DQ", "DSLOPES", "stride_o", "stride_dq"}  # of flash_bwd_dkdv
+ONE_PASS_ONLY = {"DLSE", "DQ", "DSLOPES", "stride_dq"}  # of flash_bwd_dkdv
 CUT = {"LEFT", "cu_q", *HEAVY}  # with which portable.py has no descriptors
 
 SPILLS = HERE / "spills.json"

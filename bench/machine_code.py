@@ -27,8 +27,8 @@ def loops(code: list[Instruction], multiply: tuple[str, ...], outermost: bool = 
     in the order of the program."""
     multiplies = [x.address for x in code if x.opcode.startswith(multiply)]
     spans = sorted(s for s in _spans(code) if any(s[0] <= a <= s[1] for a in multiplies))
-    found = _merged(spans) if outermost else [s for s in spans if not any(_within(s, t) for t in spans)]
-    return [[x for x in code if lo <= x.address <= hi] for lo, hi in found]
+    found = spans if outermost else [s for s in spans if not any(_within(s, t) for t in spans)]
+    return [[x for x in code if lo <= x.address <= hi] for lo, hi in _merged(found)]
 
 
 def _within(s: tuple[int, int], t: tuple[int, int]) -> bool:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tfkern
-from tfkern import call, reference
+from tfkern import call, compat, reference
 from tfkern.backends import BACKENDS, UnsupportedError
 from tfkern.bench import faults
 from tfkern.bench.shapes import Shape
@@ -75,7 +75,7 @@ def _sdpa(kind: SDPBackend | None, shape: Shape, dtype: torch.dtype, device: tor
 
 def default_choice(q, k, v, **options) -> str:
     """Which of its backends F.scaled_dot_product_attention takes for these arguments: since PyTorch 2.11 cuDNN on an H100."""
-    return SDPBackend(torch._fused_sdp_choice(q, k, v, **options)).name
+    return SDPBackend(compat.sdp_choice(q, k, v, **options)).name if compat.sdp_choice else "unknown"
 
 
 def _flex(shape: Shape, dtype: torch.dtype, device: torch.device):
@@ -85,7 +85,7 @@ def _flex(shape: Shape, dtype: torch.dtype, device: torch.device):
 
     if device.type != "cuda":
         raise UnavailableError("compiled FlexAttention has no backward on a CPU")
-    torch._dynamo.reset()
+    torch.compiler.reset()
     mask = None
     if shape.is_causal:
         mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, shape.length, shape.length, device=device)

@@ -3,6 +3,7 @@ wrong are not timed."""
 
 import datetime
 import importlib.metadata
+import itertools
 import json
 import platform
 import subprocess
@@ -15,6 +16,7 @@ import tfkern
 from tfkern.bench import launches, timing, verify
 from tfkern.bench.providers import PROVIDERS, UnavailableError, default_choice, is_ours, passed_over
 from tfkern.bench.shapes import CPU_SHAPES, GPU_SHAPES, Shape
+from tfkern.progress import counted
 
 
 def machine() -> dict:
@@ -55,13 +57,13 @@ def folder_name(device: str) -> str:
 
 def run(dtype: torch.dtype, device: torch.device, seconds: float = 0.3, providers=None) -> Iterator[dict]:
     """A row for each shape, direction and provider: medians in ms with the 20th and 80th percentile, or why there is none."""
-    for shape in GPU_SHAPES if device.type == "cuda" else CPU_SHAPES:
-        for name in providers or PROVIDERS:
-            if name == "tfkern portable" and device.type == "cpu":
-                reason = "Triton's interpreter is for checking, not for timing"
-                yield dict(shape=shape.name, provider=name, skipped=reason)
-                continue
-            yield from figures(name, shape, dtype, device, seconds)
+    asked = itertools.product(GPU_SHAPES if device.type == "cuda" else CPU_SHAPES, providers or PROVIDERS)
+    for shape, name in counted(asked, lambda one: f"{one[0].name}, {one[1]}"):
+        if name == "tfkern portable" and device.type == "cpu":
+            reason = "Triton's interpreter is for checking, not for timing"
+            yield dict(shape=shape.name, provider=name, skipped=reason)
+            continue
+        yield from figures(name, shape, dtype, device, seconds)
 
 
 def figures(

@@ -70,7 +70,8 @@ def _head_sum(
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q = tile.load(Q_h, stride_q, start_m, 0, seq.n_q, BLOCK_M, D, BLOCK_D, VEC, True)
         do = tile.load(DO_h, stride_do, start_m, 0, seq.n_q, BLOCK_M, DV, BLOCK_DV, VEC, True)
-        m, log2_l = softmax.load_stats(stats, offs_m, n_q, 0, seq.n_q, True)
+        m = softmax.load_maximum(stats, offs_m, 0, seq.n_q, True)
+        log2_l = softmax.load_log2_sum(stats, offs_m, n_q, 0, seq.n_q, True)
         delta = tile.load_row_values(DELTA + row, offs_m, 0, seq.n_q, 0.0, True)
         first = n_lo
         if SUM_COLUMNS:

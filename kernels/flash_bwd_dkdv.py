@@ -12,18 +12,16 @@ import triton.language as tl
 from . import band, dropout, score, sequence, softmax, tile
 
 RUN_TIME = [
-    "stride_q", "stride_k", "stride_v", "stride_o", "stride_do", "stride_dq", "stride_dk", "stride_dv",
+    "stride_q", "stride_k", "stride_v", "stride_do", "stride_dq", "stride_dk", "stride_dv",
     "batch", "heads", "group", "n_q", "n_k", "tiles", "align", "LEFT", "RIGHT",
 ]  # fmt: skip
 
 
 @triton.jit
-def _delta(O, DLSE, DELTA, stride_o, do, start_m, lo, hi, n_q, F, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
-           BLOCK_M: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """delta of a tile of queries, left for the gradients of biases and sinks too."""
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    o = tile.load(O, stride_o, start_m, lo, hi, BLOCK_M, DV, BLOCK_DV, VEC, MASKED)
-    delta = softmax.delta(o, do, F)
+def _delta(pt, dpt, DLSE, DELTA, offs_m, n_q):
+    """delta of a tile of queries of which pt and dpt are all there is, left for the gradients of biases and sinks too: the sum
+    of P * dP itself, to which rowsum(O * dO) comes by way of a rounded O."""
+    delta = tl.sum(pt * dpt, 0)
     if DLSE is not None:
         delta -= tl.load(DLSE + offs_m, mask=offs_m < n_q, other=0.0)
     tl.store(DELTA + offs_m, delta, mask=offs_m < n_q)
@@ -32,8 +30,8 @@ def _delta(O, DLSE, DELTA, stride_o, do, start_m, lo, hi, n_q, F, DV: tl.constex
 
 @triton.jit
 def _tiles(
-    k, v, Q, O, DO, STATS, DLSE, DELTA, DQ, DSLOPES, stride_q, stride_o, stride_do, stride_dq, dk, dv, start, stop, lo, hi, n_q,
-    total_q, start_n, scale, LEFT, RIGHT, F, S, bh,
+    k, v, Q, DO, STATS, DLSE, DELTA, DQ, DSLOPES, stride_q, stride_do, stride_dq, dk, dv, start, stop, lo, hi, n_q, total_q,
+    start_n, scale, LEFT, RIGHT, F, S, bh,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, VEC: tl.constexpr, PRECISION: tl.constexpr, MOD: tl.constexpr, MOD_GRAD: tl.constexpr,
     LINEAR: tl.constexpr, MASK_VEC: tl.constexpr, MASKED: tl.constexpr,
@@ -45,18 +43,15 @@ def _tiles(
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q = tile.load(Q, stride_q, start_m, lo, hi, BLOCK_M, D, BLOCK_D, VEC, MASKED)
         do = tile.load(DO, stride_do, start_m, lo, hi, BLOCK_M, DV, BLOCK_DV, VEC, MASKED)
-        m, log2_l = softmax.load_stats(STATS, offs_m, total_q, lo, hi, MASKED)
-        if DQ is not None:
-            delta = _delta(O, DLSE, DELTA, stride_o, do, start_m, lo, hi, n_q, F, DV, BLOCK_DV, BLOCK_M, VEC, MASKED)
-        else:
+        if DQ is None:
             delta = tile.load_row_values(DELTA, offs_m, lo, hi, 0.0, MASKED)
         st = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_D] @ [BLOCK_D, BLOCK_M]
         st, keep, slope = score.logits(
             st, offs_m[None, :], offs_n[:, None], start_m, start_n, F, S, LEFT, RIGHT,
             MOD, MOD_GRAD, LINEAR, MASK_VEC, MASKED, True)  # fmt: skip
+        m = softmax.load_maximum(STATS, offs_m, lo, hi, MASKED)
+        log2_l = softmax.load_log2_sum(STATS, offs_m, total_q, lo, hi, MASKED)
         pt = tl.where(keep, softmax.weights(st, m[None, :], log2_l[None, :], S), 0.0)
-        if DQ is not None and not MASKED:  # scores of keys that do not exist are 0, and their weights may overflow
-            pt = tl.where(offs_n[:, None] < S.n_k, pt, 0.0)
         do = score.hide_unseen(do, keep, F, 0)
         if F.dropout is not None:
             kept = dropout.keep_transposed(F.dropout, bh, start_m, start_n, BLOCK_M, BLOCK_N)
@@ -64,12 +59,22 @@ def _tiles(
             dv = tl.dot(tl.where(kept, pt, 0.0).to(do.dtype), do, dv, input_precision=PRECISION)
         else:
             dv = tl.dot(pt.to(do.dtype), do, dv, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, BLOCK_DV]
-        dpt = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_DV] @ [BLOCK_DV, BLOCK_M]
-        if F.dropout is not None:
-            dpt = tl.where(kept, dpt * F.dropout.factor, 0.0)
-        dst = pt * (dpt - delta[None, :])
+        if stride_do is None:  # dP - delta comes out of the product, so that delta takes no registers beside it
+            less = tl.broadcast_to(-delta[None, :], [BLOCK_N, BLOCK_M])
+            dst = pt * tl.dot(v, tl.trans(do), less, input_precision=PRECISION)  # [BLOCK_N, BLOCK_DV] @ [BLOCK_DV, BLOCK_M]
+        else:
+            dpt = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_DV] @ [BLOCK_DV, BLOCK_M]
+            if F.dropout is not None:
+                dpt = tl.where(kept, dpt * F.dropout.factor, 0.0)
+            if MASKED or F.mask is not None or F.bias is not None:
+                dpt = tl.where(pt == 0.0, 0.0, dpt)  # 0 * NaN in what is not seen
+            if DQ is not None:
+                delta = _delta(pt, dpt, DLSE, DELTA, offs_m, n_q)
+            dst = pt * (dpt - delta[None, :])
         if DSLOPES is not None:
-            part = tl.where(pt == 0.0, 0.0, dst) * score.distance(offs_m[None, :], offs_n[:, None], S)
+            part = tl.where((pt == 0.0) | (offs_n[:, None] >= S.n_k), 0.0, dst) * score.distance(
+                offs_m[None, :], offs_n[:, None], S
+            )
             tl.store(DSLOPES + offs_m, -tl.sum(part, 0), mask=offs_m < n_q)
         dst = dst * slope
         if MASKED or F.mask is not None or F.bias is not None:
@@ -86,8 +91,8 @@ def _tiles(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def flash_bwd_dkdv(
-    Q, DO, K, V, O, STATS, DLSE, DELTA, DQ, DK, DV_OUT, DSLOPES, F,
-    stride_q, stride_k, stride_v, stride_o, stride_do, stride_dq, stride_dk, stride_dv,
+    Q, DO, K, V, STATS, DLSE, DELTA, DQ, DK, DV_OUT, DSLOPES, F,
+    stride_q, stride_k, stride_v, stride_do, stride_dq, stride_dk, stride_dv,
     batch, heads, group, n_q, n_k, tiles, scale, align, LEFT, RIGHT,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VEC: tl.constexpr,
     PRECISION: tl.constexpr, MOD: tl.constexpr, MOD_GRAD: tl.constexpr, LINEAR: tl.constexpr, MASK_VEC: tl.constexpr,
@@ -96,7 +101,7 @@ def flash_bwd_dkdv(
     """Grid (batch * heads / group * tiles,), tiles = ceil(n_k / BLOCK_N); packed: (heads / group * tiles,), as in sequence.py.
 
     DK as K, DV_OUT as V. Every key row of the tensors is written: keys that no query sees, and keys that do not exist, get 0.
-    Without DQ, DELTA is flash_bwd_dq's, and O, DLSE, DSLOPES and their strides are None. With DQ, one tile must hold all keys
+    Without DQ, DELTA is flash_bwd_dq's, and DLSE, DSLOPES and stride_dq are None. With DQ, one tile must hold all keys
     (not for packed sequences); DQ, DELTA and with slopes DSLOPES are written as flash_bwd_dq writes them. Q and DO may be
     descriptors (tile.py) where no tile of queries begins before those that see a key, or ends before the sequence's last query:
     without DQ, LEFT, packed sequences, dropout, mask and bias.
@@ -132,9 +137,8 @@ def flash_bwd_dkdv(
         stats = softmax.stats_at(STATS, seq, h, heads, n_q)
         Q_h = tile.head(Q, stride_q, seq.at, h, seq.q_row, VEC)
         DO_h = tile.head(DO, stride_do, seq.at, h, seq.q_row, VEC)
-        O_h, DQ_h, DLSE_h, DSLOPES_h = O, DQ, DLSE, DSLOPES
+        DQ_h, DLSE_h, DSLOPES_h = DQ, DLSE, DSLOPES
         if DQ is not None:
-            O_h = tile.head(O, stride_o, seq.at, h, seq.q_row, VEC)
             DQ_h = tile.head(DQ, stride_dq, seq.at, h, seq.q_row, VEC)
         if DLSE is not None:
             DLSE_h = DLSE + row
@@ -142,16 +146,16 @@ def flash_bwd_dkdv(
             DSLOPES_h = DSLOPES + row
         if RIGHT is not None:
             dk, dv = _tiles(
-                k, v, Q_h, O_h, DO_h, stats, DLSE_h, DELTA + row, DQ_h, DSLOPES_h, stride_q, stride_o, stride_do, stride_dq,
+                k, v, Q_h, DO_h, stats, DLSE_h, DELTA + row, DQ_h, DSLOPES_h, stride_q, stride_do, stride_dq,
                 dk, dv, first, tl.minimum(full_lo, last), lo, hi, seq.n_q, n_q, start_n, scale, LEFT, RIGHT, F, S,
                 seq.b * heads + h, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MOD_GRAD, LINEAR, MASK_VEC,
                 True)  # fmt: skip
         dk, dv = _tiles(
-            k, v, Q_h, O_h, DO_h, stats, DLSE_h, DELTA + row, DQ_h, DSLOPES_h, stride_q, stride_o, stride_do, stride_dq,
+            k, v, Q_h, DO_h, stats, DLSE_h, DELTA + row, DQ_h, DSLOPES_h, stride_q, stride_do, stride_dq,
             dk, dv, full_lo, full_hi, lo, hi, seq.n_q, n_q, start_n, scale, LEFT, RIGHT, F, S, seq.b * heads + h,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MOD_GRAD, LINEAR, MASK_VEC, False)  # fmt: skip
         dk, dv = _tiles(
-            k, v, Q_h, O_h, DO_h, stats, DLSE_h, DELTA + row, DQ_h, DSLOPES_h, stride_q, stride_o, stride_do, stride_dq,
+            k, v, Q_h, DO_h, stats, DLSE_h, DELTA + row, DQ_h, DSLOPES_h, stride_q, stride_do, stride_dq,
             dk, dv, full_hi, last, lo, hi, seq.n_q, n_q, start_n, scale, LEFT, RIGHT, F, S, seq.b * heads + h,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MOD_GRAD, LINEAR, MASK_VEC, True)  # fmt: skip
 

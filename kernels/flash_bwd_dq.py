@@ -17,12 +17,13 @@ RUN_TIME = [
 
 @triton.jit
 def _dq_tiles(
-    q, do, m, log2_l, delta, K, V, stride_k, stride_v, dq, dslope, start, stop, lo, hi, start_m, LEFT, RIGHT, F, S, bh,
+    q, do, m, delta, K, V, stride_k, stride_v, dq, dslope, start, stop, lo, hi, start_m, LEFT, RIGHT, F, S, bh,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, VEC: tl.constexpr, PRECISION: tl.constexpr, MOD: tl.constexpr, MOD_GRAD: tl.constexpr,
     LINEAR: tl.constexpr, MASK_VEC: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add the key tiles of [start, stop) to dq, and to dslope [BLOCK_M] each query's part of the gradient of ALiBi's slope."""
+    """Add the key tiles of [start, stop) to dq, and to dslope [BLOCK_M] each query's part of the gradient of ALiBi's slope.
+    Both are l of their rows too large."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
     for start_n in tl.range(start, stop, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -32,7 +33,7 @@ def _dq_tiles(
         s, keep, slope = score.logits(
             s, offs_m[:, None], offs_n[None, :], start_m, start_n, F, S, LEFT, RIGHT,
             MOD, MOD_GRAD, LINEAR, MASK_VEC, MASKED, MASKED)  # fmt: skip
-        p = softmax.weights(s, m[:, None], log2_l[:, None], S)
+        p = softmax.unnormalised(s, m[:, None], S)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_DV] @ [BLOCK_DV, BLOCK_N]
         if F.dropout is not None:
             kept = dropout.keep(F.dropout, bh, start_m, start_n, BLOCK_M, BLOCK_N)
@@ -75,12 +76,13 @@ def flash_bwd_dq(
     q = tile.load(Q_h, stride_q, start_m, 0, seq.n_q, BLOCK_M, D, BLOCK_D, VEC, True)
     o = tile.load(O_h, stride_o, start_m, 0, seq.n_q, BLOCK_M, DV, BLOCK_DV, VEC, True)
     do = tile.load(DO_h, stride_do, start_m, 0, seq.n_q, BLOCK_M, DV, BLOCK_DV, VEC, True)
-    stats = softmax.stats_at(STATS, seq, h, heads, n_q)
-    m, log2_l = softmax.load_stats(stats, offs_m, n_q, 0, seq.n_q, True)
     delta = softmax.delta(o, do, F)
     if DLSE is not None:
         delta -= tl.load(DLSE + row + offs_m, mask=in_rows, other=0.0)  # d lse / d s = p, so its gradient joins delta
     tl.store(DELTA + row + offs_m, delta, mask=in_rows)
+    stats = softmax.stats_at(STATS, seq, h, heads, n_q)
+    m = softmax.load_maximum(stats, offs_m, 0, seq.n_q, True)
+    factor = tl.math.exp2(-softmax.load_log2_sum(stats, offs_m, n_q, 0, seq.n_q, True))  # 1 / l
 
     bh = seq.b * heads + h
     K = tile.head(K, stride_k, seq.at, h // group, seq.k_row, VEC)
@@ -89,16 +91,16 @@ def flash_bwd_dq(
     dslope = tl.zeros([BLOCK_M], tl.float32)
     if LEFT is not None:
         dq, dslope = _dq_tiles(
-            q, do, m, log2_l, delta, K, V, stride_k, stride_v, dq, dslope, band.first_tile(lo, F, BLOCK_N),
+            q, do, m, delta, K, V, stride_k, stride_v, dq, dslope, band.first_tile(lo, F, BLOCK_N),
             tl.minimum(full_lo, hi), lo, hi, start_m, LEFT, RIGHT, F, S, bh, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
             VEC, PRECISION, MOD, MOD_GRAD, LINEAR, MASK_VEC, True)  # fmt: skip
     dq, dslope = _dq_tiles(
-        q, do, m, log2_l, delta, K, V, stride_k, stride_v, dq, dslope, full_lo, full_hi, lo, hi, start_m, LEFT, RIGHT, F, S, bh,
+        q, do, m, delta, K, V, stride_k, stride_v, dq, dslope, full_lo, full_hi, lo, hi, start_m, LEFT, RIGHT, F, S, bh,
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MOD_GRAD, LINEAR, MASK_VEC, False)  # fmt: skip
     dq, dslope = _dq_tiles(
-        q, do, m, log2_l, delta, K, V, stride_k, stride_v, dq, dslope, full_hi, hi, lo, hi, start_m, LEFT, RIGHT, F, S, bh,
+        q, do, m, delta, K, V, stride_k, stride_v, dq, dslope, full_hi, hi, lo, hi, start_m, LEFT, RIGHT, F, S, bh,
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MOD_GRAD, LINEAR, MASK_VEC, True)  # fmt: skip
     DQ_h = tile.head(DQ, stride_dq, seq.at, h, seq.q_row, VEC)
-    tile.store(DQ_h, stride_dq, start_m, seq.n_q, dq * scale, BLOCK_M, D, BLOCK_D, VEC)
+    tile.store(DQ_h, stride_dq, start_m, seq.n_q, dq * (factor * scale)[:, None], BLOCK_M, D, BLOCK_D, VEC)
     if DSLOPES is not None:
-        tl.store(DSLOPES + row + offs_m, dslope, mask=in_rows)
+        tl.store(DSLOPES + row + offs_m, dslope * factor, mask=in_rows)

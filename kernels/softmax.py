@@ -82,16 +82,38 @@ def delta(o, do, F):
 
 
 @triton.jit
-def load_stats(stats, rows, n_q, lo, hi, MASKED: tl.constexpr):
-    """(maximum, base-2 log of the sum) of rows, for `weights`. Rows outside [lo, hi) and rows that saw no key get +inf as the
-    second: all their p are 0."""
-    m = load_row_values(stats, rows, lo, hi, 0.0, MASKED)
+def load_maximum(stats, rows, lo, hi, MASKED: tl.constexpr):
+    """m of rows, 0 outside [lo, hi)."""
+    return load_row_values(stats, rows, lo, hi, 0.0, MASKED)
+
+
+@triton.jit
+def load_log2_sum(stats, rows, n_q, lo, hi, MASKED: tl.constexpr):
+    """log2(l) of rows; +inf, with which all p are 0, outside [lo, hi) and where a row saw no key."""
     log2_l = load_row_values(stats + n_q, rows, lo, hi, float("inf"), MASKED) * LOG2E
-    return m, tl.where(log2_l == float("-inf"), float("inf"), log2_l)
+    return tl.where(log2_l == float("-inf"), float("inf"), log2_l)
+
+
+@triton.jit
+def exponent(s, m, S):
+    """That of P before it is normalised, base 2, of logits s and maxima m of their rows. At most 0 but for the last bits of a
+    product, which may be others than in the forward where another instruction makes it."""
+    return (s - m) * S.c
+
+
+@triton.jit
+def unnormalised(s, m, S):
+    """P but for the row's factor 1 / l: at most 1."""
+    return tl.math.exp2(tl.minimum(exponent(s, m, S), 0.0))
+
+
+@triton.jit
+def normalised(x, log2_l):
+    """P of exponents x: at most 1 / l."""
+    return tl.math.exp2(tl.minimum(x - log2_l, -log2_l))
 
 
 @triton.jit
 def weights(s, m, log2_l, S):
-    """P of logits s, from what load_stats gave of their rows, [A, 1] or [1, B]. 1 / l is the most that it can be, also where
-    another instruction than the forward's gives a product its last bits."""
-    return tl.math.exp2(tl.minimum((s - m) * S.c - log2_l, -log2_l))
+    """P of logits s, from m and log2(l) of their rows, [A, 1] or [1, B]."""
+    return normalised(exponent(s, m, S), log2_l)

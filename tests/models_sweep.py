@@ -3,25 +3,25 @@ finds to tests/models_sweep.json, from which tests/models_table.py writes its ta
 
 import copy
 import inspect
+import itertools
 import json
 import logging
 import os
 import resource
 import signal
 import sys
-import time
 import warnings
 from pathlib import Path
 
 import torch
 from torch.utils._pytree import tree_flatten_with_path
 
-TESTS = Path(__file__).resolve().parent
-sys.path.append(str(TESTS))
+sys.path.append(str(Path(__file__).resolve().parent))
 import small_models
+from small_inputs import inputs_of
 
-RESULTS = TESTS / "models_sweep.json"
-SECONDS, GIGABYTES = 60, 6  # of one class
+RESULTS = Path(__file__).resolve().parent / "models_sweep.json"
+SECONDS, GIGABYTES = 40, 6  # of one class
 TOLERANCE = 2e-3  # of the largest entry; float32 on both sides
 SKIPPED = ("past_key_values", "attentions", "hidden_states", "cross_attentions")
 
@@ -40,8 +40,8 @@ def families() -> dict[str, list[type]]:
     return found
 
 
-class SlowError(Exception):
-    pass
+class SlowError(BaseException):
+    """A class took too long; nobody's `except Exception` may take it."""
 
 
 def made(cls, sizes, attn: str):
@@ -69,7 +69,7 @@ def outputs(model, inputs: dict, gradients: bool = False) -> dict[str, torch.Ten
     }
     if gradients:
         generator = torch.Generator().manual_seed(1)
-        sums = [(x * torch.randn(x.shape, generator=generator)).nansum() for x in found.values() if x.requires_grad]
+        sums = [(x * torch.randn(x.shape, generator=generator))[x.isfinite()].sum() for x in found.values() if x.requires_grad]
         if sums:
             sum(sums).backward()
             found |= {f"gradient of {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -119,12 +119,10 @@ def runs_eager(cls) -> tuple:
     for sizes in small_models.SIZES:
         try:
             model = made(cls, sizes, "eager")
-        except SlowError:
-            raise
         except Exception as e:
             reasons.append(_said(e))
             continue
-        for i, inputs in enumerate(small_models.inputs_of(model, None)):
+        for i, inputs in enumerate(inputs_of(model, None)):
             try:
                 found = outputs(model, inputs)
                 if not found:
@@ -132,11 +130,9 @@ def runs_eager(cls) -> tuple:
                 if all(_largest(x) == 0 or not x.isfinite().any() for x in found.values()):
                     raise ValueError("nothing finite in the output")
                 return sizes, i, model
-            except SlowError:
-                raise
             except Exception as e:
                 reasons.append(_said(e))
-    raise NotBuiltError("; ".join(dict.fromkeys(reasons)))
+    raise NotBuiltError("; ".join(dict.fromkeys(reasons)) or "inputs that nobody here makes up")
 
 
 class NotBuiltError(Exception):
@@ -154,42 +150,97 @@ def tried(cls) -> dict:
 
     try:
         sizes, which, eager = runs_eager(cls)
-    except NotBuiltError as e:
-        return dict(status="not built", reason=str(e)[:1500])
+    except Exception as e:
+        return dict(status="not built", reason=(str(e) if isinstance(e, NotBuiltError) else _said(e))[:300])
     try:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             ours = made(cls, sizes, "tfkern")
             ours.load_state_dict(eager.state_dict())
-            cases = {}
-            for side in (None, "right", "left"):
-                inputs = [*small_models.inputs_of(eager, side)][which]
-                if side and (not _has_padding(inputs)):
-                    continue
-                try:
-                    want = outputs(eager, inputs)
-                except Exception as e:
-                    cases[side] = "eager: " + _said(e)
-                    continue
-                cases[str(side)] = differ(outputs(ours, inputs), want)
-                if side != "left":
-                    try:
-                        want = outputs(eager, inputs, True)
-                    except Exception:
-                        continue
-                    cases[f"{side}, gradients"] = differ(outputs(ours, inputs, True), want)
-            if cls.can_generate() and which < 3 and "input_ids" in inputs:
-                cases["generate"] = generated(eager, ours, inputs)
-    except SlowError:
-        raise
+            runs = dict(runs_of(eager, which))
+            cases = {name: compared(eager, ours, *run) for name, run in runs.items()}
+            calls = integration.calls(ours)
+            if cls.can_generate() and "input_ids" in next(iter(runs.values()))[0]:
+                cases["generate"] = generated(eager, ours, nth_inputs(eager, "left", which))
+            agreed = as_default(cls, sizes, eager, ours, {n: run for n, run in runs.items() if not _right(cases[n])})
+    except NotImplementedError as e:
+        return dict(status="refused", reason=_said(e))
     except Exception as e:
-        return dict(status="error", reason=_said(e), calls=0)
-    numbers = [x for x in cases.values() if isinstance(x, float)]
+        return dict(status="error", reason=_said(e))
+    wrong = [name for name, x in cases.items() if not _right(x) and name not in agreed]
+    ignoring = any("attn_implementation" in str(w.message) for w in told)
     return dict(
-        status="right" if max(numbers) < TOLERANCE else "wrong", cases=cases, calls=integration.calls(ours),
-        told=[str(w.message).split(":")[0] for w in told if "attn_implementation" in str(w.message)],
-        inputs=sorted(inputs),
+        status="wrong" if wrong else "right", cases=cases, calls=calls, told=ignoring, agreed=agreed,
     )  # fmt: skip
+
+
+def _right(x) -> bool:
+    return isinstance(x, str) or x < TOLERANCE
+
+
+def runs_of(model, which: int):
+    """(name, (inputs, whether with gradients)) of what is compared."""
+    for side in (None, "right", "left"):
+        inputs = nth_inputs(model, side, which)
+        if side and all(x.bool().all() for name, x in inputs.items() if name.endswith("mask")):
+            continue
+        yield side or "plain", (inputs, False)
+        if side != "left":
+            yield f"{side or 'plain'}, gradients", (inputs, True)
+
+
+def nth_inputs(model, side: str | None, which: int) -> dict:
+    return next(itertools.islice(inputs_of(model, side), which, None))
+
+
+def compared(theirs, ours, inputs: dict, gradients: bool) -> float | str:
+    """The largest difference, or why the other one has nothing to compare with."""
+    try:
+        want = outputs(theirs, inputs, gradients)
+    except Exception as e:
+        return "eager: " + _said(e)
+    return float(f"{differ(outputs(ours, inputs, gradients), want):.1e}")
+
+
+def as_default(cls, sizes, eager, ours, runs: dict) -> dict[str, str]:
+    """{run: the other attention that agrees}, of runs in which eager attention doesn't: it attends evenly to hidden keys where all
+    are hidden, and adds masks that are bool. "added": with masks taken so, tfkern gives what eager attention does."""
+    found = {}
+    for attn in (None, "sdpa", _added(), "float64") if runs else ():
+        theirs, one = eager, ours
+        try:
+            if attn == "float64":
+                theirs, one = (copy.deepcopy(x).double() for x in (eager, ours))
+            elif attn == "added":
+                one = made(cls, sizes, attn)
+            else:
+                theirs = made(cls, sizes, attn)
+        except ValueError:  # it has no such attention
+            continue
+        if attn != "float64":
+            (one if attn == "added" else theirs).load_state_dict(ours.state_dict())
+        for name, (inputs, gradients) in runs.items():
+            wide = {n: x.double() if attn == "float64" and x.is_floating_point() else x for n, x in inputs.items()}
+            if name not in found and isinstance(x := compared(theirs, one, wide, gradients), float) and _right(x):
+                found[name] = attn or "the default"
+    return found
+
+
+def _added() -> str:
+    """tfkern's attention with masks that are added to scores whatever they are, as attn_implementation."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    from tfkern.integrations import transformers as integration
+
+    def forward(module, query, key, value, mask, **options):
+        if isinstance(mask, integration.BandMask):
+            mask = mask.written()
+        mask = mask.to(query.dtype) if mask is not None and mask.dtype == torch.bool else mask
+        return integration.attention_forward(module, query, key, value, mask, **options)
+
+    AttentionInterface.register("added", forward)
+    AttentionMaskInterface.register("added", integration.transformers_masks.mask)
+    return "added"
 
 
 def generated(eager, ours, inputs):
@@ -200,8 +251,6 @@ def generated(eager, ours, inputs):
         torch.manual_seed(0)
         try:
             found.append(model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False))
-        except SlowError:
-            raise
         except Exception as e:
             if model is eager:
                 return "eager: " + _said(e)
@@ -216,10 +265,6 @@ def generated(eager, ours, inputs):
     return "no words"
 
 
-def _has_padding(inputs: dict) -> bool:
-    return any(not x.bool().all() for name, x in inputs.items() if name.endswith("mask"))
-
-
 def _family(name: str, classes: list[type], send) -> None:
     """In a process of its own: one line of JSON for each class."""
     resource.setrlimit(resource.RLIMIT_AS, (GIGABYTES << 30,) * 2)
@@ -230,19 +275,28 @@ def _family(name: str, classes: list[type], send) -> None:
     signal.signal(signal.SIGALRM, stop)
     logging.disable(logging.CRITICAL)
     for cls in classes:
-        signal.alarm(SECONDS)
-        start = time.time()
         try:
+            signal.alarm(SECONDS)
             found = tried(cls)
+            signal.alarm(0)
         except SlowError:
             found = dict(status="not built", reason=f"no result within {SECONDS} s")
-        except Exception as e:
-            found = dict(status="error", reason=_said(e))
-        signal.alarm(0)
-        send(json.dumps({cls.__name__: dict(family=name, seconds=round(time.time() - start, 1), **found)}))
+        send(json.dumps({cls.__name__: dict(family=name, **found)}))
 
 
-def sweep(only: list[str]) -> None:
+def kept() -> dict[str, dict]:
+    """{class: what was found}."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def keep(results: dict[str, dict]) -> None:
+    """A line for each class."""
+    lines = [f"{json.dumps(cls)}: {json.dumps(results[cls], sort_keys=True)}" for cls in sorted(results)]
+    RESULTS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def sweep(names: list[str]) -> None:
+    """Families by name, or all that aren't finished yet: others may be at work on the same file."""
     import transformers
 
     from tfkern.integrations import transformers as integration
@@ -250,35 +304,37 @@ def sweep(only: list[str]) -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     integration.register()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name, classes in families().items():
-        if (only and name not in only) or (not only and all(cls.__name__ in results for cls in classes)):
+    everything = families()
+    for name in names or everything:
+        classes = everything[name]
+        if not names and all(cls.__name__ in kept() for cls in classes):
             continue
+        found = _in_processes(name, classes)
+        keep(kept() | found)
+        for cls, r in found.items():
+            print(cls, r["status"], r.get("cases", r.get("reason")), r.get("agreed", ""), flush=True)
+
+
+def _in_processes(name: str, classes: list[type]) -> dict[str, dict]:
+    """A family's results. What kills its process is the result of the class that it was at, and another does the rest."""
+    found = {}
+    while left := [cls for cls in classes if cls.__name__ not in found]:
         read, write = os.pipe()
         child = os.fork()
         if child == 0:
             os.close(read)
             with open(write, "w") as pipe:
-                _family(name, classes, lambda line: print(line, file=pipe, flush=True))
+                _family(name, left, lambda line, pipe=pipe: print(line, file=pipe, flush=True))
             os._exit(0)
         os.close(write)
         with open(read) as pipe:
             for line in pipe:
-                results |= json.loads(line)
+                found |= json.loads(line)
         os.waitpid(child, 0)
-        for cls in classes:
-            results.setdefault(cls.__name__, dict(family=name, status="not built", reason="the process died"))
-            r = results[cls.__name__]
-            print(
-                r["status"],
-                r.get("seconds"),
-                cls.__name__,
-                r.get("cases") or r.get("reason"),
-                r.get("calls"),
-                r.get("told"),
-                flush=True,
-            )
-        RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
+        died = next((cls.__name__ for cls in left if cls.__name__ not in found), None)
+        if died:
+            found[died] = dict(family=name, status="not built", reason="the process died")
+    return found
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Write docs/models.md, the table of models that work, from a run of their tests: python tests/models_table.py"""
+"""Write docs/models.md, the tables of models that work, from a run of their tests and from tests/models_sweep.json: python
+tests/models_table.py"""
 
 import functools
 import importlib.metadata
@@ -10,6 +11,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
+sys.path.append(str(Path(__file__).resolve().parent))
+import models_sweep
+import models_sweep_table
 
 TESTS = Path(__file__).resolve().parent
 TABLE = TESTS.parent / "docs" / "models.md"
@@ -115,8 +120,11 @@ def render(cells: Cells, versions: dict[str, str]) -> str:
         "",
         "## Not by tfkern",
         "",
-        f"{', '.join(ignoring)}: in transformers these don't ask for an attention implementation; what they compute stays their own.",
-        'With `attn_implementation="tfkern"` a warning says so at the first forward pass, `tfkern.patch(model)` in its report.',
+        f"{', '.join(ignoring)}, and more in the table below: in transformers these don't ask for an attention implementation. With",
+        '`attn_implementation="tfkern"` a warning says so when they are made, as they would be without it; where it only shows later, at',
+        "the first forward pass, and their masks are eager attention's in any case. `tfkern.patch(model)` says so in its report.",
+        "",
+        *models_sweep_table.render(models_sweep.kept()),
     ]
     return "\n".join(lines) + "\n"
 

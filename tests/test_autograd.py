@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tfkern
-from tfkern import reference
+from tfkern import ops, reference
 
 
 @pytest.fixture
@@ -127,3 +127,44 @@ def test_changing_a_result_in_place(qkv, backend):
         out += 1.0
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             torch.autograd.grad(out.sum(), qkv)
+
+
+def turned(q, k, v):
+    return tfkern.attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, return_lse=True)
+
+
+def last_dim_apart(q, k, v):
+    return tfkern.attention(*(x.mT for x in (q, k, v)), dropout_p=0.3)
+
+
+def together(q, k, v):
+    return tfkern.attention_packed(torch.stack((q, k, v), 2).transpose(0, 1))
+
+
+def behind_each_other(q, k, v):
+    cu = torch.tensor([0, 2, 5])
+    return tfkern.attention_varlen(q[0], k[0], v[0], cu, cu, sinks=q[0, 0, :, 0], alibi_slopes=k[0, 0, :, 0])
+
+
+def by_the_op(q, k, v):
+    return torch.ops.tfkern.attention(*ops.op_arguments(None, None, q, k, v))
+
+
+@pytest.mark.parametrize("f", [turned, last_dim_apart, together, behind_each_other, by_the_op], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("backend", ["eager", pytest.param("portable", marks=pytest.mark.slow)])
+def test_batched_gradients(f, backend, monkeypatch):
+    """Several gradients of one forward (is_grads_batched), of tensors of any strides."""
+    monkeypatch.setenv("TFKERN_BACKENDS", backend)
+    leaves = [torch.randn(2, 5, 3, 4, dtype=torch.float32, requires_grad=True) for _ in range(3)]
+    out = f(*leaves)
+    out = out if isinstance(out, tuple) else (out,)
+    several = [torch.randn(3, *x.shape) for x in out]
+    found = torch.autograd.grad(out, leaves, several, is_grads_batched=True, retain_graph=True)
+    for n in range(3):
+        wanted = torch.autograd.grad(out, leaves, [x[n] for x in several], retain_graph=True)
+        torch.testing.assert_close([x[n] for x in found], list(wanted))
+
+
+def test_gradcheck_of_batched_gradients():
+    x = torch.randn(1, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: turned(x, x, x), x, check_batched_grad=True)

@@ -1,9 +1,11 @@
 """Tables and plots of `make gpu`: of one card, with its floor, like beside like."""
 
 import json
+import math
 
 import pytest
 
+from tfkern import cli
 from tfkern.bench import cost_model, report, runner
 from tfkern.bench.shapes import GPU_SHAPES
 
@@ -73,6 +75,64 @@ def test_cards_are_not_mixed(written):
     assert "0.010" not in text
     assert "1 rows of other cards are not in these tables." in text
     assert all(row["device"] == SXM for row in report.load(results)[1])
+
+
+def lines_of(status: int, arguments: list, capsys) -> str:
+    assert cli.main(list(map(str, arguments))) == status
+    return capsys.readouterr().err
+
+
+def damages(whole: dict):
+    """(what, text) of files that are almost results."""
+    text = json.dumps(whole)
+    yield from (("JSON", text[:end]) for end in (0, 1, len(text) // 2, len(text) - 1))
+    yield from (("shapes and rows", x) for x in ("[]", "null", "3"))
+    for part in ("machine", "shapes", "rows"):
+        yield part, json.dumps({k: v for k, v in whole.items() if k != part})
+        yield part, json.dumps({**whole, part: [3]})
+    for key in ("device", "torch", "tfkern", "date"):
+        yield (
+            f"machine has {key} None",
+            json.dumps({**whole, "machine": {k: v for k, v in whole["machine"].items() if k != key}}),
+        )
+    for row, keys in (
+        (0, ("shape", "graph", "tflops")),
+        (7, ("provider", "length")),
+        (8, ("fault",)),
+        (11, ("backend", "tiles")),
+    ):
+        for key in keys:
+            rows = [{k: v for k, v in x.items() if n != row or k != key} for n, x in enumerate(whole["rows"])]
+            yield f"rows[{row}] has {key} None", json.dumps({**whole, "rows": rows})
+    for value in (0, -1.0, "0.2", math.nan, math.inf, True):
+        yield f"rows[0] has ms {value!r}", json.dumps({**whole, "rows": [{**whole["rows"][0], "ms": value}]})
+    yield "shapes that this version", json.dumps({**whole, "rows": [{**whole["rows"][0], "shape": "of old"}]})
+
+
+def test_what_is_no_results_file(written, tmp_path, capsys):
+    """A line that names it, of both commands that read one."""
+    results, _ = written()
+    file = tmp_path / "damaged.json"
+    for what, text in damages(json.loads(results.read_text())):
+        file.write_text(text)
+        line = lines_of(2, ["bench", "report", "--results", file], capsys)
+        assert line.startswith(f"tfkern bench: {file} ")
+        assert what in line
+    for path in (tmp_path / "none.json", tmp_path, results / "below"):
+        assert f"{path} can't be read" in lines_of(2, ["bench", "report", "--results", path], capsys)
+
+
+def test_a_readme_without_a_place_stays_as_it_is(written, tmp_path, capsys):
+    results, _ = written()
+    readme = tmp_path / "README.md"
+    for text in ("nothing", report.BEGIN, f"{report.END} {report.BEGIN}"):
+        readme.write_text(text)
+        line = lines_of(2, ["bench", "report", "--results", results, "--readme", readme], capsys)
+        assert "has no place for the table" in line
+        assert readme.read_text() == text
+    assert "README.md: No such file" in lines_of(
+        1, ["bench", "report", "--results", results, "--readme", tmp_path / "x" / "README.md"], capsys
+    )
 
 
 def test_pictures_csv_and_readme(written, tmp_path):

@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from tfkern import cli, testing
-from tfkern.commands import demo, verify
+from tfkern import cli, launch, testing
+from tfkern.commands import bench, demo, verify
+from tfkern.commands.arguments import writable
+from tfkern.ending import InputError
 
 TFKERN = Path(sys.executable).with_name("tfkern")
 
@@ -39,6 +42,25 @@ def test_verify(capsys, monkeypatch):
     assert "0 passed, 6 failed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("columns", [40, 60, 80, 200])
+def test_verify_fits_its_terminal(columns):
+    errors = [testing.Error(q, 1e-7, 2e-7, 2e-7 if q != "dq" else 0.0) for q in verify.QUANTITIES]
+    lines = verify.Result(testing.CASES[0], "portable", torch.bfloat16, errors).text(columns).splitlines()
+    assert max(map(len, lines)) <= columns
+    assert len(lines) == (1 if columns == 200 else 6)
+    assert "\n".join(lines).count("1.0e-07/") == 5
+    assert lines[-1 if columns == 200 else 3].endswith("WRONG")  # dq
+
+
+def test_processes_of_bench():
+    """An end by a signal is a status; an interrupt is left to the process that waits."""
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    assert bench.process(["-c", code]) == 128 + signal.SIGKILL
+    assert bench.process(["-c", "raise SystemExit(3)"]) == 3
+    assert bench.process(["-c", "import signal; raise SystemExit(signal.getsignal(signal.SIGINT) != signal.SIG_IGN)"]) == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_train_generate_resume(tmp_path, capsys):
     out = ["--out", str(tmp_path)]
     assert cli.main(["train", "gpt", "--steps", "3", *out]) == 0
@@ -56,14 +78,70 @@ def test_train_generate_resume(tmp_path, capsys):
 def test_bad_input_is_a_message_and_status_2(tmp_path, capsys):
     for arguments, message in [
         (["train", "vit", "--steps", "0"], "argument --steps: must be a whole number, 1 or more, but is '0'"),
+        (["train", "vit", "--save-every", "0"], "argument --save-every: must be a whole number, 1 or more"),
+        (["train", "vit", "--seed", str(2**63)], "argument --seed: must be a whole number, from 0 to 9223372036854775807"),
         (["train", "vit", "--resume", "--out", str(tmp_path)], "there is no checkpoint"),
         (["generate", "", "--checkpoint", "x"], "at least one character"),
+        (["generate", "日本", "--checkpoint", "x"], "the text has characters"),
         (["generate", "a", "--checkpoint", str(tmp_path / "x")], "there is no checkpoint"),
+        (["generate", "a", "--checkpoint", str(tmp_path)], "is a folder"),
+        (["generate", "a", "--top-k", "0"], "argument --top-k: must be a whole number, 1 or more"),
+        *((["generate", "--temperature", t], "argument --temperature: must be a number, 0") for t in ("nan", "inf", "-1", "x")),
+        *((["bench", "--seconds", t], "argument --seconds: must be a number, 0.001 or more") for t in ("nan", "inf", "0")),
+        (["bench", "report"], "report needs --results FILE"),
+        (["bench", "report", "--results", str(tmp_path)], "can't be read (Is a directory)"),
         (["generate", "a", "--count", "-1"], "argument --count: must be a whole number, 0 or more, but is '-1'"),
     ]:
         assert cli.main(arguments) == 2
         assert message in capsys.readouterr().err
     assert cli.main(["train", "llama"]) == 2
+
+
+@pytest.mark.parametrize("command", [["demo"], ["train", "vit"], ["bench"]], ids=" ".join)
+def test_a_folder_that_cannot_be(command, tmp_path, capsys):
+    """Before any work is done."""
+    (tmp_path / "file").touch()
+    for out, reason in (("file", "File exists"), ("file/below", "Not a directory"), ("x" * 300, "File name too long")):
+        assert cli.main([*command, "--out", str(tmp_path / out)]) == 2
+        wanted = f"tfkern {command[0]}: --out must be a folder that can be written to, or one that can be made"
+        found = capsys.readouterr()
+        assert found.err == f"{wanted}, but {tmp_path / out}: {reason}\n"
+        assert not found.out
+    assert not writes(Path("/proc"))  # an existing one
+
+
+def writes(folder: Path) -> bool:
+    try:
+        writable(folder)
+    except InputError:
+        return False
+    return True
+
+
+def test_resume_refuses_another_model(tmp_path, capsys):
+    out = ["--out", str(tmp_path)]
+    assert cli.main(["train", "gpt", "--steps", "1", *out]) == 0
+    (tmp_path / "gpt.safetensors").rename(tmp_path / "vit.safetensors")
+    assert cli.main(["train", "vit", "--resume", *out]) == 2
+    assert "vit.safetensors is of gpt, but vit is wanted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("temperature", ["0", "-0.0", "5e-324", "1e-40", "1e308"])
+def test_any_finite_temperature(temperature, gpt, capsys):
+    assert cli.main(["generate", "The ", "--checkpoint", str(gpt), "--count", "3", f"--temperature={temperature}"]) == 0
+    text = capsys.readouterr().out
+    assert len(text) == len("The ") + 4
+    if float(temperature) < 1:
+        assert cli.main(["generate", "The ", "--checkpoint", str(gpt), "--count", "3", "--top-k", "1"]) == 0
+        assert capsys.readouterr().out == text  # the likeliest
+
+
+@pytest.fixture(scope="module")
+def gpt(tmp_path_factory):
+    """A checkpoint of a GPT."""
+    folder = tmp_path_factory.mktemp("gpt")
+    assert cli.main(["train", "gpt", "--steps", "1", "--out", str(folder)]) == 0
+    return folder / "gpt.safetensors"
 
 
 def test_generate_refuses_another_model(tmp_path, capsys):
@@ -87,6 +165,13 @@ def test_interrupt_leaves_a_whole_checkpoint(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.parametrize("what", ["compile", "sweep", "model", "overhead"])
+def test_kernels_are_not_compiled_without_triton(what, capsys, monkeypatch):
+    monkeypatch.setattr(launch, "missing", lambda: "Triton is not installed")
+    assert cli.main(["bench", what]) == 2
+    assert capsys.readouterr().err == "tfkern bench: this compiles kernels, but Triton is not installed\n"
+
+
 def test_missing_extra_says_how_to_get_it(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert cli.main(["demo"]) == 2
@@ -96,12 +181,21 @@ def test_missing_extra_says_how_to_get_it(capsys, monkeypatch):
 def test_demo_writes_its_report(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "QUICK_STEPS", 2)
     monkeypatch.setattr(demo, "KERNEL_CASES", ("one-query",))
-    assert cli.main(["demo", "--quick", "--out", str(tmp_path)]) == 0
-    written = {p.name for p in tmp_path.iterdir()}
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["generate"]) == 2
+    assert "`tfkern train gpt` or `tfkern demo` writes one" in capsys.readouterr().err
+    assert cli.main(["demo", "--quick"]) == 0
+    out = tmp_path / demo.FOLDER
+    written = {p.name for p in out.iterdir()}
     pictures = {"loss.png", "attention-text.png", "attention-digit.png"}
     assert written == {*pictures, "sample.txt", "results.json", "demo-gpt.safetensors"}
-    assert all((tmp_path / name).stat().st_size > 1000 for name in written if name.endswith(".png"))
-    results = json.loads((tmp_path / "results.json").read_text())
+    assert all((out / name).stat().st_size > 1000 for name in pictures)
+    assert cli.main(["generate", "--count", "2"]) == 0  # from what the demo left
+    assert "by tfkern-out/demo/demo-gpt.safetensors, after step 2 of 2" in capsys.readouterr().err
+    assert cli.main(["train", "gpt", "--steps", "1"]) == 0
+    assert cli.main(["generate", "--count", "2"]) == 0
+    assert "by tfkern-out/gpt.safetensors, after step 1 of 1" in capsys.readouterr().err
+    results = json.loads((out / "results.json").read_text())
     assert results["problems"] == []
     for name in ("gpt", "bert", "vit"):
         assert len(results[name]["fused"]) == len(results[name]["naive"]) == 2

@@ -14,10 +14,32 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_examples(name, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S)
     assert len(blocks) > 1
-    script = tmp_path / "example.py"  # a file: Triton reads the source of jit functions
-    script.write_text("\n".join(blocks))
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, cwd=tmp_path)
+    run("\n".join(blocks), tmp_path)
+
+
+def run(code: str, folder: Path) -> None:
+    script = folder / "example.py"  # a file: Triton reads the source of jit functions
+    script.write_text(code)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, cwd=folder)
     assert done.returncode == 0, done.stderr
+
+
+RECIPES = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+def test_every_recipe_has_a_test():
+    """Those of integrations in the tests of these: recipe() of readme.py."""
+    assert sum("tfkern.integrations" not in block for block in RECIPES) == 1
+    found = {name for block in RECIPES for name in re.findall(r"tfkern\.integrations\.(\w+) import", block)}
+    assert found == {"transformers", "timm", "nanogpt"}
+
+
+@pytest.mark.slow
+def test_the_compiled_recipe(tmp_path):
+    """A minute or two of a C++ compiler."""
+    (block,) = [block for block in RECIPES if "tfkern.integrations" not in block]
+    assert "torch.compile" in block
+    run(block, tmp_path)
 
 
 def test_every_argument_is_told():

@@ -1,11 +1,14 @@
 """Every error message names the argument, what was wanted and what came."""
 
+import math
 import types
 
+import numpy
 import pytest
 import torch
 
 import tfkern
+from tfkern import call
 
 B, H, N, D = 2, 4, 8, 16
 
@@ -139,6 +142,38 @@ def test_messages_are_the_same_under_autocast():
         pytest.raises(TypeError, match=r"query must be a torch\.Tensor, but is list"),
     ):
         tfkern.attention(**good(query=[1.0]))
+
+
+EQUAL = {
+    "window": ((1, 2), [(True, 2), (1.0, 2), (1, 2.0), (numpy.True_, 2), (numpy.float32(1), 2)]),
+    "scale": (1, [True, numpy.True_]),
+    "softcap": (1, [True]),
+    "dropout_p": (1, [True]),
+    "is_causal": (True, [1, 1.0, numpy.True_]),
+    "enable_gqa": (False, [0, 0.0, numpy.False_]),
+}
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_what_was_called_before_lets_nothing_pass(name):
+    """Values that are equal to what is welcome, after a call that keeps that."""
+    welcome, others = EQUAL[name]
+    for other in others:
+        for _ in range(2):
+            tfkern.attention(**good(**{name: welcome}))
+            with pytest.raises((TypeError, ValueError), match=name):
+                tfkern.attention(**good(**{name: other}))
+
+
+def test_what_was_called_before_changes_nothing():
+    """0.0 and -0.0 are equal, too."""
+    q = good()["query"]
+    for scale in (0.0, -0.0, 0.0, numpy.float64(-0.0), 0):
+        problem, _ = call.build(q, q, q, scale=scale)
+        assert math.copysign(1, problem.scale) == math.copysign(1, scale)
+    for window in ((1, 2), (numpy.int64(1), 2), (1, numpy.int32(2))):
+        problem, _ = call.build(q, q, q, window=window)
+        assert [type(side) for side in (problem.left, problem.right)] == [int, int]
 
 
 def test_good_arguments_pass():

@@ -162,6 +162,40 @@ def test_large_scores(backend, device):
     close(tfkern.attention(a, a, v, window=(9, 9), backend=backend), v.mean(2, keepdim=True).expand_as(v))
 
 
+@pytest.mark.cpu  # beside PyTorch's fused attention for CPUs
+@pytest.mark.parametrize(
+    ("backend", "options", "part"), [("portable", {}, 0.4), ("eager", dict(window=(64, 64)), 0.25)], ids=str
+)
+def test_delta_is_not_that_of_a_rounded_output(backend, options, part):
+    """Nearly one-hot rows in bfloat16, values with a mean: where all keys of a query are at hand delta is the sum of P * dP, and
+    dQ and dK err by `part` at most of what they do in PyTorch's fused attention, which takes it from O."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, do = (torch.randn(1, 2, 64, 64, generator=generator) for _ in range(4))
+    q, k, v, do = (x.bfloat16() for x in (q * 6, k, v + 4, do))
+
+    def gradients(function, dtype=torch.bfloat16, **more):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(function(*leaves, **more), leaves[:2], do.to(dtype))
+
+    truth = gradients(reference.attention, torch.float64)
+    found = gradients(tfkern.attention, backend=backend, **options)
+    for x, y, right in zip(found, gradients(torch.nn.functional.scaled_dot_product_attention), truth, strict=True):
+        assert (x - right).abs().max() <= part * (y - right).abs().max()
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sharpness", [0.3, 1.0, 3.0])
+def test_values_of_one_give_one(sharpness, dtype, backend, device):
+    """However the weights were rounded: their sum is of float32, their product with values of 16 bits."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = ((torch.randn(1, 2, n, 32, generator=generator) * sharpness).to(dtype).to(device) for n in (20, 300))
+    out = tfkern.attention(q, k, torch.ones_like(k), backend=backend).float()
+    unit = torch.finfo(dtype).eps
+    assert (out - 1).abs().max() <= unit / 2
+    assert (out - 1).mean().abs() <= unit / 16
+
+
 @BACKENDS
 @pytest.mark.parametrize("scale", [1e-50, 1.4e-45, -1e-30, 1e30])
 def test_scales_at_the_ends_of_float32(qkv, scale, backend):

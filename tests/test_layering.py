@@ -30,7 +30,7 @@ LAYERS = [
     ["tfkern.layout"],
     ["tfkern.checks"],
     ["tfkern.interpreter", "tfkern.configs", "tfkern.extras", "tfkern.dynamo", "tfkern.tracing"],
-    ["tfkern.tiles", "tfkern.ending", "tfkern.progress"],
+    ["tfkern.tiles", "tfkern.compat", "tfkern.ending", "tfkern.progress"],
     ["tfkern.kernels"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

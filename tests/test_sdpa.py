@@ -385,10 +385,10 @@ def test_errors_are_of_the_same_type(name):
 FORBIDDEN = {
     "lengths of key and value": (lambda: ours(Q, K, z(2, 4, 7, 8)), RuntimeError, r"value must have the length of key, 6, but has shape \(2, 4, 7, 8\)"),
     "lengths of key and value, three dims": (lambda: ours(Q[0], K[0], z(4, 5, 8)), RuntimeError, r"value must have the length of key, 6, but has shape \(4, 5, 8\)"),
-    "mask and causal": (lambda: ours(Q, K, K, z(3, 6), is_causal=True), RuntimeError, "attn_mask must be None with is_causal=True"),
+    "mask and causal": (lambda: ours(Q, K, K, z(3, 6), is_causal=True), RuntimeError, "Explicit attn_mask should not be set when is_causal=True"),
     "mask elsewhere": (lambda: ours(Q, K, K, z(3, 6, device="meta")), RuntimeError, "attn_mask must be on the device of query"),
     "scale infinite": (lambda: ours(Q, K, K, scale=math.inf), ValueError, "scale must be finite"),
-    "no heads to group": (lambda: ours(Q, K[:, :0], K[:, :0], enable_gqa=True), RuntimeError, "heads that divide query's 4 .* 0 and 0"),
+    "no heads to group": (lambda: ours(Q, K[:, :0], K[:, :0], enable_gqa=True), RuntimeError, "Number of heads in key and value must divide .* 4, .* 0 and 0"),
 }  # fmt: skip
 
 

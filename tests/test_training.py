@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+import resource
+from pathlib import Path
 
 import pytest
 import torch
 
 import tfkern
-from tfkern.training import data, report, sampling
+from tfkern.training import data, report, sampling, trainer
 from tfkern.training.tasks import TASKS
 from tfkern.training.trainer import CheckpointError, Training, schedule
 
@@ -44,9 +46,22 @@ def test_save_is_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     training.step()
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OSError, match=r"the checkpoint can't be written .no space"):
         training.save(path)
     assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_disk_that_fills_up(tmp_path):
+    """As the writer of safetensors meets it."""
+    training, limits = Training.start(small("vit"), tfkern.attention, steps=2), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"the checkpoint can't be written .*File too large"):
+            training.save(tmp_path / "c.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_checkpoints(tmp_path):
@@ -60,6 +75,70 @@ def test_bad_checkpoints(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign")
     with pytest.raises(CheckpointError, match=r"no checkpoint of `tfkern train` \(format None\)"):
         Training.load(tmp_path / "foreign", tfkern.attention)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A small checkpoint."""
+    training = Training.start(small("vit"), tfkern.attention, steps=2)
+    training.step()
+    training.save(tmp_path / "c.safetensors")
+    return tmp_path / "c.safetensors"
+
+
+def test_a_flipped_bit_anywhere_is_noticed(saved):
+    """In the header, where it may leave good JSON, and in what tensors hold."""
+    whole = saved.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    generator = torch.Generator().manual_seed(0)
+    places = [*range(0, header, 37), *torch.randint(header, len(whole), (100,), generator=generator).tolist()]
+    for number, place in enumerate(places):
+        saved.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << number % 8]) + whole[place + 1 :])
+        with pytest.raises(CheckpointError, match=r"damaged|not a whole|no checkpoint of|of another version"):
+            Training.load(saved, tfkern.attention)
+    saved.write_bytes(whole)
+    assert len(Training.load(saved, tfkern.attention).losses) == 1
+
+
+@pytest.mark.parametrize("length", [0, 7, 8, 1000, -1])
+def test_a_truncated_checkpoint(saved, length):
+    saved.write_bytes(saved.read_bytes()[:length])
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        Training.load(saved, tfkern.attention)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(format="tfkern-training-1"), "of another version of tfkern .*'tfkern-training-1', here 'tfkern-training-2'"),
+        (dict(format="pt"), "no checkpoint of `tfkern train`"),
+        (dict(task='{"name": "llama"}'), "of another version's llama"),
+        (dict(task='{"name": "vit", "rotary": true}'), "of another version's vit .*rotary"),
+        (dict(task='{"name": "vit", "width": 48}'), "of another version's vit .*loading state_dict for ViT:.; train anew$"),
+    ],
+)
+def test_checkpoints_of_others(saved, change, message):
+    """Whole, with a checksum that is right."""
+    from safetensors.torch import save_file
+
+    about, tensors = trainer._read(saved)
+    about |= change
+    save_file(tensors, saved, {**about, "sha256": trainer._checksum(about, tensors)})
+    with pytest.raises(CheckpointError, match=message):
+        Training.load(saved, tfkern.attention)
+
+
+def test_a_checkpoint_of_another_model(saved):
+    assert Training.load(saved, tfkern.attention, model="vit").task.name == "vit"
+    with pytest.raises(CheckpointError, match="is of vit, but gpt is wanted; `tfkern train gpt` makes one"):
+        Training.load(saved, tfkern.attention, model="gpt")
+
+
+def test_what_cannot_be_read(tmp_path):
+    with pytest.raises(CheckpointError, match="is a folder; name a file"):
+        Training.load(tmp_path, tfkern.attention)
+    with pytest.raises(CheckpointError, match="can't be read"):
+        Training.load(Path("/dev/null"), tfkern.attention)
 
 
 def test_text_of_another_python_is_refused(tmp_path, monkeypatch):
@@ -130,4 +209,6 @@ def test_sampling():
     assert text.startswith("The ")
     assert len(text) == 14
     assert text == sampling.continued(gpt, "The ", 10)
+    long = "The " * 30  # more than the context
+    assert sampling.continued(gpt, long, 3).startswith(long)
     assert "right):" in sampling.filled(Training.start(small("bert"), tfkern.attention, steps=1))

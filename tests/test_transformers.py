@@ -275,9 +275,11 @@ def test_bands_tell_what_masks_tell():
         )  # fmt: skip
         mask = integration.transformers_masks.mask(**arguments, dtype=torch.float32, config=None)
         want = theirs.sdpa_mask(**arguments, allow_is_causal_skip=False)
-        assert type(mask) is BandMask or (local_size == 2 and n_k == 9)  # what is behind the last query can't be cut off
-        assert torch.equal(mask & True, want)
-        if type(mask) is not BandMask:
+        assert torch.equal(mask + 0, theirs.eager_mask(**arguments))
+        assert torch.equal(mask.seen(), want)
+        if mask.band is None:
+            assert local_size == 2
+            assert n_k == 9
             continue
         kinds.add((mask.band.alignment, mask.band.keys is None, mask.band.key_lengths is None, mask.band.padding is None))
         q, k, v = (torch.randn(2, 2, n, 4) for n in (n_q, n_k, n_k))
@@ -299,27 +301,30 @@ def test_masks_that_no_band_tells():
     for function in (chunked, either, theirs.sliding_window_causal_mask_function(4)):
         arguments = dict(batch_size=2, q_length=7, kv_length=7, mask_function=function, local_size=3)
         mask = make(**arguments)
-        assert type(mask) is torch.Tensor
-        assert torch.equal(mask, theirs.sdpa_mask(**arguments, allow_is_causal_skip=False))
+        assert mask.band is None
+        assert torch.equal(mask.seen(), theirs.sdpa_mask(**arguments, allow_is_causal_skip=False))
+        assert torch.equal(mask + 0, theirs.eager_mask(**arguments))
 
 
 def test_a_band_mask_is_an_ordinary_mask_to_others():
     make = integration.transformers_masks.mask
     mask = make(batch_size=1, q_length=3, kv_length=4, q_offset=1)
     assert mask._written is None
-    assert (mask.shape, mask.dtype, mask.ndim) == ((1, 1, 3, 4), torch.bool, 4)
+    assert (mask.shape, mask.dtype, mask.ndim) == ((1, 1, 3, 4), torch.float32, 4)
     assert "BandMask" in repr(mask)
-    want = torch.ones(3, 4).tril(1).bool()[None, None]
+    seen = torch.ones(3, 4).tril(1).bool()[None, None]
+    want = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
     assert torch.equal(mask[:, :, :2], want[:, :, :2])
     assert type(mask[0]) is torch.Tensor
-    assert torch.equal(torch.where(mask, 1.0, 0.0), want.float())
+    assert torch.equal(mask + torch.ones(3, 1), want + 1.0)
     assert torch.equal(mask.clone(), want)
     assert mask.band is not None
-    mask.fill_(True)
+    mask.fill_(0.0)
     assert mask.band is None  # it would tell what was
     q = torch.randn(1, 1, 4, 4)
     found = integration.attention_forward(nn.Identity(), q[:, :, :3], q, q, mask)[0]
-    torch.testing.assert_close(found, integration.attention_forward(nn.Identity(), q[:, :, :3], q, q, ~want | want)[0])
+    torch.testing.assert_close(found, integration.attention_forward(nn.Identity(), q[:, :, :3], q, q, ~seen | seen)[0])
+    assert make(batch_size=1, q_length=3, kv_length=4, dtype=BF16).clone().dtype == BF16
 
 
 def test_a_static_cache_counts_on():
@@ -327,7 +332,7 @@ def test_a_static_cache_counts_on():
     offset = torch.tensor(2)
     mask = integration.transformers_masks.mask(batch_size=1, q_length=1, kv_length=5, q_offset=offset)
     offset += 1
-    assert torch.equal(mask & True, torch.tensor([True, True, True, False, False])[None, None, None])
+    assert torch.equal(mask.seen(), torch.tensor([True, True, True, False, False])[None, None, None])
     assert mask.band.key_lengths.tolist() == [3]
 
 
@@ -386,7 +391,7 @@ def attend(mask=None, n_q=4, n_k=4, module=None, **options):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (dict(indices=torch.zeros(1)), NotImplementedError, "indices must be None: tfkern's attention doesn't know"),
+        (dict(block_indices=torch.zeros(1)), NotImplementedError, "block_indices must be None: tfkern's attention doesn't know"),
         (dict(cache=object()), NotImplementedError, "cache must be None"),
         (dict(head_mask=torch.ones(2)), NotImplementedError, "head_mask must be None"),
         (dict(output_attentions=True), NotImplementedError, "output_attentions=True needs the weights"),
@@ -490,17 +495,34 @@ def test_register_again_and_by_another_name():
 
 @pytest.mark.parametrize("m", IGNORING, ids=str)
 def test_a_model_that_ignores_it_is_told(m):
-    model = m.make("tfkern")
-    with pytest.warns(UserWarning, match=r"ignores attn_implementation='tfkern'.*no call reached tfkern") as told:
-        model(**m.inputs())
+    """It is made as it would be without tfkern, and patch leaves it alone."""
+    with pytest.warns(UserWarning, match=r"doesn't ask transformers' AttentionInterface.*='tfkern' means 'eager'") as told:
+        model = m.make("tfkern")
     assert len(told) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(**m.inputs())  # once
+    assert {x.config._attn_implementation for x in model.modules() if hasattr(x, "config")} == {"eager"}
+    for side in (None, "right", "left"):
+        inputs = m.inputs(pad=side)
+        assert torch.equal(model(**inputs)[0], m.make("eager")(**inputs)[0])
     assert not any(x._forward_hooks for x in model.modules())
     report = tfkern.patch(model)
     assert not report.changed
     assert "doesn't ask transformers' AttentionInterface" in report.unchanged[""]
+
+
+@pytest.mark.parametrize("m", IGNORING, ids=str)
+def test_a_model_that_is_found_out_late(m, monkeypatch):
+    """One that doesn't look like it ignores tfkern: it is told at the first forward pass, and its masks are eager attention's."""
+    monkeypatch.setattr(integration, "asks", lambda cls: True)
+    model = m.make("tfkern")
+    inputs = m.inputs(pad="left")
+    with pytest.warns(UserWarning, match=r"ignores attn_implementation='tfkern'.*no call reached tfkern") as told:
+        found = model(**inputs)[0]
+    assert len(told) == 1
+    assert torch.equal(found[m.seen(inputs, found)], m.make("eager")(**inputs)[0][m.seen(inputs, found)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**inputs)  # once
+    assert not any(x._forward_hooks for x in model.modules())
 
 
 def test_the_watch_is_over_after_the_first_call():

@@ -4,11 +4,9 @@ import functools
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 
-from tfkern import call
+from tfkern import call, compat
 from tfkern.problem import Gradients, Problem, Tensors
 
 
@@ -24,12 +22,12 @@ def attention(problem: Problem, backend, tensors: Tensors, qkv: Tensor | None = 
 
 def _transformed() -> bool:
     """Whether torch.func or forward-mode AD may have a say in what a Function does."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return compat.transforms() or compat.forward_mode()
 
 
 def refuse_tangents(tensors) -> None:
     """NotImplementedError for tensors of forward-mode AD, where no Function would be asked for their derivatives."""
-    if forward_ad._current_level >= 0 and any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+    if compat.forward_mode() and any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         Attention.jvp(None)
 
 
@@ -48,21 +46,23 @@ def one_by_one(function, count: int, in_dims, args) -> tuple[tuple, tuple]:
     return stacked, tuple(None if x is None else 0 for x in stacked)
 
 
+def one_by_one_of_batched(function, args) -> tuple:
+    """`function`, once for each of several gradients, those of torch.autograd.grad(..., is_grads_batched=True)."""
+    in_dims = [0 if compat.batched(x) else None for x in args]
+    args = [x if d is None else compat.unbatched(x) for x, d in zip(args, in_dims, strict=True)]
+    count = next(len(x) for x, d in zip(args, in_dims, strict=True) if d is not None)
+    stacked, _ = one_by_one(function, count, in_dims, args)
+    return tuple(None if x is None else compat.batch(x) for x in stacked)
+
+
 def apply(function, problem, backend, *args):
     """function.apply for 3 microseconds, not 27: PyTorch's own first binds the arguments to the signature of forward, for the
     sake of transforms, which are the only ones to need it. (An op has met them before its kernel applies the Function.)"""
     if not _transformed():
-        return super(torch.autograd.Function, function).apply(problem, backend, *args)
+        return compat.apply(function, problem, backend, *args)
     if not backend.recorded or function is AttentionBackward:
         return function.apply(problem, backend, *args)
-    with enable_single_level_autograd_function():
-        return _of_one_level(function).apply(problem, backend, *args)
-
-
-@functools.cache
-def _of_one_level(function):
-    """The Function for one transform alone: where an op has met them, its kernel has no others to ask."""
-    return type(function.__name__, (_SingleLevelFunction,), dict(vars(function)))
+    return compat.apply_within_op(function, problem, backend, *args)
 
 
 def forward(problem, backend, t: Tensors) -> tuple[Tensor, Tensor]:
@@ -104,10 +104,11 @@ class Attention(torch.autograd.Function):
         needed = ctx.needs_input_grad[2 : 2 + len(Gradients._fields)]
         # Where nobody will differentiate the gradients, as in most backwards, their Function has nothing to record.
         arguments = (ctx.problem, ctx.backend, needed, do, dlse, out, stats, *tensors)
+        function = AttentionBackward.forward
         if torch.is_grad_enabled() or _transformed():
-            grads = apply(AttentionBackward, *arguments)
-        else:
-            grads = AttentionBackward.forward(*arguments)
+            function = functools.partial(apply, AttentionBackward)
+        several = compat.batched(do) or compat.batched(dlse)
+        grads = one_by_one_of_batched(function, arguments) if several else function(*arguments)
         return None, None, *grads, *(None,) * (len(tensors) - len(grads))
 
     @staticmethod

@@ -49,9 +49,12 @@ def _signature(tensors: tuple, options: tuple) -> tuple | None:
     try:
         if isinstance(options[2], Tensor) or (tensors[6:] != (None, None, None) and tensors[0].device.type == "cpu"):
             return None
+        scale, window = options[2], options[5]
+        sides = window if isinstance(window, tuple) else ()
         signature = (
             *[None if x is None else (x.shape, x.dtype, x.device) for x in tensors], options,
-            *[x.__class__ for x in options],  # 1 and 1.0 and True are equal, and not all are welcome
+            *[x.__class__ for x in (*options, *sides)],  # 1 and 1.0 and True are equal, and not all are welcome
+            scale or str(scale),  # 0.0 and -0.0 are equal, and a score_mod may tell them apart
         )  # fmt: skip
         hash(signature)
     except (AttributeError, TypeError):  # not tensors, or a list among the options: the checks will tell

@@ -6,11 +6,23 @@ import numbers
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
+
+from tfkern import compat
 
 ALIGNMENTS = ("upper_left", "lower_right")
 LARGEST = torch.finfo(torch.float32).max  # what kernels compute in
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def same(given, wanted, unknown: bool = True) -> bool:
+    """Whether sizes are equal. `unknown` is said where torch.compile can't know, as data decide on a size: True lets pass
+    what an op checks again when it runs."""
+    if not (torch.compiler.is_compiling() or torch.SymInt in map(type, (*given, *wanted))):
+        return tuple(given) == tuple(wanted)
+    from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
+
+    decide = guard_or_true if unknown else guard_or_false
+    return len(given) == len(wanted) and all(decide(g == w) for g, w in zip(given, wanted, strict=True))
 
 
 def operands(query, key, value, packed: bool) -> None:
@@ -28,14 +40,14 @@ def operands(query, key, value, packed: bool) -> None:
         if x.dtype != query.dtype:
             raise TypeError(f"{name} must have the dtype of query, {query.dtype}, but is {x.dtype}; convert one of them")
         _device(name, x, query.device)
-        if not packed and x.shape[0] != query.shape[0]:
+        if not packed and not same(x.shape[:1], query.shape[:1]):
             raise ValueError(
                 f"{name} must have the batch size of query, {query.shape[0]}, but has shape {tuple(x.shape)}; "
                 "repeat it with .expand, which copies nothing"
             )
-    if key.shape[-1] != query.shape[-1]:
+    if not same(key.shape[-1:], query.shape[-1:]):
         raise ValueError(f"key must have the head dim of query, {query.shape[-1]}, but has shape {tuple(key.shape)}")
-    if value.shape[:-1] != key.shape[:-1]:
+    if not same(value.shape[:-1], key.shape[:-1]):
         at = "length and the heads" if packed else "heads and the length"
         wanted = tuple(key.shape[:-1]) if packed else tuple(key.shape[1:3])
         raise ValueError(f"value must have the {at} of key, {wanted}, but has shape {tuple(value.shape)}")
@@ -85,7 +97,7 @@ def key_lengths(key_lengths, batch: int, n_k: int, device: torch.device) -> None
 
 def cu_seqlens(name: str, cu, total: int, device: torch.device, count: int | None = None) -> None:
     """(B + 1,) integers that rise from 0 to at most total."""
-    if isinstance(cu, Tensor) and (cu.dim() != 1 or cu.shape[0] < 1):
+    if isinstance(cu, Tensor) and (cu.dim() != 1 or same(cu.shape, (0,), unknown=False)):
         raise ValueError(f"{name} must have shape (sequences + 1,), starting with 0, but has {tuple(cu.shape)}")
     _integers(name, cu, count, "as cu_seqlens_q has", device)
     if not readable(cu):
@@ -105,21 +117,20 @@ def mask(attn_mask, query: Tensor, shape: tuple[int, int, int, int], packed: boo
         )
     _device("attn_mask", attn_mask, query.device)
     given = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
-    fits = attn_mask.dim() <= 4 and _broadcasts(given[:2], shape[:2])
+    fits = attn_mask.dim() <= 4 and broadcasts(given[:2], shape[:2])
     if packed:
         if longest is not None:
             fits = fits and all(g == 1 or g >= n for g, n in zip(given[2:], longest, strict=True))
         wanted = f"{shape[:2]} and at least the longest sequence of queries and of keys" + (f", {longest}" if longest else "")
     else:
-        fits = fits and _broadcasts(given[2:], shape[2:])
+        fits = fits and broadcasts(given[2:], shape[2:])
         wanted = f"{shape} = (B, H, Nq, Nk)"
     if not fits:
         raise ValueError(f"attn_mask must broadcast to {wanted}, but has shape {tuple(attn_mask.shape)}")
 
 
-def _broadcasts(given: tuple, shape: tuple) -> bool:
-    # Not `in (1, s)`: to Dynamo a number is in no tuple that has it as a symbol.
-    return all(g == 1 or g == s for g, s in zip(given, shape, strict=True))  # noqa: PLR1714
+def broadcasts(given: tuple, shape: tuple) -> bool:
+    return all(same((g,), (s,)) or g == 1 for g, s in zip(given, shape, strict=True))
 
 
 def slopes(alibi_slopes, query: Tensor, batch: int, heads: int) -> None:
@@ -182,11 +193,16 @@ def scale(scale, head_dim: int, query: Tensor) -> float | Tensor:
     return scale
 
 
+def shapes_only(x: Tensor) -> bool:
+    """Whether there is nothing to compute but shapes: on the device meta, and in a FakeTensorMode."""
+    return x.is_meta or compat.fake(x)
+
+
 def readable(x: Tensor) -> bool:
     """Whether values can be looked at: on a GPU that would stop the stream, and under torch.compile and vmap there are none."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    return not (isinstance(x, FakeTensor) or torch._C._functorch.is_batchedtensor(x))
+    return compat.has_values(x)
 
 
 def flag(name: str, value) -> None:
@@ -249,7 +265,7 @@ def _integers(name: str, x, count: int | None, what: str, device: torch.device) 
         raise TypeError(f"{name} must be a tensor of {number}integers, but is {type(x).__name__}; torch.tensor(…) makes one")
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, but is {x.dtype}")
-    if count is not None and x.shape != (count,):
+    if count is not None and not same(x.shape, (count,)):
         raise ValueError(f"{name} must have shape ({count},), {what}, but has {tuple(x.shape)}")
     _device(name, x, device)
 
@@ -258,6 +274,6 @@ def _vector(name: str, x, query: Tensor, shapes: list[tuple[int, ...]]) -> None:
     _tensor(name, x)
     if x.dtype not in (torch.float32, query.dtype):
         raise TypeError(f"{name} must be torch.float32 or the dtype of query, {query.dtype}, but is {x.dtype}; convert it")
-    if not any(tuple(x.shape) == shape for shape in shapes):  # for Dynamo, as in _broadcasts
+    if not any(same(x.shape, shape) for shape in shapes):
         raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, but has {tuple(x.shape)}")
     _device(name, x, query.device)

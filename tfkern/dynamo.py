@@ -2,12 +2,12 @@
 
 import contextlib
 import functools
-import sys
 
 import torch
-from torch._functorch import config
 from torch.fx import traceback
 from torch.utils.checkpoint import CheckpointPolicy
+
+from tfkern import compat
 
 
 def uncompiled(function):
@@ -20,7 +20,7 @@ def uncompiled(function):
     @functools.wraps(function)
     def run(*args, **kwargs):
         nonlocal disabled
-        if "torch._dynamo" not in sys.modules:
+        if not compat.dynamo_imported():
             return function(*args, **kwargs)
         if disabled is None:
             disabled = torch.compiler.disable(function)
@@ -39,7 +39,7 @@ def drawn_once():
     """
     meta = traceback.get_current_meta()
     before = meta.get("recompute")
-    budget = meta.get("custom", {}).get("_region_activation_memory_budget", config.activation_memory_budget)
+    budget = meta.get("custom", {}).get("_region_activation_memory_budget", compat.activation_memory_budget())
     replayed = budget == 0 and _with_backward()
     meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE if replayed else CheckpointPolicy.MUST_SAVE
     try:

@@ -169,17 +169,21 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *args, return_lse=False, 
 def _run(return_lse: bool, backend: str | None, qkv: Tensor | None, *arguments, **options):
     """What call.build takes, attended; with qkv, of which query, key and value are views, its gradient is one tensor."""
     tracing.refuse("tfkern.attention", *arguments[:4], *(options.get(name) for name in _TENSORS))
-    if torch.compiler.is_compiling() or tracing.make_fx():
-        out, stats, unit = ops.attention(backend, qkv, *arguments, **options)
-        packed = options.get("cu_seqlens_q") is not None
-    else:
+    traced = torch.compiler.is_compiling() or tracing.make_fx()
+    if not traced:
         problem, tensors = call.build(*arguments, **options)
+        traced = checks.shapes_only(tensors.q)
+        if traced:
+            backends.known(backend)
+    if traced:
+        out, stats, unit = ops.attention(backend, qkv, *arguments, **options)
+    else:
         chosen = backends.choose(problem, backend)
         if problem.dropout_p:
             tensors = tensors._replace(seed=dropout.draw_seed(problem.device))
         out, stats = autograd.attention(problem, chosen, tensors, qkv)
-        packed, unit = problem.packed, problem.unit(tensors)
+        unit = problem.unit(tensors)
     lse = lse_of(stats, unit) if return_lse else None
-    if packed:
+    if options.get("cu_seqlens_q") is not None:
         out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0) if return_lse else None
     return (out, lse) if return_lse else out

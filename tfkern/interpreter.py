@@ -79,7 +79,9 @@ def _patch_once_a_launch() -> None:
         if languages(function) in _patched[-1]:
             return None
         _patched[-1].add(languages(function))
-        return original(function)
+        scope = original(function)
+        tl.core.tensor.__index__ = lambda self: self.handle.data.item()  # Triton 3.6's own fails with NumPy 2.4
+        return scope
 
     original, interpreter._patch_lang = interpreter._patch_lang, patch
 

@@ -36,13 +36,25 @@ class Blank:
 def strides_in_order_of(like: Tensor, last_dim: int) -> tuple[int, int, int, int]:
     """Strides of that."""
     # Stable, and blind to dims of size 1 or stride 0, which say nothing about order: they stay where they stand.
-    telling = [d for d in range(3) if like.shape[d] > 1 and like.stride(d) > 0]
-    placed = iter(sorted(telling, key=like.stride, reverse=True))
+    sizes, steps = ([_number(x) for x in numbers] for numbers in (like.shape, like.stride()))
+    telling = [d for d in range(3) if sizes[d] > 1 and steps[d] > 0]
+    placed = iter(sorted(telling, key=steps.__getitem__, reverse=True))
     order = [next(placed) if d in telling else d for d in range(3)]
     strides, step = [0, 0, 0, 1], last_dim
     for d in reversed(order):
         strides[d], step = step, step * like.shape[d]
     return tuple(strides)
+
+
+def _number(n) -> int:
+    """A size or stride as a number. One that data decide on nobody knows while torch.compile traces: there it counts as large.
+    (As every number but 0 and 1, it puts the strides of a dense tensor in their order, and those of such dims say nothing.)"""
+    if isinstance(n, int):
+        return n
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    expression = n.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, MANY))) if free_unbacked_symbols(n) else n
 
 
 def kernel_strides(*tensors: Tensor) -> tuple[int, list[tuple[int, ...]]]:

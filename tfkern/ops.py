@@ -1,18 +1,20 @@
-"""The ops that torch.compile and torch.export see in the place of a call: `tfkern::attention`, differentiable, and what it
-becomes when it is differentiated, `tfkern::attention_forward` and `tfkern::attention_backward`.
+"""The ops that torch.compile, torch.export, fake and meta tensors see in the place of a call: `tfkern::attention`,
+differentiable, and what it becomes when it is differentiated, `tfkern::attention_forward` and `tfkern::attention_backward`.
 
-Eager calls never come here. The ops take a call's tensors as `Tensors` has them, and its options; what is to be done is worked
-out when they run, from the shapes that there are then, so that no length is built into a compiled graph. Their fakes tell the
-shapes, dtypes and strides of what they return.
+Eager calls of other tensors never come here. The ops take a call's tensors as `Tensors` has them, and its options; what is to
+be done is worked out when they run, from the shapes that there are then, so that no length is built into a compiled graph.
+Their fakes tell the shapes, dtypes and strides of what they return.
 
 Source: of the ways to register an op, the one that also keeps torch.func and forward-mode AD from going wrong without a word:
 an Autograd kernel that applies the same autograd.Function as eager calls.
 """
 
+import types
+
 import torch
 from torch import Tensor
 
-from tfkern import autograd, backends, call, checks, dropout, dynamo, layout, score_mods
+from tfkern import autograd, backends, call, checks, compat, dropout, dynamo, layout, score_mods
 from tfkern.backends import Backend
 from tfkern.problem import Problem, Tensors, lse_dtype
 
@@ -80,7 +82,7 @@ def _name(score_mod, query: Tensor) -> str:
     """The name of a score_mod, found while tracing."""
     if isinstance(score_mod, score_mods.ScoreMod):
         return score_mod.name
-    if query.device.type != "cpu":
+    if query.device.type != "cpu" and torch.compiler.is_compiling():
         raise TypeError(
             "score_mod must be a tfkern.ScoreMod(value, derivative) under torch.compile on a GPU, but is an ordinary pair: "
             "Dynamo can't pass @triton.jit functions on; make one outside of what is compiled"
@@ -147,12 +149,12 @@ def _backward_fake(do, dlse, out, stats, needed, *arguments):
 
 
 def _recorded_forward(options: tuple, t: Tensors):
-    with torch._C._AutoDispatchBelowAutograd():  # of this level; transforms further out meet the Autograd kernel again
+    with compat.below_autograd():  # of this level; transforms further out meet the Autograd kernel again
         return torch.ops.tfkern.attention_forward(*t, *options)
 
 
 def _recorded_backward(options: tuple, t: Tensors, out, stats, do, dlse, needed):
-    with torch._C._AutoDispatchBelowAutograd():
+    with compat.below_autograd():
         grads = iter(torch.ops.tfkern.attention_backward(do, dlse, out, stats, needed, *t, *options))
     return [next(grads) if need else None for need in needed]
 
@@ -171,7 +173,7 @@ def _differentiable_forward(*arguments):
     autograd.refuse_tangents(arguments[:_COUNT])
     if not _wanted(arguments[:_COUNT]):
         return _recorded_forward(arguments[_COUNT:], arguments[:_COUNT])
-    if torch._C._are_functorch_transforms_active():  # a derivative of what a transform further in has differentiated
+    if compat.transforms():  # a derivative of what a transform further in has differentiated
         autograd.refuse_second()
     return _differentiable(*arguments)
 
@@ -182,23 +184,41 @@ def _refused_backward(do, dlse, out, stats, needed, *arguments):
     autograd.refuse_tangents(tensors)
     if _wanted(tensors):
         autograd.refuse_second()
-    with torch._C._AutoDispatchBelowAutograd():
+    with compat.below_autograd():
         return torch.ops.tfkern.attention_backward(do, dlse, out, stats, needed, *arguments)
 
 
 def _wanted(tensors) -> bool:
     """Whether somebody wants derivatives with respect to one of them. (Transforms turn grad mode off for those further out.)"""
-    able = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+    able = torch.is_grad_enabled() or compat.transforms()
     return able and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _kept(ctx, inputs, output) -> None:
+    """What torch.library.register_autograd wants for the gradients of `tfkern::attention`."""
+    autograd.Attention.setup_context(ctx, (inputs[_COUNT:], _RECORDED, *inputs[:_COUNT]), output)
+
+
+def _gradients(ctx, *grads) -> tuple:
+    context = types.SimpleNamespace(
+        problem=ctx.problem, backend=ctx.backend, saved_tensors=ctx.saved_tensors,
+        needs_input_grad=(False, False, *ctx.needs_input_grad),
+    )  # fmt: skip
+    return *autograd.Attention.backward(context, *grads)[2:], *(None,) * len(ctx.problem)
 
 
 _library.impl("draw_seed", _draw_seed, "CompositeImplicitAutograd")
 _library.impl("attention", _forward, "CompositeExplicitAutograd")
-_library.impl("attention", _differentiable, "Autograd")
 _library.impl("attention_forward", _forward, "CompositeExplicitAutograd")
-_library.impl("attention_forward", _differentiable_forward, "Autograd")
 _library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
-_library.impl("attention_backward", _refused_backward, "Autograd")
+if compat.KERNELS:
+    _library.impl("attention", _differentiable, "Autograd")
+    _library.impl("attention_forward", _differentiable_forward, "Autograd")
+    _library.impl("attention_backward", _refused_backward, "Autograd")
+else:
+    torch.library.register_autograd("tfkern::attention", _gradients, setup_context=_kept)
+    torch.library.register_autograd("tfkern::attention_forward", _gradients, setup_context=_kept)
+    torch.library.register_autograd("tfkern::attention_backward", lambda ctx, *grads: autograd.refuse_second())
 torch.library.register_fake("tfkern::attention", _forward_fake)
 torch.library.register_fake("tfkern::attention_forward", _forward_fake)
 torch.library.register_fake("tfkern::attention_backward", _backward_fake)

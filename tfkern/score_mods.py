@@ -8,7 +8,7 @@ import types
 import torch
 from torch import Tensor
 
-from tfkern import checks
+from tfkern import checks, compat
 
 # Names of triton.language that a score_mod may use, and what they are on tensors.
 _OPERATIONS = {
@@ -44,6 +44,7 @@ def _of_name(name: str) -> ScoreMod:
 _by_name: dict[str, tuple] = {}
 
 
+@compat.while_tracing
 def name_of(*pair) -> str:
     """A name for the pair of a score_mod, for a compiled graph to keep. Functions of a module's top level can be found by it
     in another process, too."""
@@ -53,10 +54,6 @@ def name_of(*pair) -> str:
         name += f"#{next(i for i in itertools.count() if _by_name.get(f'{name}#{i}', functions) == functions)}"
         _by_name[name] = functions
     return name
-
-
-# For Dynamo: call it once, while tracing, and keep what it says (torch.compiler.assume_constant_result, which imports Dynamo).
-name_of._dynamo_marked_constant = True
 
 
 def named(name: str) -> tuple:

@@ -9,13 +9,13 @@ import sys
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import Proxy
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-_PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor, type(None)))
-_INHERITED = (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
+from tfkern import compat
+
+_PLAIN = frozenset((Tensor, nn.Parameter, type(None), *compat.PLAIN))
+_INHERITED = (Tensor.__torch_function__.__func__, compat.no_torch_function)
 
 
 def pytorchs(*tensors) -> bool:
@@ -90,10 +90,7 @@ def _recorder() -> str | None:
     return None
 
 
+@compat.while_tracing  # without it Dynamo takes PyTorch's answer for False
 def _for_onnx() -> bool:
     onnx = sys.modules.get("torch.onnx")
     return onnx is not None and onnx.is_in_onnx_export()
-
-
-# As torch.compiler.assume_constant_result does, which imports Dynamo. Without it Dynamo takes PyTorch's answer for False.
-_for_onnx._dynamo_marked_constant = True

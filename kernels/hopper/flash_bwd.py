@@ -82,7 +82,8 @@ def _fetch_queries(
     stage, phase = stage_of(count, STAGES)
     row = (b * work.heads + h).to(gl.int64) * work.n_q
     offs_m = start_m + gl.arange(0, BLOCK_M, layout=ROWS)
-    m, log2_l = softmax.load_stats(STATS + 2 * row, offs_m, work.n_q, seen_lo, seen_hi, True)
+    m = softmax.load_maximum(STATS + 2 * row, offs_m, seen_lo, seen_hi, True)
+    log2_l = softmax.load_log2_sum(STATS + 2 * row, offs_m, work.n_q, seen_lo, seen_hi, True)
     mbarrier.wait(memory.q_empty.index(stage), phase ^ 1)
     cuts = _load_seen(
         q_desc, b, h, start_m, memory.qs.index(stage), memory.q_full.index(stage), seen_lo, seen_hi, work.n_q, memory.cut, cuts,

@@ -42,7 +42,6 @@ def _step(
     q = memory.qs.index(stage).reshape([BLOCK_M, D])
     do = memory.dos.index(do_stage).reshape([BLOCK_M, D])
     s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)  # [BLOCK_N, D] @ [D, BLOCK_M]
-    m, log2_l = memory.maxima.index(stage).load(COLUMNS), memory.sums.index(stage).load(COLUMNS)
     if FIRST:
         s = warpgroup_mma_wait(0, deps=(s,))
     else:
@@ -50,11 +49,13 @@ def _step(
             ds, memory.qs.index(before).reshape([BLOCK_M, D]), dk, is_async=True
         )  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
         s = warpgroup_mma_wait(1, deps=(s,))
+    # Maxima and sums one after the other: both at once take more registers than there are.
+    x = softmax.exponent(s, memory.maxima.index(stage).load(COLUMNS)[None, :], S)
     if MASKED:
         offs_m = start_m + gl.arange(0, BLOCK_M, layout=COLUMNS)
         offs_n = start_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, S_LAYOUT))
-        s = gl.where(band.visible(offs_m[None, :], offs_n[:, None], S.n_k, S.shift, LEFT, RIGHT), s, float("-inf"))
-    p = softmax.weights(s, m[None, :], log2_l[None, :], S)
+        x = gl.where(band.visible(offs_m[None, :], offs_n[:, None], S.n_k, S.shift, LEFT, RIGHT), x, float("-inf"))
+    p = softmax.normalised(x, memory.sums.index(stage).load(COLUMNS)[None, :])
     mbarrier.wait(memory.do_full.index(do_stage), do_phase)
     dp = zero - memory.deltas.index(do_stage).load(COLUMNS)[None, :]  # so that dP - delta comes out of the product
     dp = warpgroup_mma(v, do.permute((1, 0)), dp, is_async=True)  # [BLOCK_N, D] @ [D, BLOCK_M]

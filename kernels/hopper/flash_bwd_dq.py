@@ -149,7 +149,8 @@ def _consume(
     there = offs_m < seq.n_q
     row = (seq.at * heads + h).to(gl.int64) * n_q + seq.q_row
     stats = softmax.stats_at(STATS, seq, h, heads, n_q)
-    m, log2_l = softmax.load_stats(stats, offs_m, n_q, 0, seq.n_q, True)
+    m = softmax.load_maximum(stats, offs_m, 0, seq.n_q, True)
+    log2_l = softmax.load_log2_sum(stats, offs_m, n_q, 0, seq.n_q, True)
     mbarrier.wait(rows_full.index(CONSUMER), 0)
     if D <= 64:
         A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=accumulator(BLOCK_N), k_width=2)

@@ -55,10 +55,11 @@ def order(device_type: str) -> tuple[str, ...]:
 
 def choose(problem: Problem, name: str | None = None) -> Backend:
     """The backend for a problem: the one named, or the first in the order that supports it; UnsupportedError if none."""
-    return BACKENDS[_choose(problem, _known(name), order(problem.device.type))]
+    return BACKENDS[_choose(problem, known(name), order(problem.device.type))]
 
 
-def _known(name: str | None) -> str | None:
+def known(name: str | None) -> str | None:
+    """The name of a backend, or None; ValueError for others."""
     if name is not None and (not isinstance(name, str) or name not in BACKENDS):
         raise ValueError(f"backend must be None or one of {list(BACKENDS)}, but is {name!r}")
     return name
@@ -76,7 +77,7 @@ def _choose(problem: Problem, name: str | None, names: tuple[str, ...]) -> str:
 def explain(problem: Problem, name: str | None = None) -> str:
     """The choice for a problem as text: the backend, the ones passed over with their reasons, and the problem itself."""
     try:
-        chosen = _choose(problem, _known(name), order(problem.device.type))
+        chosen = _choose(problem, known(name), order(problem.device.type))
     except UnsupportedError as error:
         return str(error)
     names = (name,) if name else order(problem.device.type)

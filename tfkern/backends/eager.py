@@ -13,12 +13,9 @@ import math
 import torch
 from torch import Tensor
 
-from tfkern import layout
+from tfkern import compat, layout
 from tfkern.eager_tiles import Tiles
 from tfkern.problem import Gradients, Problem, Tensors, stats_of
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def unsupported(problem: Problem) -> list[str]:
@@ -44,7 +41,7 @@ def _without_autocast(function):
 def forward(problem: Problem, t: Tensors) -> tuple[Tensor, Tensor]:
     """out in q's memory order, stats (B, H, 2, Nq) float32, or float64 for float64; B is 1 for packed sequences."""
     if _covered(problem, t.q, t.k, t.v):
-        out, lse = _flash(t.q, t.k, t.v, 0.0, _is_causal(problem), scale=problem.scale)
+        out, lse = compat.flash(t.q, t.k, t.v, 0.0, _is_causal(problem), scale=problem.scale)
         return layout.like_order(out, t.q), stats_of(lse)
     out = layout.empty_in_order_of(t.q, problem.v_head_dim).zero_()
     lse = torch.full(t.q.shape[:3], -math.inf, dtype=problem.lse_dtype, device=problem.device)
@@ -61,14 +58,14 @@ def backward(problem: Problem, t: Tensors, out, stats, do, dlse, needed, into=No
     lse = stats.select(2, 1)
     if dlse is None and _covered(problem, t.q, t.k, t.v) and _exact_enough(lse, problem.dtype):
         do = layout.last_dim_dense(do)
-        grads = _flash_backward(do, t.q, t.k, t.v, out, lse, 0.0, _is_causal(problem), scale=problem.scale)
+        grads = compat.flash_backward(do, t.q, t.k, t.v, out, lse, 0.0, _is_causal(problem), scale=problem.scale)
         return Gradients(*(layout.deliver(g, x, i) for g, x, i in zip(grads, t, into, strict=False)))
     sums = [None if x is None else layout.zeros_in_order_of(x, problem.lse_dtype) for x in t[:3]]
     for x, need in zip(t[3:6], needed[3:], strict=True):
         sums.append(torch.zeros(x.shape, dtype=problem.lse_dtype, device=x.device) if need else None)
     sums = Gradients(*sums)
     for p, part, rows, keys, first in _sequences(problem, t):
-        of_rows = tuple(None if x is None else x[:, :, rows] for x in (out, lse, do, dlse))
+        of_rows = tuple(None if x is None else x[:, :, rows] for x in (lse, do, dlse))
         dq, dk, dv = sums.q[:, :, rows], sums.k[:, :, keys], sums.v[:, :, keys]
         dbias = None if sums.bias is None else _of_sequence(sums.bias, problem, p, first)
         dslopes = None if sums.slopes is None else _of_sequence(sums.slopes, problem, p, first)
@@ -89,7 +86,8 @@ def _covered(p: Problem, *tensors: Tensor) -> bool:
     # causal with a scale of 0 or less: it multiplies the -inf of masked scores by that.
     causal = p.plain and p.left is None and p.right == 0 and shift == 0 and p.n_k <= p.n_q and p.scale > 0
     return (
-        p.device.type == "cpu"
+        compat.flash is not None
+        and p.device.type == "cpu"
         and p.plain
         and (full or causal)
         and p.heads == p.kv_heads
@@ -164,7 +162,7 @@ def _forward_tiled(p: Problem, t: Tensors, first: int, out: Tensor, lse: Tensor)
         out[:, :, tile.rows] = product / total
 
 
-def _backward_tiled(p: Problem, t: Tensors, first: int, out, lse, do, dlse, grads: Gradients) -> None:
+def _backward_tiled(p: Problem, t: Tensors, first: int, lse, do, dlse, grads: Gradients) -> None:
     """Add to the gradients, which are in the wide dtype."""
     tiles = Tiles(p, t, first)
     scale = p.scale if p.scale is not None else t.scale
@@ -172,15 +170,16 @@ def _backward_tiled(p: Problem, t: Tensors, first: int, out, lse, do, dlse, grad
         q, do_t = (tiles.hide_dead(tiles.fold(x, tile), tile) for x in (t.q, do))
         prob, total, sink_prob, _ = _softmax(tiles, tile, q, want_slope=True)
         prob.div_(total)
-        delta = (tiles.unfold(tiles.fold(out, tile)) * tiles.unfold(do_t)).sum(-1)
-        if dlse is not None:  # d lse / d s = p, so its gradient joins delta
-            delta = delta - dlse[:, :, tile.rows].to(tiles.compute)
-        delta = delta.masked_fill(lse[:, :, tile.rows] == -math.inf, 0.0)
         kept = prob if tile.kept is None else prob * tile.kept
         grads.v[:, :, tile.keys] += tiles.refold(kept).mT @ do_t  # [keys, rows] @ [rows, Dv]
         dp = tiles.unfold(do_t @ tiles.v[:, :, tile.keys].mT)  # [rows, Dv] @ [Dv, keys]
         if tile.kept is not None:
             dp = dp * tile.kept
+        dp = tile.only_seen(dp)
+        delta = (prob * dp).sum(-1)  # and not that of O * dO, as O was rounded
+        if dlse is not None:  # d lse / d s = p, so its gradient joins delta
+            delta = delta - dlse[:, :, tile.rows].to(tiles.compute)
+        delta = delta.masked_fill(lse[:, :, tile.rows] == -math.inf, 0.0)
         ds = tile.only_seen(dp.sub_(delta[..., None]).mul_(prob))
         if grads.bias is not None:
             tiles.add_dbias(grads.bias, ds, tile)

@@ -44,12 +44,12 @@ def backward(problem: Problem, t: Tensors, out, stats, do, dlse, needed, into=No
     dslopes = features.empty_rows(p) if need.slopes else None
     optional = features.of(p, t)
     if plan.dq is None:
-        plan.dkdv((t.q, do, t.k, t.v, out, stats, dlse, delta, dq, dk, dv, dslopes), *optional)
+        plan.dkdv((t.q, do, t.k, t.v, stats, dlse, delta, dq, dk, dv, dslopes), *optional)
     else:
         # delta and, where slopes need a gradient, each query's part of it, come of this one: any gradient needs it
         plan.dq((t.q, t.k, t.v, out, do, stats, dlse, delta, dq, dslopes), *optional)
         if need.k or need.v:
-            plan.dkdv((t.q, do, t.k, t.v, None, stats, None, delta, None, dk, dv, None), *optional)
+            plan.dkdv((t.q, do, t.k, t.v, stats, None, delta, None, dk, dv, None), *optional)
     dbias = None
     if need.bias:
         dbias = torch.empty(p.bias, dtype=t.bias.dtype, device=p.device)
@@ -100,7 +100,7 @@ def _plan_backward(p: Problem, t: Tensors, out, do, need: Gradients, into, witho
     results = tuple(layout.Blank(x, x.shape[-1]) for x in t[:3])
     dq, dk, dv = into or results
     launch_dq, one_pass = None, None
-    vec, strides = layout.kernel_strides(t.q, t.k, t.v, out, do, dq, dk, dv)
+    vec, strides = layout.kernel_strides(t.q, t.k, t.v, do, dq, dk, dv)
     if vec and not p.packed:  # whose longest sequence nobody knows; free strides take too many registers
         one_pass = configs.one_pass(_architecture(p), p.dtype.itemsize, _block(p), p.n_k, p.batch * p.kv_heads, p.heavy)
     if one_pass is not None:
@@ -126,11 +126,11 @@ def _plan_dkdv(p: Problem, t: Tensors, do, dk, dv, aligned: bool) -> launch.Laun
         config = configs.described(_architecture(p), p.dtype.itemsize, _block(p))
         if config is not None:
             vec, (k, v, *results) = layout.kernel_strides(t.k, t.v, dk, dv)
-            strides = [None, k, v, None, None, None, *results]
+            strides = [None, k, v, None, None, *results]
             blocks = [(config.block_m, configs.head_dim_class(d), False) for d in (p.head_dim, p.v_head_dim)]
             return _launch(p, t, flash_bwd_dkdv, vec, strides, p.kv_heads, config, tuple(blocks))
     vec, (*qkv, do_stride, dk_stride, dv_stride) = layout.kernel_strides(t.q, t.k, t.v, do, dk, dv)
-    return _launch(p, t, flash_bwd_dkdv, vec, [*qkv, None, do_stride, None, dk_stride, dv_stride], p.kv_heads)
+    return _launch(p, t, flash_bwd_dkdv, vec, [*qkv, do_stride, None, dk_stride, dv_stride], p.kv_heads)
 
 
 def _architecture(p: Problem) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from tfkern import launch
 from tfkern.commands.arguments import number, writable
 from tfkern.ending import InputError
 from tfkern.extras import require
@@ -59,12 +60,12 @@ def run(args) -> int:
 def speed(args) -> int:
     from tfkern.bench import plots, runner
 
+    writable(args.out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         print("no GPU: the Triton kernels can't be timed here. This compares the CPU backend; `tfkern bench model` predicts.\n")
     dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
     rows = []
-    writable(args.out)
     for row in runner.run(dtype, device, args.seconds):
         rows.append(row)
         where = f"{row['shape']:15} {row.get('direction', ''):17} {row['provider']:16}"
@@ -102,6 +103,8 @@ def script(name: str, *arguments: str) -> int:
 
 def process(arguments: list[str]) -> int:
     """Run Python; its exit status, as a shell shows it. An interrupt is for this process, which ends the other."""
+    if why := launch.missing():
+        raise InputError(f"this compiles kernels, but {why}")
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a process inherits what is ignored
     try:
         child = subprocess.Popen([sys.executable, *arguments], env={**os.environ, "TRITON_INTERPRET": "0"})
@@ -111,4 +114,5 @@ def process(arguments: list[str]) -> int:
         code = child.wait()
     finally:
         child.kill()
+        child.wait()
     return 128 - code if code < 0 else code

@@ -11,15 +11,17 @@ def width() -> int:
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], named: int, columns: int) -> str:
-    """Aligned columns where `columns` are enough; else a block of lines for each row, led by its first `named` cells."""
+    """Aligned columns where `columns` are enough; else each row by itself: its first `named` cells, and below them the others
+    with their headings, as many beside each other as fit."""
     rows = [tuple(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     if sum(widths) + 2 * (len(widths) - 1) <= columns:
         ruled = (headings, ["-" * w for w in widths], *rows)
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in ruled)
-    label = max(map(len, headings[named:]))
-    blocks = (
-        [" ".join(row[:named]), *(f"  {h.ljust(label)}  {cell}" for h, cell in zip(headings[named:], row[named:], strict=True))]
-        for row in rows
-    )
-    return "\n".join("\n".join(block) for block in blocks)
+    label, lines = max(map(len, headings[named:])), []
+    wide = label + 2 + max(widths[named:])
+    beside = max(1, columns // (wide + 2))
+    for row in rows:
+        cells = [f"  {h:{label}}  {cell}".ljust(wide + 2) for h, cell in zip(headings[named:], row[named:], strict=True)]
+        lines += [" ".join(row[:named]), *("".join(cells[i : i + beside]).rstrip() for i in range(0, len(cells), beside))]
+    return "\n".join(lines)

@@ -4,9 +4,9 @@ import contextlib
 import sys
 import threading
 
-import torch
 import torch.nn.functional as F
 
+from tfkern import compat
 from tfkern.integrations import replay, torch_sdpa
 
 NAME = "scaled_dot_product_attention"
@@ -94,8 +94,7 @@ def _as_then(served: bool):
 def _install() -> None:
     """Ours in torch.nn.functional, and in every module outside torch that imported the function by name: a look at all names of
     all modules, some milliseconds."""
-    # What torch.jit.script takes it for.
-    torch.jit._builtins._register_builtin(dispatcher, "aten::scaled_dot_product_attention")
+    compat.scripted_as(dispatcher, "aten::scaled_dot_product_attention")
     if getattr(F, NAME) is not dispatcher:
         _service.replaced = getattr(F, NAME)
         _put(vars(F), NAME, f"torch.nn.functional.{NAME}")

@@ -2,26 +2,26 @@
 
 import contextlib
 import functools
-import sys
 import warnings
 import weakref
 
 import torch
 from torch import Tensor, nn
 
-from tfkern import reference, tracing
+from tfkern import compat, reference, tracing
 from tfkern.call import AUTOCAST
 from tfkern.extras import require
 from tfkern.functional import attention, attention_varlen
 from tfkern.integrations import transformers_masks
 from tfkern.integrations.torch_sdpa import PYTORCHS
+from tfkern.integrations.transformers_asking import asks, eager_only, tables
 from tfkern.integrations.transformers_masks import Band, BandMask
 
 NAME = "tfkern"
 # Keywords that reach attention and say nothing about its result; lengths and positions of packed sequences are in the mask.
 _SILENT = {
-    "cache_position", "deterministic", "max_length_k", "max_length_q", "num_items_in_batch", "output_hidden_states",
-    "output_router_logits", "position_ids", "return_dict", "seq_idx", "use_cache",
+    "cache_position", "deterministic", "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch",
+    "output_hidden_states", "output_router_logits", "position_ids", "return_dict", "seq_idx", "use_cache",
 }  # fmt: skip
 _names: set[str] = set()
 _calls: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()
@@ -78,18 +78,22 @@ def attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
     scaling: float | Tensor | None = None, is_causal: bool | None = None, position_bias: Tensor | None = None,
     sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
-    cu_seq_lens_q: Tensor | None = None, cu_seq_lens_k: Tensor | None = None, **kwargs,
+    cu_seq_lens_q: Tensor | None = None, cu_seq_lens_k: Tensor | None = None, indices: Tensor | None = None,
+    sinks: Tensor | None = None, **kwargs,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """What transformers calls for attention. Not for users.
 
     Args:
         query, key, value: (B, H, Nq, D), (B, Hkv, Nk, D), (B, Hkv, Nk, Dv), any strides.
         attention_mask: BandMask; bool (True = attend) or float (added), broadcasting to (B, H, Nq, Nk); or None: then
-            is_causal, or else the module's attribute (or else True), tells, for more than one query.
+            is_causal, or else the module's attribute (or else True), tells, for more than one query. The attribute is nobody's
+            word where all models of the module's file only have eager attention, which sees everything then.
         position_bias: broadcasts to (B, H, Nq, Nk), added, differentiable.
         sliding_window: looked at without a mask only; masks have it in them.
         s_aux: (H,), the sinks, differentiable.
         cu_seq_lens_q, cu_seq_lens_k: (sequences + 1,), where packed sequences start, with B = 1.
+        indices: (B, Nq, keys), the only keys that a query may see, beside the mask.
+        sinks: (B, H, Nq, 1), a sink of each query's own, differentiable.
 
     Returns (out (B, Nq, H, Dv), contiguous, None).
 
@@ -101,6 +105,8 @@ def attention_forward(
         _calls[module] = _calls.get(module, 0) + 1
     _refuse(kwargs)
     packed = cu_seq_lens_q is not None or cu_seq_lens_k is not None
+    if indices is not None:
+        attention_mask = _chosen(attention_mask, indices, key.shape[2])
     if isinstance(attention_mask, BandMask) and (attention_mask.band is None or (attention_mask.band.packed and not packed)):
         attention_mask = attention_mask.seen()
     if isinstance(attention_mask, BandMask):
@@ -108,7 +114,7 @@ def attention_forward(
     elif attention_mask is not None:
         band, mask = Band(), attention_mask
     else:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        causal = _is_causal(module) if is_causal is None else is_causal
         band, mask = _unmasked(query.shape[2], key.shape[2], bool(causal), sliding_window, packed), None
     if query.shape[0] == 1 and key.shape[0] > 1:
         query = query.expand(key.shape[0], -1, -1, -1)
@@ -125,7 +131,11 @@ def attention_forward(
         if packed:
             return _packed(query, key, value, cu_seq_lens_q, cu_seq_lens_k, mask, band, options), None
         attend = _recorded if tracing.pytorchs(query, key, value, mask) else attention
-        out = attend(query, key, value, mask, key_lengths=band.key_lengths, **options)
+        if sinks is None:
+            out = attend(query, key, value, mask, key_lengths=band.key_lengths, **options)
+        else:
+            out, lse = attend(query, key, value, mask, key_lengths=band.key_lengths, return_lse=True, **options)
+            out = out * torch.sigmoid(lse.unsqueeze(-1) - sinks).to(out.dtype)  # what the sink leaves
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -154,6 +164,21 @@ def _refuse(kwargs: dict) -> None:
             f"{name} must be None: tfkern's attention doesn't know this keyword, and without it results might be wrong; use "
             'another attn_implementation for this model, such as "eager"'
         )
+
+
+def _is_causal(module: nn.Module) -> bool:
+    return getattr(module, "is_causal", True) and not eager_only(type(module))
+
+
+def _chosen(mask: Tensor | None, indices: Tensor, n_k: int) -> Tensor:
+    """What `indices` (B, Nq, keys) and the mask let be seen, as a mask of either kind."""
+    chosen = indices.new_zeros((*indices.shape[:2], n_k), dtype=torch.bool).scatter(2, indices.long(), True)[:, None]
+    if mask is None:
+        return chosen
+    mask = mask.seen() if isinstance(mask, BandMask) else mask
+    if mask.dtype == torch.bool:
+        return mask & chosen
+    return torch.where(chosen, mask, -torch.inf)
 
 
 def _unmasked(n_q: int, n_k: int, is_causal: bool, sliding_window: int | None, packed: bool) -> Band:
@@ -219,40 +244,15 @@ def _watching(original):
         if not asks(type(self)):
             _tell_of_default(f"{type(self).__name__} doesn't ask transformers' AttentionInterface", chosen, default)
             return default
-        for name, table in _tables(type(self)):
+        for name, table in tables(type(self)):
             if chosen not in table:
                 _tell_of_default(f"{type(self).__name__} takes part of its attention from {name}", chosen, default)
-                table[chosen] = table[default]
+                table[chosen] = table.get(default, table["eager"])
         unwatch(self)
         self.register_forward_hook(_tell_if_ignored)
         return chosen
 
     return get_correct_attn_implementation
-
-
-def asks(cls: type[nn.Module]) -> bool:
-    """Whether a model's attention asks transformers' AttentionInterface: the module that its class is from has one, or else no
-    attention of its own (a model made of other models, or a subclass: then its base tells)."""
-    from transformers import AttentionInterface
-
-    for base in cls.__mro__:
-        values = vars(sys.modules.get(base.__module__, base)).values()
-        if any(isinstance(x, AttentionInterface) for x in values):
-            return True
-        if any(_is_attention(x) and x.__module__ == base.__module__ for x in values):
-            return False
-    return True
-
-
-def _is_attention(x) -> bool:
-    return isinstance(x, type) and issubclass(x, nn.Module) and "attention" in x.__name__.lower()
-
-
-def _tables(cls: type[nn.Module]):
-    """What a model's module has of tables {name of an attention implementation: class}, each with its own name."""
-    for name, x in list(vars(sys.modules.get(cls.__module__, cls)).items()):
-        if isinstance(x, dict) and x.keys() >= {"eager"} and all(map(_is_attention, x.values())):
-            yield name, x
 
 
 def _tell_of_default(why: str, chosen: str, default: str) -> None:
@@ -282,20 +282,18 @@ def _tell_if_ignored(model: nn.Module, args, output) -> None:
         _tell(chosen, classes)
 
 
+@compat.while_tracing
 def _note_traced(module: type[nn.Module]) -> None:
     """A graph serves all modules of a class, and what was traced for one of them holds for all."""
     _traced.add(module)
 
 
+@compat.while_tracing
 def _tell_while_tracing(chosen: str, *classes: type[nn.Module]) -> None:
     """_tell_if_ignored by the classes of a model and of what is within it."""
     if _told.isdisjoint(classes) and _ignored(chosen, classes):
         _told.add(classes[0])
         _tell(chosen, classes)
-
-
-# For Dynamo: call them while tracing, and not in the graph (torch.compiler.assume_constant_result, which imports Dynamo).
-_note_traced._dynamo_marked_constant = _tell_while_tracing._dynamo_marked_constant = True
 
 
 def _ignored(chosen: str, classes) -> bool:

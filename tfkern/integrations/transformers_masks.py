@@ -7,7 +7,8 @@ from types import FunctionType
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+
+from tfkern import compat
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,13 @@ class BandMask(Tensor):
     elements: `band` tells them, and they are written out for the first operation that wants them. Whoever adds it to scores
     gets what eager attention would, whether or not attention is tfkern's there."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = compat.no_torch_function
 
     @staticmethod
     def __new__(
         cls, band: Band | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, write: Callable[[], Tensor]
     ):
-        mask = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        mask = compat.wrapper(cls, shape, dtype, device)
         mask.band, mask._write, mask._seen, mask._written = band, write, None, None
         return mask
 
@@ -53,13 +54,15 @@ class BandMask(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        def write(mask: BandMask) -> Tensor:
-            written = mask.written()
-            if func._schema.is_mutable:
-                mask.band, mask._seen = None, written  # the band tells no longer what is in the tensor
+        def write(x):
+            if not isinstance(x, BandMask):
+                return x
+            written = x.written()
+            if compat.mutates(func):
+                x.band, x._seen = None, written  # the band tells no longer what is in the tensor
             return written
 
-        args, kwargs = tree_map_only(BandMask, write, (args, kwargs or {}))
+        args, kwargs = compat.mapped(write, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def __repr__(self, **kwargs) -> str:
@@ -96,7 +99,7 @@ def mask(
     )  # fmt: skip
     if torch.compiler.is_compiling() and mask_function is theirs.bidirectional_mask_function and _plain(attention_mask):
         return _for_all_queries(batch_size, q_length, kv_length, kv_offset, attention_mask, dtype, device)
-    if is_tracing(attention_mask):
+    if is_tracing(attention_mask) or not compat.WRAPPERS:
         return _added(write(), dtype)
     found = None if use_vmap else _edges(theirs, mask_function, local_size)
     band = None if found is None else _band(found, batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device)

@@ -79,32 +79,51 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """PyTorch's errors for inputs that don't fit the layer or each other."""
-        if query.dim() not in (2, 3):
-            raise AssertionError(f"query must have 2 dimensions, or 3 with a batch, but has shape {tuple(query.shape)}")
+        dims = query.dim()
+        if dims not in (2, 3):
+            raise AssertionError(
+                f"query should be unbatched 2D or batched 3D tensor but received {dims}-D query tensor, {tuple(query.shape)}"
+            )
+        if {key.dim(), value.dim()} != {dims}:
+            raise AssertionError(
+                f"For {_batchedness(query)} `query`, expected `key` and `value` to be {dims}-D but found {key.dim()}-D and "
+                f"{value.dim()}-D tensors respectively"
+            )
         own = not self._qkv_same_embed_dim
-        for name, x, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
-            if x.dim() != query.dim():
-                raise AssertionError(f"{name} must have {query.dim()} dimensions, as query, but has shape {tuple(x.shape)}")
-            if (own or name == "query") and x.shape[-1] != width:
-                raise AssertionError(f"{name}'s last dim must be {width}, what the layer was made for, but is {x.shape[-1]}")
-        until = -1 if own else None
-        if key.shape[:until] != value.shape[:until]:
-            raise AssertionError(f"value must fit key, {tuple(key.shape)}, but has shape {tuple(value.shape)}")
+        if query.shape[-1] != self.embed_dim:
+            raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {query.shape[-1]} in query")
+        for name, x, width in (("key", key, self.kdim), ("value", value, self.vdim)):
+            if own and x.shape[-1] != width:
+                weights = f"({self.embed_dim}, {x.shape[-1]}), but got {torch.Size((self.embed_dim, width))}"
+                raise AssertionError(f"expecting {name} weights shape of {weights}: {name}'s last dim must be {width}")
+        if own and key.shape[:-1] != value.shape[:-1]:
+            raise AssertionError(
+                f"key's sequence and batch dims {key.shape[:-1]} do not match value's {value.shape[:-1]}; value must fit key"
+            )
+        if not own and key.shape != value.shape:
+            raise AssertionError(f"key shape {key.shape} does not match value shape {value.shape}; value must fit key")
 
     def _check_masks(self, query: Tensor, key: Tensor, key_padding_mask, attn_mask, is_causal: bool) -> None:
         """PyTorch's errors for masks that can't be right whatever the batch."""
         masks = (("key_padding_mask", key_padding_mask, (query.dim() - 1,)), ("attn_mask", attn_mask, (2, 3)))
         for name, x, dims in masks:
             if x is not None and x.dtype != torch.bool and not x.is_floating_point():
-                raise AssertionError(f"{name} must be bool (True = ignore) or floating-point, but is {x.dtype}; convert it")
+                raise AssertionError(
+                    f"only bool and floating types of {name} are supported, but it is {x.dtype}; convert it (True = ignore)"
+                )
             if x is not None and x.dim() not in dims:
-                wanted = " or ".join(map(str, dims))
-                raise AssertionError(f"{name} must have {wanted} dims for a query of {query.dim()}, but is {tuple(x.shape)}")
+                wanted = " or ".join(f"{n}-D" for n in dims)
+                raise AssertionError(
+                    f"For {_batchedness(query)} `query`, expected `{name}` to be `None`{',' * (len(dims) > 1)} "
+                    f"{'or ' * (len(dims) == 1)}{wanted} but found {x.dim()}-D tensor instead, {tuple(x.shape)}"
+                )
         unbatched = (self.num_heads, query.shape[0], key.shape[0])
         if query.dim() == 2 and attn_mask is not None and attn_mask.dim() == 3 and tuple(attn_mask.shape) != unbatched:
-            raise AssertionError(f"attn_mask must be (num_heads, L, S), {unbatched}, but is {tuple(attn_mask.shape)}")
+            raise AssertionError(f"Expected `attn_mask` shape to be {unbatched} but got {attn_mask.shape}: (num_heads, L, S)")
         if is_causal and attn_mask is None:
-            raise RuntimeError("attn_mask must be the causal mask with is_causal=True, which is but a hint, and is None")
+            raise RuntimeError(
+                "Need attn_mask if specifying the is_causal hint. attn_mask must be the causal mask then, but is None"
+            )
 
     def _masked(self, attn_mask, key_padding_mask, is_causal: bool, query, key, seq_first: bool) -> tuple[Tensor | None, bool]:
         """What tfkern.attention takes for the masks: (mask, is_causal)."""
@@ -124,11 +143,17 @@ class MultiheadAttention(nn.MultiheadAttention):
         if attn_mask is not None:
             wanted = shape[1:] if attn_mask.dim() == 2 else (batch * self.num_heads, n_q, n_k)
             if tuple(attn_mask.shape) != wanted:
-                raise RuntimeError(f"attn_mask must have shape {wanted}, but has {tuple(attn_mask.shape)}")
+                raise RuntimeError(
+                    f"The shape of the {attn_mask.dim()}D attn_mask is {attn_mask.shape}, but should be {wanted}."
+                )
             masks.append(attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.view(batch, self.num_heads, n_q, n_k))
         if key_padding_mask is not None:
             if tuple(key_padding_mask.shape) != (batch, n_k):
-                raise AssertionError(f"key_padding_mask must be (N, S), {(batch, n_k)}, but is {tuple(key_padding_mask.shape)}")
+                at = int(key_padding_mask.shape[0] == batch)
+                raise AssertionError(
+                    f"Expected key_padded_mask.shape[{at}] to be {(batch, n_k)[at]}, but got {key_padding_mask.shape[at]}: "
+                    f"key_padding_mask must be (N, S), {(batch, n_k)}"
+                )
             masks.append(key_padding_mask[:, None, None])
         if not masks:
             return None
@@ -138,7 +163,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         mask = masks[0] if len(masks) == 1 else masks[0] + masks[1]
         cast = torch.is_autocast_enabled(mask.device.type) and mask.dtype != torch.float64
         if mask.dtype not in (torch.float32, dtype) and not cast:
-            raise RuntimeError(f"attn_mask must be bool, torch.float32 or the dtype of query, {dtype}, but is {mask.dtype}")
+            raise RuntimeError(
+                "Expected attn_mask dtype to be bool or float or to match query dtype, but got attn_mask.dtype: "
+                f"{mask.dtype} and  query.dtype: {dtype} instead; convert it"
+            )
         return mask
 
     def _attended(self, query, key, value, mask, is_causal: bool, seq_first: bool) -> Tensor:
@@ -188,3 +216,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask of what to ignore as one to add."""
     return mask if mask.is_floating_point() else torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf)
+
+
+def _batchedness(query: Tensor) -> str:
+    return "batched (3-D)" if query.dim() == 3 else "unbatched (2-D)"

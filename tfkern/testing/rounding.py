@@ -14,8 +14,8 @@ machine gets the same.
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+
+from tfkern import compat
 
 PRODUCTS = {"mm", "bmm", "mv", "dot", "addmm", "baddbmm", "convolution", "convolution_backward"}
 # Sums of products of their arguments, without signs of their own: of magnitudes they give the sum of magnitudes.
@@ -26,7 +26,7 @@ EXACT = {
 }  # fmt: skip
 
 
-class Rounding(TorchDispatchMode):
+class Rounding(compat.DispatchMode):
     """Within it, operations on float64 err as they may in float32. `products` is the type that products of matrices take and
     give, such as that of autocast; a type of 16 bits is accumulated in float32."""
 
@@ -42,7 +42,7 @@ class Rounding(TorchDispatchMode):
         if name in EXACT or func.is_view or not any(map(_wide, (*args, *kwargs.values()))):
             return func(*args, **kwargs)
         if name in PRODUCTS and self.products > self.unit:
-            args = tree_map(lambda x: self._moved(x, self.products * x.abs()) if _wide(x) else x, args)
+            args = compat.mapped(lambda x: self._moved(x, self.products * x.abs()) if _wide(x) else x, args)
         out = func(*args, **kwargs)
         outs = out if isinstance(out, (tuple, list)) else (out,)
         for x, total in zip(outs, self._totals(func, name, args, kwargs, len(outs)), strict=True):
@@ -58,7 +58,7 @@ class Rounding(TorchDispatchMode):
             return [p * (grad + (grad * p).sum(dim, keepdim=True))]
         if name not in SUMS:
             return [None] * count
-        totals = func(*tree_map(lambda x: x.abs() if _wide(x) else x, args), **kwargs)
+        totals = func(*compat.mapped(lambda x: x.abs() if _wide(x) else x, args), **kwargs)
         return totals if isinstance(totals, (tuple, list)) else [totals]
 
     def _moved(self, x: Tensor, size: Tensor) -> Tensor:

@@ -109,7 +109,8 @@ class Training:
             self = cls.start(task, attention, int(about["steps"]), device=device)
             self.model.load_state_dict(_under("model.", tensors))
         except (KeyError, TypeError, RuntimeError) as error:
-            raise CheckpointError(f"{path} is of another version's {name} ({error}); train anew") from None
+            what = str(error).splitlines()[0]
+            raise CheckpointError(f"{path} is of another version's {name} ({what}); train anew") from None
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in _under("optimizer.", tensors).items():
             index, name = key.split(".")
