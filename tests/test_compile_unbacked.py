@@ -20,6 +20,10 @@ def padded(y):
     return MHA(y, y, y, torch.arange(6).expand(y.shape[0], 6) > 3, need_weights=False)[0]
 
 
+def other():
+    return torch.linspace(0, 1, 96).view(1, 2, 6, 8)
+
+
 def as_length(y):
     return y[:, 0].transpose(0, 1)[None]
 
@@ -40,11 +44,11 @@ FUNCTIONS = {
     "batch-packed": (lambda y: tfkern.attention_packed(torch.stack((y, y, y), 3).transpose(1, 2).transpose(2, 3)), BATCH),
     "batch-flash": (lambda y: flash_attn_func(y, y, y, causal=True), BATCH),
     "length": (lambda y: tfkern.attention(*(as_length(y),) * 3, is_causal=True), ROWS),
-    "length-of-keys": (lambda y: tfkern.attention(BATCH[:1], as_length(y), as_length(y), window=(2, 2)), ROWS),
+    "length-of-keys": (lambda y: tfkern.attention(other(), as_length(y), as_length(y), window=(2, 2)), ROWS),
     "sdpa": (lambda y: sdpa(y, y, y, y.new_zeros(y.shape[0], 1, 1, 6)), BATCH),
     "sdpa-3d": (lambda y: sdpa(y[:, 0], y[:, 0], y[:, 0], is_causal=True), BATCH),
     "sdpa-5d": (lambda y: sdpa(y[:, None], y[:, None, :1], y[:, None, :1], enable_gqa=True), BATCH),
-    "sdpa-broadcast": (lambda y: sdpa(y, BATCH[:1], BATCH[:1]), BATCH),
+    "sdpa-broadcast": (lambda y: sdpa(y, other(), other()), BATCH),
     "sdpa-length": (lambda y: sdpa(*(as_length(y),) * 3, is_causal=True), ROWS),
     "self-attention": (lambda y: SELF(y[:, 0]), BATCH),
     "mha": (lambda y: MHA(y[:, 0], y[:, 0], y[:, 0], need_weights=False)[0], BATCH),
@@ -58,6 +62,7 @@ class Model(torch.nn.Module):
     def __init__(self, f):
         super().__init__()
         self.f = f
+        self.layers = torch.nn.ModuleList([SELF, MHA])  # torch.export wants to find the parameters
 
     def forward(self, x, mask):
         return self.f(x[mask])

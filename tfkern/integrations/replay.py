@@ -18,6 +18,8 @@ _originals: dict[str, staticmethod] = {}
 
 def note(patched: object, now: Callable[[], bool], way: Callable) -> None:
     """Until `forget`, replays find it as their forwards did: within way(True) where now() was true then, else way(False)."""
+    if patched not in _noted:  # first, to be called when the dictionary has lost it
+        weakref.finalize(patched, _restore_if_unused).atexit = False
     _noted[patched] = now, way
     if not _originals:
         for name, wrapper in (("forward", _forward), ("backward", _backward)):
@@ -26,8 +28,13 @@ def note(patched: object, now: Callable[[], bool], way: Callable) -> None:
 
 
 def forget(patched: object) -> None:
-    """It is not patched any longer. With the last, PyTorch's class is what it was."""
+    """It is not patched any longer."""
     _noted.pop(patched, None)
+    _restore_if_unused()
+
+
+def _restore_if_unused() -> None:
+    """With the last that was patched, also if it died so, PyTorch's class is what it was."""
     if not _noted:
         for name, original in _originals.items():
             setattr(theirs.CheckpointFunction, name, original)
