@@ -76,7 +76,7 @@ def compared():
 def numbers(args):
     if isinstance(args, tuple):
         return [numbers(x) for x in args]
-    return "pointer" if isinstance(args, int) and args > 2**32 else args
+    return "pointer" if isinstance(args, int) and args > 2**22 else args  # a heap may begin right behind a program at 4 MiB
 rows = []
 for problem in problems:
     run(**problem)                       # compiles
