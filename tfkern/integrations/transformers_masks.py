@@ -1,6 +1,7 @@
 """Hugging Face transformers' masks: which keys a query sees, told by a band and only written out where that can't tell."""
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import FunctionType
@@ -87,7 +88,7 @@ def mask(
 
     Never None: then a module's `is_causal` would have to tell what is seen.
     """
-    from transformers import masking_utils as theirs
+    theirs = sys.modules["transformers.masking_utils"]  # who calls; PyTorch 2.11's Dynamo can't import from transformers itself
     from transformers.utils.import_utils import is_tracing
 
     mask_function = theirs.causal_mask_function if mask_function is None else mask_function
