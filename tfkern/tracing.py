@@ -29,9 +29,14 @@ def make_fx() -> bool:
     return not torch.compiler.is_compiling() and get_proxy_mode() is not None
 
 
+def _plain(x) -> bool:
+    """Whether x is a tensor without a meaning of its own, or stands for one while torch.compile or torch.export traces."""
+    return type(x) in _PLAIN or (not compat.PLAIN and isinstance(x, Tensor) and torch.compiler.is_compiling())
+
+
 def foreign(x) -> bool:
     """Whether x is of a class that has its own meaning of PyTorch's functions: a Proxy, a MaskedTensor, a dispatching one."""
-    if type(x) in _PLAIN:
+    if _plain(x):
         return False
     function = getattr(type(x), "__torch_function__", None)
     if not isinstance(x, Tensor):
@@ -41,7 +46,7 @@ def foreign(x) -> bool:
 
 def dispatching(x) -> bool:
     """Whether x is of a class that has its own meaning of operators, such as DTensor. Jagged nested tensors don't count."""
-    if type(x) in _PLAIN or not isinstance(x, Tensor):
+    if _plain(x) or not isinstance(x, Tensor):
         return False
     return type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not x.is_nested
 
