@@ -34,6 +34,7 @@ VARIANTS = {
     "plain": set(), "causal": {"RIGHT"}, "padded": {"key_lengths"}, "all": BAND, "odd": BAND, "strided": BAND,
     "mask": {"mask"}, "bias": {"bias"}, "bias-any": {"bias"}, "dropout": {"dropout"}, "packed": {"cu_q", "cu_k"},
     "softcap": {"softcap"}, "slopes": {"slopes", "RIGHT"}, "sinks": {"sinks"}, "score-mod": {"MOD"}, "scale": {"scale"},
+    "precise-delta": {"errors"},
     "everything": {*BAND, "bias", "dropout", "softcap", "slopes", "sinks", "MOD", "scale"} - {"key_lengths"} | {"cu_q", "cu_k"},
 }  # fmt: skip
 HEAVY = {"mask", "bias", "dropout", "softcap", "slopes", "MOD"}
@@ -95,7 +96,8 @@ def arguments(kernel_name: str, dtype: str, head_dim: int, config, variant: str)
         MOD=score_mods.signed_log if "MOD" in there else None,
         MOD_GRAD=score_mods.signed_log_derivative if "MOD" in there else None,
         LINEAR=not there & {"bias", "softcap", "slopes", "sinks", "MOD"} and kernel.__name__ != "flash_bwd_dbias",
-        MASK_VEC=mask_vec, SUM_ROWS=False, SUM_COLUMNS=False, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        MASK_VEC=mask_vec, STATS_ROWS=2 + (dim + 1) // 2 if "errors" in there else 2, SUM_ROWS=False, SUM_COLUMNS=False,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n,
     )  # fmt: skip
     kinds = {}
     for name in kernel.arg_names:

@@ -55,11 +55,12 @@ def _head_sum(
     m_lo, m_hi, n_lo, n_hi, heads, group, n_q,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, VEC: tl.constexpr, PRECISION: tl.constexpr,
-    MOD: tl.constexpr, LINEAR: tl.constexpr, MASK_VEC: tl.constexpr, SUM_COLUMNS: tl.constexpr,
+    MOD: tl.constexpr, LINEAR: tl.constexpr, MASK_VEC: tl.constexpr, STATS_ROWS: tl.constexpr,
+    SUM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Add the scores of queries [m_lo, m_hi) and keys [n_lo, n_hi) of head S.h of a sequence to acc."""
     row = (seq.at * heads + S.h).to(tl.int64) * n_q + seq.q_row
-    stats = softmax.stats_at(STATS, seq, S.h, heads, n_q)
+    stats = softmax.stats_at(STATS, seq, S.h, heads, n_q, STATS_ROWS)
     Q_h = tile.head(Q, stride_q, seq.at, S.h, seq.q_row, VEC)
     DO_h = tile.head(DO, stride_do, seq.at, S.h, seq.q_row, VEC)
     K_h = tile.head(K, stride_k, seq.at, S.h // group, seq.k_row, VEC)
@@ -92,7 +93,7 @@ def flash_bwd_dbias(
     scale, align, LEFT, RIGHT, bias_batch, bias_heads, bias_rows, bias_columns,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VEC: tl.constexpr,
     PRECISION: tl.constexpr, MOD: tl.constexpr, LINEAR: tl.constexpr, MASK_VEC: tl.constexpr,
-    SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STATS_ROWS: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (bias_batch * bias_heads * ceil(bias_rows / BLOCK_M) * ceil(bias_columns / BLOCK_N),).
 
@@ -118,7 +119,7 @@ def flash_bwd_dbias(
             acc = _head_sum(
                 acc, Q, K, V, DO, STATS, DELTA, LEFT, RIGHT, F, S, seq, stride_q, stride_k, stride_v, stride_do,
                 m_lo, m_hi, n_lo, n_hi, heads, group, n_q, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-                VEC, PRECISION, MOD, LINEAR, MASK_VEC, SUM_COLUMNS)  # fmt: skip
+                VEC, PRECISION, MOD, LINEAR, MASK_VEC, STATS_ROWS, SUM_COLUMNS)  # fmt: skip
 
     if SUM_ROWS:
         acc = tl.broadcast_to(tl.sum(acc, 0)[None, :], [BLOCK_M, BLOCK_N])

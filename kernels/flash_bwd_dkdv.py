@@ -96,7 +96,7 @@ def flash_bwd_dkdv(
     batch, heads, group, n_q, n_k, tiles, scale, align, LEFT, RIGHT,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VEC: tl.constexpr,
     PRECISION: tl.constexpr, MOD: tl.constexpr, MOD_GRAD: tl.constexpr, LINEAR: tl.constexpr, MASK_VEC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STATS_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (batch * heads / group * tiles,), tiles = ceil(n_k / BLOCK_N); packed: (heads / group * tiles,), as in sequence.py.
 
@@ -134,7 +134,7 @@ def flash_bwd_dkdv(
         h = h_k * group + member
         S = score.prepare(F, seq, h, scale, shift, LINEAR, MASK_VEC)
         row = (seq.at * heads + h).to(tl.int64) * n_q + seq.q_row
-        stats = softmax.stats_at(STATS, seq, h, heads, n_q)
+        stats = softmax.stats_at(STATS, seq, h, heads, n_q, STATS_ROWS)
         Q_h = tile.head(Q, stride_q, seq.at, h, seq.q_row, VEC)
         DO_h = tile.head(DO, stride_do, seq.at, h, seq.q_row, VEC)
         DQ_h, DLSE_h, DSLOPES_h = DQ, DLSE, DSLOPES

@@ -7,7 +7,7 @@ the keys. P is recomputed from the maximum and the sum that each row left (Dao e
 import triton
 import triton.language as tl
 
-from . import band, dropout, score, sequence, softmax, tile
+from . import band, dropout, rounding, score, sequence, softmax, tile
 
 RUN_TIME = [
     "stride_q", "stride_k", "stride_v", "stride_o", "stride_do", "stride_dq", "batch", "heads", "group", "n_q", "n_k", "tiles",
@@ -54,7 +54,7 @@ def flash_bwd_dq(
     batch, heads, group, n_q, n_k, tiles, scale, align, LEFT, RIGHT,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VEC: tl.constexpr,
     PRECISION: tl.constexpr, MOD: tl.constexpr, MOD_GRAD: tl.constexpr, LINEAR: tl.constexpr, MASK_VEC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STATS_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid as flash_fwd. Writes DQ, DELTA, and with slopes DSLOPES: each query's part of their gradient.
 
@@ -77,10 +77,13 @@ def flash_bwd_dq(
     o = tile.load(O_h, stride_o, start_m, 0, seq.n_q, BLOCK_M, DV, BLOCK_DV, VEC, True)
     do = tile.load(DO_h, stride_do, start_m, 0, seq.n_q, BLOCK_M, DV, BLOCK_DV, VEC, True)
     delta = softmax.delta(o, do, F)
+    if STATS_ROWS > 2:
+        lost = rounding.load(STATS, O, seq, h, heads, n_q, start_m, BLOCK_M, DV, BLOCK_DV, STATS_ROWS)
+        delta += softmax.delta(lost, do, F)
     if DLSE is not None:
         delta -= tl.load(DLSE + row + offs_m, mask=in_rows, other=0.0)  # d lse / d s = p, so its gradient joins delta
     tl.store(DELTA + row + offs_m, delta, mask=in_rows)
-    stats = softmax.stats_at(STATS, seq, h, heads, n_q)
+    stats = softmax.stats_at(STATS, seq, h, heads, n_q, STATS_ROWS)
     m = softmax.load_maximum(stats, offs_m, 0, seq.n_q, True)
     factor = tl.math.exp2(-softmax.load_log2_sum(stats, offs_m, n_q, 0, seq.n_q, True))  # 1 / l
 

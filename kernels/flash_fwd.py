@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from . import band, dropout, score, sequence, softmax, tile
+from . import band, dropout, rounding, score, sequence, softmax, tile
 
 # Changing these numbers never recompiles; what does recompile is dtype, head dim, VEC and which arguments are None.
 RUN_TIME = [
@@ -44,13 +44,14 @@ def flash_fwd(
     batch, heads, group, n_q, n_k, tiles, scale, align, LEFT, RIGHT,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VEC: tl.constexpr,
     PRECISION: tl.constexpr, MOD: tl.constexpr, LINEAR: tl.constexpr, MASK_VEC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STATS_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (batch * heads * tiles,), tiles = ceil(n_q / BLOCK_M); packed: (heads * tiles,), tiles as in sequence.py.
 
-    Q (B, heads, n_q, D), K (B, heads / group, n_k, D), V (…, DV), O (B, heads, n_q, DV), STATS (B, heads, 2, n_q) fp32
-    contiguous (softmax.store_stats), F Features; packed sequences have B = 1 and `batch` of them. align = 1 aligns the last
-    query with the last key, 0 the first with the first. MOD: the user's change of scores, a jit function, or None.
+    Q (B, heads, n_q, D), K (B, heads / group, n_k, D), V (…, DV), O (B, heads, n_q, DV), STATS (B, heads, STATS_ROWS, n_q) fp32
+    contiguous (softmax.store_stats, rounding.store), F Features; packed sequences have B = 1 and `batch` of them. align = 1
+    aligns the last query with the last key, 0 the first with the first. MOD: the user's change of scores, a jit function, or
+    None.
     """
     seq, h, start_m = sequence.locate_queries(F, tl.program_id(0), tiles, heads, batch, n_q, n_k, BLOCK_M)
     shift = align * (seq.n_k - seq.n_q)
@@ -83,7 +84,9 @@ def flash_fwd(
         o *= F.dropout.factor
     O_h = tile.head(O, stride_o, seq.at, h, seq.q_row, VEC)
     tile.store(O_h, stride_o, start_m, seq.n_q, o, BLOCK_M, DV, BLOCK_DV, VEC)
+    if STATS_ROWS > 2:
+        rounding.store(STATS, O, seq, h, heads, n_q, start_m, o, BLOCK_M, DV, BLOCK_DV, STATS_ROWS)
     offs_m = start_m + tl.arange(0, BLOCK_M)
     if not LINEAR:  # the maximum is of whole logits
         sign = 1.0
-    softmax.store_stats(softmax.stats_at(STATS, seq, h, heads, n_q), offs_m, n_q, seq.n_q, m_i, l_i, sign)
+    softmax.store_stats(softmax.stats_at(STATS, seq, h, heads, n_q, STATS_ROWS), offs_m, n_q, seq.n_q, m_i, l_i, sign)

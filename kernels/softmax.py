@@ -58,9 +58,10 @@ def safe(l_i):
 
 
 @triton.jit
-def stats_at(STATS, seq, h, heads, n_q):
-    """Where the maxima of head h of a sequence are; the logs of its sums are n_q further."""
-    return STATS + (seq.at * heads + h).to(tl.int64) * n_q * 2 + seq.q_row
+def stats_at(STATS, seq, h, heads, n_q, STATS_ROWS: tl.constexpr):
+    """Where the maxima of head h of a sequence are; the logs of its sums are n_q further, and behind them what rounding.py
+    keeps, if anything."""
+    return STATS + (seq.at * heads + h).to(tl.int64) * n_q * STATS_ROWS + seq.q_row
 
 
 @triton.jit

@@ -52,8 +52,10 @@ def test_verify_fits_its_terminal(columns):
     assert lines[-1 if columns == 200 else 3].endswith("WRONG")  # dq
 
 
-def test_processes_of_bench():
+def test_processes_of_bench(request):
     """An end by a signal is a status; an interrupt is left to the process that waits."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     assert bench.process(["-c", code]) == 128 + signal.SIGKILL
     assert bench.process(["-c", "raise SystemExit(3)"]) == 3

@@ -55,6 +55,7 @@ TRACED = {
     "layout-expanded", "empty-batch", "empty-keys", "bool-mask-padding", "bias-2d", "bias-of-heads", "bias-of-keys", "dropout-bias",
     "packed-self-causal", "packed-gqa", "packed-bias-dropout", "packed-slopes", "packed-sinks", "packed-none", "softcap", "slopes",
     "slopes-of-batches", "sinks-dead-rows", "score-mod-places", "scale-as-tensor", "everything", "everything-packed",
+    "precise-delta", "precise-delta-packed",
 }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ def compiled(f):
 CHECKED = {
     "causal", "layout-bnhd", "layout-expanded", "padded-lower-right", "gqa-everything", "bool-mask-padding", "bias-of-heads", "dropout",
     "packed-gqa", "packed-slopes", "sinks", "slopes-of-batches", "scale-as-tensor", "everything",
+    "precise-delta-packed",
 }  # fmt: skip
 
 

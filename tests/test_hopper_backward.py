@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import tfkern
-from tfkern import call, testing, tiles
+from tfkern import call, launch, testing, tiles
 from tfkern.backends import hopper, hopper_backward
 from tfkern.bench.launches import watched
 from tfkern.problem import lse_of
@@ -27,6 +27,7 @@ from hopper_cases import KERNELS, QUICK, SCHEDULES, TYPES, built, faults, lines,
 from hopper_cases import SUPPORTED as IN_FORWARD
 
 ALL = (True, True, True)
+LOOPS_KEEP_REGISTERS = launch.triton_version() < tiles.HOPPER_ONE_PASS_SPILLS  # else a chip takes two launches, always
 CAUSAL, LOWER_RIGHT = testing.CAUSAL, dict(testing.CAUSAL, causal_alignment="lower_right")
 # What only the backward in one launch needs: of keys one block and more, of queries as many tiles as fit, several items a program.
 LENGTHS = [(1, 1), (63, 65), (64, 64), (65, 63), (197, 197), (300, 300), (512, 512), (512, 70), (70, 512), (128, 1), (1, 300)]
@@ -133,7 +134,10 @@ def test_where_one_launch_is_taken(monkeypatch):
     assert [tiles_of(head_dim=d) for d in (40, 64, 72, 128)] == [6, 6, None, None]
     assert [tiles_of(heads=h, kv_heads=1, n_q=65) for h in (2, 3, 4, 5)] == [6, 6, 8, None]
     monkeypatch.setattr(hopper_backward.launch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(hopper_backward.launch, "triton_version", lambda: (3, 7))
     assert [tiles_of(heads=3, batch=b) for b in (31, 32)] == [None, 6]
+    monkeypatch.setattr(hopper_backward.launch, "triton_version", lambda: (3, 8))  # spills in its loops
+    assert tiles_of(heads=3, batch=32) is None
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["tensor", "length"])
@@ -266,10 +270,11 @@ def test_the_compiler_overlaps_what_it_should():
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert done.stdout.count("exp2 under a wgmma") == 6
+    assert done.stdout.count("exp2 under a wgmma") == (6 if LOOPS_KEEP_REGISTERS else 4)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not LOOPS_KEEP_REGISTERS, reason="Triton 3.8 and newer spill in the one launch's loops: two are taken")
 def test_one_launch_past_the_jit():
     """On a GPU that is not there: two compilations serve all lengths, and each backward is one launch."""
     script = """

@@ -27,9 +27,10 @@ FEATURES = {
     "heads": {"": dict(heads=2), "gqa": dict(heads=4, kv_heads=2)},
     "layout": {"": {}, "bnhd": dict(layout="bnhd"), "strided": dict(layout="strided")},
     "scale": {"": {}, "negative": dict(scale=-0.2), "tensor": dict(scale=(0.3,))},
+    "delta": {"": {}, "precise": dict(precise_delta=True)},
     "dims": {"": dict(head_dim=32), "odd": dict(head_dim=24, v_head_dim=40)},
 }  # fmt: skip
-OPTIONS = {"dropout_p", "softcap", "is_causal", "causal_alignment", "window", "key_lengths", "scale"}
+OPTIONS = {"dropout_p", "softcap", "is_causal", "causal_alignment", "window", "key_lengths", "scale", "precise_delta"}
 
 
 def pairs(choice: dict) -> set:

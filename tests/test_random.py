@@ -36,6 +36,7 @@ def cases(draw) -> testing.Case:
     options["window"] = draw(st.none() | st.tuples(side, side))
     options["scale"] = draw(st.none() | st.floats(-2, 2, width=32) | st.floats(-2, 2, width=32).map(lambda x: (x,)))
     options["dropout_p"] = draw(st.sampled_from([0.0, 0.0, 0.1, 0.5, 1.0]))
+    options["precise_delta"] = draw(st.booleans())
     options["softcap"] = draw(st.none() | st.floats(0.25, 50, width=32))
     dims = st.tuples(*(st.sampled_from([d, "1"]) for d in "bhqk")).map("".join)
     kind = draw(st.sampled_from([None, None, "bool", "float", "query"]))

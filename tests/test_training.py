@@ -212,3 +212,59 @@ def test_sampling():
     long = "The " * 30  # more than the context
     assert sampling.continued(gpt, long, 3).startswith(long)
     assert "right):" in sampling.filled(Training.start(small("bert"), tfkern.attention, steps=1))
+
+
+def drift(attend, exact, steps: int = 200) -> list[float]:
+    """How far weights (W_q, W_k) that gradient descent trains by `attend` end from those that it trains by `exact`, in units
+    of the way that those went: one layer of attention on bfloat16, its weights in float32, its target another layer."""
+
+    def made(dim, sharpness, spread):
+        return [torch.eye(dim) * s + spread * torch.randn(dim, dim, generator=generator) / dim**0.5 for s in sharpness]
+
+    def layer(weights, attention):
+        q, k, v = (x @ w for w in weights)
+        return attention(*(y.bfloat16() for y in (q, k, v + 4))).bfloat16().float()  # values with a mean
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 2, 64, 32, generator=generator)
+    start, target = (made(32, (3.0, 3.0, 1.0), spread) for spread in (0.1, 0.3))
+    target, ends = layer(target, exact), []
+    for attention in (exact, attend):
+        weights = [w.clone().requires_grad_() for w in start]
+        for _ in range(steps):
+            loss = (layer(weights, attention) - target).square().mean()
+            for w, grad in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+                w.data -= 0.05 * grad
+        ends.append([w.detach() for w in weights])
+    return [((w - e).norm() / (e - s).norm()).item() for e, w, s in zip(*ends, start, strict=True)][:2]
+
+
+@pytest.mark.cpu  # beside PyTorch's fused attention for CPUs
+def test_precise_delta_takes_the_bias_out_of_a_training():
+    """200 steps. With delta of a rounded output, as in PyTorch's fused attention, the weights of queries and keys go elsewhere, by
+    more than their whole way; with precise_delta by less than a hundredth of it."""
+
+    def exact(q, k, v):
+        return tfkern.reference.attention(q.double(), k.double(), v.double())
+
+    def precise(q, k, v):
+        return tfkern.attention(q, k, v, backend="eager", precise_delta=True)
+
+    assert min(drift(torch.nn.functional.scaled_dot_product_attention, exact)) > 1
+    assert max(drift(precise, exact)) < 0.01
+
+
+@pytest.mark.slow
+def test_precise_delta_of_the_kernels_in_a_training():
+    """30 steps, of the forward and backward in two launches, whose weights are rounded to bfloat16 for their product with values."""
+
+    def exact(q, k, v):
+        return tfkern.reference.attention(q.double(), k.double(), v.double())
+
+    def attend(precise):
+        return lambda q, k, v: tfkern.attention(q, k, v, backend="portable", precise_delta=precise)
+
+    with tfkern.configs.override(flash_bwd_one_pass=None):
+        rounded, precise = (drift(attend(on), exact, steps=30) for on in (False, True))
+    assert min(rounded) > 1
+    assert max(precise) < 0.01

@@ -16,7 +16,7 @@ AUTOCAST = frozenset(x for x in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xp
 def build(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *,
     cu_seqlens_q=None, cu_seqlens_k=None, causal_alignment="upper_left", window=None, key_lengths=None, softcap=None,
-    alibi_slopes=None, sinks=None, score_mod=None,
+    alibi_slopes=None, sinks=None, score_mod=None, precise_delta=False,
 ) -> tuple[Problem, Tensors]:  # fmt: skip
     """Check the arguments of tfkern.attention, or with cu_seqlens those of attention_varlen, and describe the call.
 
@@ -24,15 +24,15 @@ def build(
     """
     query, key, value, attn_mask, alibi_slopes, sinks = autocast(query, key, value, attn_mask, alibi_slopes, sinks)
     tensors = query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k
-    options = dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap, score_mod
+    options = dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap, score_mod, precise_delta
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     return describe(tensors, options), collect(packed, *tensors, scale)
 
 
 def describe(tensors: tuple, options: tuple) -> Problem:
     """The problem of (query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k) and
-    (dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap, score_mod); every check, or a look into what
-    is known of the same call."""
+    (dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap, score_mod, precise_delta); every check, or a
+    look into what is known of the same call."""
     signature = _signature(tensors, options)
     problem = None if signature is None else _problems.get(signature)
     if problem is None:
@@ -64,13 +64,14 @@ def _signature(tensors: tuple, options: tuple) -> tuple | None:
 
 def _describe(
     query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k,
-    dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap, score_mod,
+    dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap, score_mod, precise_delta,
 ) -> Problem:  # fmt: skip
     """Every check, and what is to be computed."""
     batch, heads, kv_heads, n_q, n_k, head_dim, v_head_dim = fit(
         query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k, enable_gqa
     )
     checks.flag("is_causal", is_causal)
+    checks.flag("precise_delta", precise_delta)
     checks.alignment(causal_alignment)
     left, right = checks.band(window, is_causal, n_q + n_k)
     scale = _number(checks.scale(scale, head_dim, query), query)
@@ -83,6 +84,7 @@ def _describe(
         batch, heads, kv_heads, n_q, n_k, head_dim, v_head_dim, query.dtype, query.device, scale, left, right,
         causal_alignment == "lower_right", cu_seqlens_q is not None, key_lengths is not None, mask, bias, dropout_p,
         checks.softcap(softcap), alibi_slopes is not None, sinks is not None, checks.score_mod(score_mod),
+        precise_delta,
     )  # fmt: skip
 
 

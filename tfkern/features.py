@@ -52,7 +52,7 @@ def empty_rows(p: Problem) -> Tensor:
 
 def empty_stats(p: Problem) -> Tensor:
     """What a forward leaves of each row, to be written (problem.py)."""
-    return torch.empty(1 if p.packed else p.batch, p.heads, 2, p.n_q, dtype=torch.float32, device=p.device)
+    return torch.empty(1 if p.packed else p.batch, p.heads, p.stats_rows, p.n_q, dtype=torch.float32, device=p.device)
 
 
 def slope_sums(p: Problem, t: Tensors, parts: Tensor) -> Tensor:
@@ -69,6 +69,6 @@ def slope_sums(p: Problem, t: Tensors, parts: Tensor) -> Tensor:
 
 def sink_sums(sinks: Tensor, stats: Tensor, delta: Tensor) -> Tensor:
     """The gradient of the sinks: a sink is one more logit, whose value is 0, so its dS is P * (0 - delta)."""
-    m, log_l = stats.unbind(2)
+    m, log_l = stats[:, :, 0], stats[:, :, 1]
     p = (sinks.float()[:, None] - m).sub_(log_l).exp_()  # [H, 1] - [B, H, Nq]
     return -(p * delta).masked_fill_(log_l == -torch.inf, 0.0).sum((0, 2)).to(sinks.dtype)

@@ -18,7 +18,8 @@ def attention(
     is_causal: bool = False, scale: float | Tensor | None = None, enable_gqa: bool = False, *,
     causal_alignment: str = "upper_left", window: tuple[int | None, int | None] | None = None,
     key_lengths: Tensor | None = None, softcap: float | None = None, alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None, score_mod: Pair | None = None, return_lse: bool = False, backend: str | None = None,
+    sinks: Tensor | None = None, score_mod: Pair | None = None, precise_delta: bool = False,
+    return_lse: bool = False, backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """softmax(scale * Q K^T + mask) V, fused: the N x N scores are never stored, forward or backward.
 
@@ -48,6 +49,8 @@ def attention(
         sinks: (H,), float32 or the dtype of query: one more logit per head in the softmax's denominator. Differentiable.
         score_mod: (value, derivative), two @triton.jit functions of (score, b, h, i, j): value replaces the scaled and capped
             score before ALiBi and attn_mask, derivative is d value / d score. torch.compile on a GPU wants a tfkern.ScoreMod.
+        precise_delta: for 16-bit inputs, the backward takes delta = rowsum(O * dO) from an O that is not rounded. It costs 2
+            bytes for each element of O, which the forward keeps for the backward.
         return_lse: also return the log-sum-exp of the logits, with the sink's.
         backend: "hopper", "portable" or "eager"; None takes the first that can (`tfkern.explain` tells which), "hopper" only if
             TFKERN_BACKENDS names it.
@@ -73,12 +76,13 @@ def attention(
         return nested.attention(
             attention_varlen, query, key, value, key_lengths, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal,
             scale=scale, enable_gqa=enable_gqa, causal_alignment=causal_alignment, window=window, softcap=softcap,
-            alibi_slopes=alibi_slopes, sinks=sinks, score_mod=score_mod, return_lse=return_lse, backend=backend,
+            alibi_slopes=alibi_slopes, sinks=sinks, score_mod=score_mod, precise_delta=precise_delta, return_lse=return_lse,
+            backend=backend,
         )  # fmt: skip
     return _run(
         return_lse, backend, None, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
         causal_alignment=causal_alignment, window=window, key_lengths=key_lengths, softcap=softcap, alibi_slopes=alibi_slopes,
-        sinks=sinks, score_mod=score_mod,
+        sinks=sinks, score_mod=score_mod, precise_delta=precise_delta,
     )  # fmt: skip
 
 
@@ -87,7 +91,7 @@ def attention_varlen(
     dropout_p: float = 0.0, is_causal: bool = False, scale: float | Tensor | None = None, enable_gqa: bool = False, *,
     causal_alignment: str = "upper_left", window: tuple[int | None, int | None] | None = None, softcap: float | None = None,
     alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, score_mod: Pair | None = None,
-    return_lse: bool = False, backend: str | None = None,
+    precise_delta: bool = False, return_lse: bool = False, backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """`attention` of B sequences of any lengths that lie packed behind each other, without padding.
 
@@ -116,7 +120,7 @@ def attention_varlen(
     return _run(
         return_lse, backend, None, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, causal_alignment=causal_alignment, window=window, softcap=softcap,
-        alibi_slopes=alibi_slopes, sinks=sinks, score_mod=score_mod,
+        alibi_slopes=alibi_slopes, sinks=sinks, score_mod=score_mod, precise_delta=precise_delta,
     )  # fmt: skip
 
 
@@ -125,7 +129,7 @@ def attention_packed(
     scale: float | Tensor | None = None, *, cu_seqlens: Tensor | None = None, causal_alignment: str = "upper_left",
     window: tuple[int | None, int | None] | None = None, key_lengths: Tensor | None = None, softcap: float | None = None,
     alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, score_mod: Pair | None = None,
-    return_lse: bool = False, backend: str | None = None,
+    precise_delta: bool = False, return_lse: bool = False, backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """`attention` of queries, keys and values that lie in one tensor, as one projection makes them; nothing is copied.
 
@@ -147,7 +151,7 @@ def attention_packed(
     query, key, value = call.unpack(qkv.detach())
     options = dict(
         causal_alignment=causal_alignment, window=window, key_lengths=key_lengths, softcap=softcap,
-        alibi_slopes=alibi_slopes, sinks=sinks, score_mod=score_mod,
+        alibi_slopes=alibi_slopes, sinks=sinks, score_mod=score_mod, precise_delta=precise_delta,
     )  # fmt: skip
     if cu_seqlens is not None:
         query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))

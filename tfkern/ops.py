@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tfkern import autograd, backends, call, checks, compat, dropout, dynamo, layout, score_mods
 from tfkern.backends import Backend
-from tfkern.problem import Problem, Tensors, lse_dtype
+from tfkern.problem import Problem, Tensors, lse_dtype, stats_rows
 
 # As Tensors; qkv in the place of q where k is missing. bias, slopes and masks as Tensors wants them.
 _TENSORS = (
@@ -25,7 +25,7 @@ _TENSORS = (
 )
 _OPTIONS = (
     "float dropout_p, bool is_causal, float? scale, bool enable_gqa, str causal_alignment, SymInt? left, SymInt? right, "
-    "float? softcap, str? score_mod, str? backend"
+    "float? softcap, str? score_mod, bool precise_delta, str? backend"
 )
 _COUNT = len(Tensors._fields)
 _library = torch.library.Library("tfkern", "FRAGMENT")
@@ -49,7 +49,7 @@ def attention(*arguments, **options) -> tuple[Tensor, Tensor]:
 def op_arguments(
     backend: str | None, qkv: Tensor | None, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
     enable_gqa=False, *, cu_seqlens_q=None, cu_seqlens_k=None, causal_alignment="upper_left", window=None, key_lengths=None,
-    softcap=None, alibi_slopes=None, sinks=None, score_mod=None,
+    softcap=None, alibi_slopes=None, sinks=None, score_mod=None, precise_delta=False,
 ) -> tuple:  # fmt: skip
     """What the op takes, of what call.build takes."""
     query, key, value, attn_mask, alibi_slopes, sinks = call.autocast(query, key, value, attn_mask, alibi_slopes, sinks)
@@ -66,12 +66,14 @@ def op_arguments(
     if dropout_p:
         tensors = tensors._replace(seed=torch.ops.tfkern.draw_seed(query.device))
     checks.flag("is_causal", is_causal)
+    checks.flag("precise_delta", precise_delta)
     left, right = checks.sides(window)
     name = None if score_mod is None else _name(score_mod, query)
-    return *tensors, dropout_p, is_causal, scale, enable_gqa, causal_alignment, left, right, softcap, name, backend
+    options = dropout_p, is_causal, scale, enable_gqa, causal_alignment, left, right, softcap, name, precise_delta, backend
+    return *tensors, *options
 
 
-def _unit(t: Tensors, dropout_p, is_causal, scale, enable_gqa, causal_alignment, left, right, softcap, score_mod, backend):
+def _unit(t: Tensors, dropout_p, is_causal, scale, enable_gqa, causal_alignment, left, right, softcap, score_mod, *more):
     """Problem.unit, or the tensor that scale is."""
     if any(x is not None for x in (t.bias, t.slopes, t.sinks, softcap, score_mod)):
         return 1.0
@@ -93,7 +95,7 @@ def _name(score_mod, query: Tensor) -> str:
 def _understood(tensors: tuple, options: tuple) -> tuple[Problem, Backend, Tensors]:
     """What an op is asked to do, by what, with what."""
     given = Tensors(*tensors)
-    dropout_p, is_causal, scale, enable_gqa, alignment, left, right, softcap, score_mod, backend = options
+    dropout_p, is_causal, scale, enable_gqa, alignment, left, right, softcap, score_mod, precise_delta, backend = options
     query, key, value, slopes = *call.unpacked(given)[:3], given.slopes
     if given.cu_q is not None:
         query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
@@ -107,7 +109,7 @@ def _understood(tensors: tuple, options: tuple) -> tuple[Problem, Backend, Tenso
         ),
         (
             dropout_p, is_causal, scale, enable_gqa, alignment, (left, right), softcap,
-            None if score_mod is None else score_mods.named(score_mod),
+            None if score_mod is None else score_mods.named(score_mod), precise_delta,
         ),
     )  # fmt: skip
     given = given._replace(scale=call.on_device(given.scale, query))
@@ -135,7 +137,8 @@ def _forward_fake(*arguments):
     t = call.unpacked(Tensors(*arguments[:_COUNT]))
     out = layout.empty_in_order_of(t.q, t.v.shape[-1])
     batch, heads, rows = t.q.shape[:3]
-    return out, torch.empty(batch, heads, 2, rows, dtype=lse_dtype(t.q.dtype), device=t.q.device)
+    kept = stats_rows(t.q.dtype, t.v.shape[-1], arguments[-2])
+    return out, torch.empty(batch, heads, kept, rows, dtype=lse_dtype(t.q.dtype), device=t.q.device)
 
 
 def _backward_fake(do, dlse, out, stats, needed, *arguments):

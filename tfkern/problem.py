@@ -3,7 +3,8 @@
 What a forward leaves of each row for its backward are `stats` (B, H, 2, Nq), in the dtype of lse: m, and log l = log(sum of
 exp(logit - unit * m)). With m the largest logit, in units of q . k where that is all of it (`unit` is the scale then, else 1),
 the backward can form weights as the forward did: in lse = unit * m + log l the second is lost beside a first of 1e9. m may be
-another number, 0 where a row sees no key, and log l is -inf there.
+another number, 0 where a row sees no key, and log l is -inf there. With precise_delta stats have more rows (B, H, stats_rows,
+Nq), for what O lost when it was rounded to 16 bits: (Nq, Dv) in the dtype of O behind each head's two (kernels/rounding.py).
 """
 
 import functools
@@ -49,14 +50,19 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def lse_of(stats: Tensor, unit) -> Tensor:
     """lse (B, H, Nq), all of whose gradient comes by way of log l."""
-    m, log_l = stats.unbind(2)
+    m, log_l = stats.select(2, 0), stats.select(2, 1)
     return log_l + m.detach() * unit
 
 
-def stats_of(lse: Tensor) -> Tensor:
+def stats_rows(dtype: torch.dtype, v_head_dim: int, precise_delta: bool) -> int:
+    """Rows of stats. What is not rounded to 16 bits loses nothing."""
+    return 2 + (v_head_dim + 1) // 2 if precise_delta and dtype.itemsize == 2 else 2
+
+
+def stats_of(lse: Tensor, stats_rows: int = 2) -> Tensor:
     """stats where lse is all that is known: m = 0."""
     batch, heads, rows = lse.shape
-    stats = lse.new_zeros(batch, heads, 2, rows)
+    stats = lse.new_zeros(batch, heads, stats_rows, rows)
     stats.select(2, 1).copy_(lse)
     return stats
 
@@ -90,6 +96,7 @@ class Problem:
     has_slopes: bool = False
     has_sinks: bool = False
     score_mod: tuple | None = None
+    precise_delta: bool = False
     plans: dict = field(default_factory=dict, compare=False, repr=False)  # what a backend wants to work out only once
 
     def __post_init__(self):
@@ -107,6 +114,10 @@ class Problem:
     @property
     def lse_dtype(self) -> torch.dtype:
         return lse_dtype(self.dtype)
+
+    @property
+    def stats_rows(self) -> int:
+        return stats_rows(self.dtype, self.v_head_dim, self.precise_delta)
 
     @property
     def heavy(self) -> bool:

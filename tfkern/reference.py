@@ -81,11 +81,12 @@ def kept(seed: Tensor, dropout_p: float, shape, first: int = 0) -> Tensor:
 
 def attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *,
-    return_lse=False, seed=None, first=0, **options,
+    return_lse=False, seed=None, first=0, precise_delta=False, **options,
 ):  # fmt: skip
     """The naive counterpart of tfkern.attention, with its arguments and results; O(N^2) memory; any device and dtype.
 
     With dropout it draws the same random bits from the same state of torch's generator, unless `seed`, two int64, gives them.
+    precise_delta changes nothing: there is no delta.
     """
     p, lse = attention_weights(query, key, attn_mask, is_causal, scale, first=first, **options)
     if dropout_p:
@@ -138,11 +139,12 @@ def _slices(cu) -> list[slice]:
 
 def flash(
     query: Tensor, key: Tensor, value: Tensor, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *,
-    return_lse=False, seed=None, first=0, sinks=None, out_dtype=None, **options,
+    return_lse=False, seed=None, first=0, sinks=None, precise_delta=False, out_dtype=None,
+    **options,
 ):  # fmt: skip
     """`attention` with the backward that flash backwards compute, written out, N x N and all: delta = rowsum(O * dO) - dlse,
     dS = P * (dP - delta) (Dao et al., FlashAttention, 2022, section B.4). out_dtype is what O is rounded to, from which delta
-    is taken."""
+    is taken, unless that is to be precise."""
     if dropout_p and seed is None:
         seed = dropout.draw_seed(query.device)
     with torch.no_grad():
@@ -150,7 +152,8 @@ def flash(
             query, key, value, attn_mask, dropout_p, is_causal, scale, return_lse=True, seed=seed, first=first, sinks=sinks,
             **options,
         )  # fmt: skip
-    out = out.to(out_dtype or out.dtype).to(out.dtype)
+    if out_dtype is not None and not precise_delta:
+        out = out.to(out_dtype).to(out.dtype)
     s = logits(query, key, attn_mask, is_causal, scale, first=first, **options)
     factors = kept(seed, dropout_p, s.shape, first).to(s.dtype) if dropout_p else None
     wide_value = value.repeat_interleave(query.shape[1] // max(value.shape[1], 1), dim=1)

@@ -185,4 +185,4 @@ def finish(
     else:
         store_rows(o, O, stride_o, seq.at, h, seq.q_row + start_m, seq.n_q - start_m, DIM)
     offs_m = start_m + gl.arange(0, BLOCK_M, layout=ROWS)
-    softmax.store_stats(softmax.stats_at(STATS, seq, h, heads, n_q), offs_m, n_q, seq.n_q, m_i, l_i, 1.0)
+    softmax.store_stats(softmax.stats_at(STATS, seq, h, heads, n_q, 2), offs_m, n_q, seq.n_q, m_i, l_i, 1.0)

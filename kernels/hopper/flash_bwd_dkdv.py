@@ -59,7 +59,7 @@ def _produce(
             stage, phase = stage_of(member * n_tiles + i, STAGES)
             start_m = first + i * BLOCK_M
             offs_m = start_m + gl.arange(0, BLOCK_M, layout=ROWS)
-            stats = softmax.stats_at(STATS, seq, h, heads, n_q)
+            stats = softmax.stats_at(STATS, seq, h, heads, n_q, 2)
             m = softmax.load_maximum(stats, offs_m, lo, hi, True)
             log2_l = softmax.load_log2_sum(stats, offs_m, n_q, lo, hi, True)
             delta = tile.load_row_values(DELTA + row, offs_m, lo, hi, 0.0, True)

@@ -148,7 +148,7 @@ def _consume(
     offs_m = start_m + gl.arange(0, BLOCK_M, layout=ROWS)
     there = offs_m < seq.n_q
     row = (seq.at * heads + h).to(gl.int64) * n_q + seq.q_row
-    stats = softmax.stats_at(STATS, seq, h, heads, n_q)
+    stats = softmax.stats_at(STATS, seq, h, heads, n_q, 2)
     m = softmax.load_maximum(stats, offs_m, 0, seq.n_q, True)
     log2_l = softmax.load_log2_sum(stats, offs_m, n_q, 0, seq.n_q, True)
     mbarrier.wait(rows_full.index(CONSUMER), 0)

@@ -37,7 +37,7 @@ FILES = [
 TESTS = ["test_small.py", "test_band.py", "test_addresses.py", "test_dropout.py", "test_features.py", "test_extremes.py"]
 HOPPER_TESTS = sorted(path.name for path in (ROOT / "tests").glob("test_hopper*.py"))
 SIMULATED = "not synchronisation and not whole and not compiler and not jit"  # what runs the kernels in the simulator
-SELECTED = "test_small or test_ranges or test_addresses or (portable and (exact_near or averages or threshold))"
+SELECTED = "test_small or test_ranges or test_addresses or (portable and (exact_near or averages or threshold or rounded))"
 BACKWARD = ["full", "window-narrow", "padded", "groups", "softcap", "slopes-window", "bias-of-keys", "packed", "dropout"]
 # What tells quickest about a file comes first; everything else follows for mutants that survive it.
 FIRST = {
@@ -47,6 +47,7 @@ FIRST = {
     "flash_bwd_dq.py": BACKWARD,
     "flash_bwd_dbias.py": ["bias-of-nothing", "bias-window", "bias-of-keys", "bias-of-queries", "bias", "packed-bias"],
     "flash_fwd.py": ["full", "window-narrow", "groups", "dropout", "packed"],
+    "rounding.py": ["test_what_the_output_lost_when_it_was_rounded"],
     "score.py": ["test_addresses.py", "softcap", "bias-window", "slopes", "score-mod-log", "mask", "score-mod", "padded"],
     "score_mods.py": ["test_the_examples_of_score_mod_are_what_they_say", "score-mod-log", "score-mod"],
     "sequence.py": ["packed-many", "packed", "padded", "packed-bias", "test_boundaries_that_nobody_checked"],

@@ -39,15 +39,15 @@ def _without_autocast(function):
 
 @_without_autocast
 def forward(problem: Problem, t: Tensors) -> tuple[Tensor, Tensor]:
-    """out in q's memory order, stats (B, H, 2, Nq) float32, or float64 for float64; B is 1 for packed sequences."""
+    """out in q's memory order, stats (B, H, stats_rows, Nq) float32, or float64 for float64; B is 1 for packed sequences."""
     if _covered(problem, t.q, t.k, t.v):
         out, lse = compat.flash(t.q, t.k, t.v, 0.0, _is_causal(problem), scale=problem.scale)
-        return layout.like_order(out, t.q), stats_of(lse)
+        return layout.like_order(out, t.q), stats_of(lse, problem.stats_rows)
     out = layout.empty_in_order_of(t.q, problem.v_head_dim).zero_()
     lse = torch.full(t.q.shape[:3], -math.inf, dtype=problem.lse_dtype, device=problem.device)
     for p, part, rows, _, first in _sequences(problem, t):
         _forward_tiled(p, part, first, out[:, :, rows], lse[:, :, rows])
-    return out, stats_of(lse)
+    return out, stats_of(lse, problem.stats_rows)
 
 
 @_without_autocast
@@ -89,6 +89,7 @@ def _covered(p: Problem, *tensors: Tensor) -> bool:
         compat.flash is not None
         and p.device.type == "cpu"
         and p.plain
+        and p.stats_rows == 2  # precise_delta: its backward would take delta from a rounded O
         and (full or causal)
         and p.heads == p.kv_heads
         and p.head_dim == p.v_head_dim

@@ -31,6 +31,8 @@ def limits(p: Problem) -> list[str]:
         reasons.append(f"a mask takes too many registers with head dim {p.head_dim}")
     elif p.several and p.head_dim > SEVERAL:
         reasons.append(f"several of dropout, softcap, ALiBi and score_mod take too many registers with head dim {p.head_dim}")
+    if p.stats_rows > 2:
+        reasons.append("precise_delta is not built in")
     if p.scale is None or not p.scale > 0:
         reasons.append("scale must be a number > 0")
     if 0 in (p.batch, p.heads, p.n_q, p.n_k):

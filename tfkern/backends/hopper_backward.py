@@ -93,12 +93,12 @@ def _planned(p: Problem, results: tuple[Tensor, ...], need: Gradients, without_d
 
 def one_pass(p: Problem) -> HopperOnePass | None:
     """The tiles of the backward in one launch, if it has memory for all queries of a key head; None too for what its kernel
-    does not have, and where there are fewer key heads than fill the chip, which two kernels divide further."""
+    does not have. On a chip also None where there are fewer key heads than fill it, which two kernels divide further, and with
+    a Triton that spills in its loops."""
     if p.packed or p.heavy or p.has_sinks:
         return None
-    if p.batch * p.kv_heads < HOPPER_FULL_CHIP and launch.architecture(p.device) != "interpreter":
-        return None
-    if launch.triton_version() >= HOPPER_ONE_PASS_SPILLS:
+    few = p.batch * p.kv_heads < HOPPER_FULL_CHIP
+    if (few or launch.triton_version() >= HOPPER_ONE_PASS_SPILLS) and launch.architecture(p.device) != "interpreter":
         return None
     tiles = p.group * -(-p.n_q // HOPPER_QUERIES)
     fitting = (config for dim in HOPPER_ONE_PASS if p.head_dim <= dim for config in HOPPER_ONE_PASS[dim])

@@ -21,7 +21,7 @@ def unsupported(problem: Problem) -> list[str]:
 
 
 def forward(problem: Problem, t: Tensors) -> tuple[Tensor, Tensor]:
-    """out in q's memory order, stats (B, H, 2, Nq) float32 (problem.py); B is 1 for packed sequences."""
+    """out in q's memory order, stats (B, H, stats_rows, Nq) float32 (problem.py); B is 1 for packed sequences."""
     p, t = problem, features.plain_memory(problem, t)
     launch_fwd, result = _plan(p, _plan_forward, t)
     out = result.empty()
@@ -154,7 +154,8 @@ def _launch(p: Problem, t: Tensors, kernel, vec: int, strides: list, heads: int,
     constants = dict(
         D=p.head_dim, DV=p.v_head_dim, BLOCK_D=configs.head_dim_class(p.head_dim),
         BLOCK_DV=configs.head_dim_class(p.v_head_dim), VEC=vec, PRECISION=_precision(p), MOD=value, MOD_GRAD=derivative,
-        LINEAR=p.linear, MASK_VEC=features.mask_vec(t), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        LINEAR=p.linear, MASK_VEC=features.mask_vec(t), STATS_ROWS=p.stats_rows, BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
     )  # fmt: skip
     if name == "flash_bwd_dbias":
         batch, bias_heads, rows, columns = p.bias
