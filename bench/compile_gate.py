@@ -34,7 +34,7 @@ VARIANTS = {
     "plain": set(), "causal": {"RIGHT"}, "padded": {"key_lengths"}, "all": BAND, "odd": BAND, "strided": BAND,
     "mask": {"mask"}, "bias": {"bias"}, "bias-any": {"bias"}, "dropout": {"dropout"}, "packed": {"cu_q", "cu_k"},
     "softcap": {"softcap"}, "slopes": {"slopes", "RIGHT"}, "sinks": {"sinks"}, "score-mod": {"MOD"}, "scale": {"scale"},
-    "precise-delta": {"errors"},
+    "precise": {"errors"},
     "everything": {*BAND, "bias", "dropout", "softcap", "slopes", "sinks", "MOD", "scale"} - {"key_lengths"} | {"cu_q", "cu_k"},
 }  # fmt: skip
 HEAVY = {"mask", "bias", "dropout", "softcap", "slopes", "MOD"}

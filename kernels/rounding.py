@@ -1,11 +1,11 @@
 """What O loses when it is rounded to 16 bits, for a backward with a precise delta.
 
-It is kept behind the stats of its head (softmax.py). STATS is (B, heads, STATS_ROWS, n_q) of float32. Its first two rows are the
-stats; the others hold n_q rows of 2 * (STATS_ROWS - 2) numbers in the type of O, of which the first DV are used. STATS_ROWS is 2
-where nothing is kept.
+It is kept behind the stats of its head (softmax.py). STATS is (B, heads, STATS_ROWS, n_q) of float32. Its first two rows are
+the stats. The others hold n_q rows of 2 * (STATS_ROWS - 2) numbers in the type of O, of which the first DV are used. STATS_ROWS
+is 2 where nothing is kept.
 
-delta = rowsum(O * dO) of a rounded O is off by 2^-9 of its largest terms in bfloat16. Where one weight of a row is nearly 1, that
-is more than all of dP - delta (Qiu and Yao, "Why low-precision transformer training fails", 2025).
+delta = rowsum(O * dO) of a rounded O is off by 2^-9 of its largest terms in bfloat16. Where one weight of a row is nearly 1,
+that is more than all of dP - delta (Qiu and Yao, "Why low-precision transformer training fails", 2025).
 """
 
 import triton
