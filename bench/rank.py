@@ -114,4 +114,4 @@ def keep(key: str, best: list[list]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(compile_gate.ended(main))
