@@ -62,7 +62,7 @@ def _understood(
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     window = tuple(map(flash_attn.side, (window_size_left, window_size_right)))
     tensors = query, key, value, None, alibi_slopes, None, seqused_k, cum_seq_q, cum_seq_k
-    problem = call.describe(tensors, (dropout_p, is_causal, scale, True, "lower_right", window, None, None))
+    problem = call.describe(tensors, (dropout_p, is_causal, scale, True, "lower_right", window, None, None, False))
     return problem, backends.choose(problem, None), call.collect(packed, *tensors, None)
 
 
