@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -52,15 +53,31 @@ def test_verify_fits_its_terminal(columns):
     assert lines[-1 if columns == 200 else 3].endswith("WRONG")  # dq
 
 
-def test_processes_of_bench(request):
-    """An end by a signal is a status; an interrupt is left to the process that waits."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+def test_processes_of_bench():
+    """An end by a signal is a status; a terminal's interrupt does not come to it."""
     code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     assert bench.process(["-c", code]) == 128 + signal.SIGKILL
     assert bench.process(["-c", "raise SystemExit(3)"]) == 3
-    assert bench.process(["-c", "import signal; raise SystemExit(signal.getsignal(signal.SIGINT) != signal.SIG_IGN)"]) == 0
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert bench.process(["-c", "import os; raise SystemExit(os.getsid(0) != os.getpid())"]) == 0
+
+
+def test_what_a_process_of_bench_has_started_ends_with_it(tmp_path):
+    code = f"""
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
+"""
+    assert bench.process(["-c", code]) == 0
+    pid = int((tmp_path / "pid").read_text())
+    for _ in range(100):  # until whoever inherits it has taken note
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except FileNotFoundError:
+            return
+        if state == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail(f"process {pid} runs on")
 
 
 def test_train_generate_resume(tmp_path, capsys):

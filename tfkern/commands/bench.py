@@ -5,6 +5,7 @@ compares the CPU backend, `compile` prints what the compiler makes of every kern
 what time that would take on an H100, with a band, `overhead` says what a call costs in Python.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -105,14 +106,12 @@ def process(arguments: list[str]) -> int:
     """Run Python; its exit status, as a shell shows it. An interrupt is for this process, which ends the other."""
     if why := launch.missing():
         raise InputError(f"this compiles kernels, but {why}")
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a process inherits what is ignored
-    try:
-        child = subprocess.Popen([sys.executable, *arguments], env={**os.environ, "TRITON_INTERPRET": "0"})
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    # A session of its own: the terminal interrupts neither it nor compilers that it runs, which would report that as a failure.
+    child = subprocess.Popen([sys.executable, *arguments], env={**os.environ, "TRITON_INTERPRET": "0"}, start_new_session=True)
     try:
         code = child.wait()
     finally:
-        child.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # with all that it has started
         child.wait()
     return 128 - code if code < 0 else code
