@@ -145,8 +145,9 @@ def test_gradients_of_large_equal_logits(size, dtype, options, backend, device):
     q, k = (torch.full((1, 1, n, 24), size, dtype=dtype, device=device, requires_grad=True) for _ in range(2))
     found = torch.autograd.grad(tfkern.attention(q, k, v, **options, backend=backend), (q, k, v), do)
     weights = reference.attention_weights(q.double(), k.double(), **options)[0]
-    unit = torch.finfo(dtype).eps
-    torch.testing.assert_close(found[2].double(), weights.mT @ do.double(), rtol=2 * unit, atol=2 * unit)
+    # A sum's error is a part of the sum of what it adds up, whatever the CPU's order of adding, which may cancel.
+    bound = 2 * torch.finfo(dtype).eps * (1 + weights.mT @ do.double().abs())
+    assert ((found[2].double() - weights.mT @ do.double()).abs() <= bound).all()
     assert all(x.isfinite().all() for x in found)
 
 
