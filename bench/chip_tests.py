@@ -57,7 +57,7 @@ def _line(report: pytest.TestReport) -> str:
 
 def _on_the_chip(item: pytest.Item) -> bool:
     """Whether a test runs kernels on the device that is there."""
-    if getattr(item, "callspec", None) and item.callspec.params.get("backend") == "eager":
+    if getattr(item, "callspec", None) and item.callspec.params.get("backend") in ("cpu", "eager"):
         return False
     return "device" in item.fixturenames or any(item.get_closest_marker(name) for name in ("gpu", "hopper_gpu"))
 

@@ -31,6 +31,8 @@ def missing(item) -> str | None:
     """What a test needs that is not here."""
     own = [NEEDS[name] for name in NEEDS if item.get_closest_marker(name)]
     own += [mark.args for mark in item.iter_markers("needs")]
+    if getattr(item, "callspec", None) and item.callspec.params.get("backend") == "cpu":
+        own.append(NEEDS["cpu"])
     return next((what for what, here in own if not here), None)
 
 

@@ -37,8 +37,8 @@ def every_way() -> list:
     ways = []
     for number, case in enumerate(ALL_CASES):
         quick = "fp16" if case.name in IN_FLOAT16 else ("bf16", "fp32")[number % 2]
-        for backend, dtype in itertools.product(("portable", "eager"), DTYPES):
-            marks = [] if backend == "eager" or dtype == quick else [pytest.mark.slow]
+        for backend, dtype in itertools.product(("portable", "eager", "cpu"), DTYPES):
+            marks = [] if backend != "portable" or dtype == quick else [pytest.mark.slow]
             ways.append(pytest.param(case, backend, dtype, id=f"{case}-{backend}-{dtype}", marks=marks))
     return ways
 
@@ -74,11 +74,11 @@ def test_same_inputs_same_bits(backend, name, device):
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-@pytest.mark.parametrize("elements", [1, 700, eager_tiles.ELEMENTS])
+@pytest.mark.parametrize("elements", [1, 700, eager_tiles.CACHED])
 @pytest.mark.parametrize("case", [case for case in ALL_CASES if case.score_mod is None], ids=str)
 def test_eager_is_exact_in_float64(case, elements, monkeypatch):
     """But for a score_mod, whose constants Triton has in float32."""
-    monkeypatch.setattr(eager_tiles, "ELEMENTS", elements)
+    monkeypatch.setattr(eager_tiles, "CACHED", elements)
     inputs = testing.make_inputs(case, torch.float64)
     found = testing.results(tfkern.attention_varlen if case.lengths else tfkern.attention, inputs, backend="eager")
     truth = testing.truth(case, inputs)
@@ -90,7 +90,7 @@ def test_eager_is_exact_in_float64(case, elements, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["every second", "expanded", "int32"])
-@pytest.mark.parametrize("backend", ["portable", "eager"])
+@pytest.mark.parametrize("backend", ["portable", "eager", "cpu"])
 def test_key_lengths_of_any_stride_and_dtype(backend, kind, device):
     q, k, v = (torch.randn(4, 1, 40, 16, device=device) for _ in range(3))
     lengths = {
@@ -102,7 +102,7 @@ def test_key_lengths_of_any_stride_and_dtype(backend, kind, device):
     torch.testing.assert_close(found, reference.attention(q, k, v, key_lengths=lengths), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["portable", "eager"])
+@pytest.mark.parametrize("backend", ["portable", "eager", "cpu"])
 def test_lazily_negated_inputs(backend, device):
     """x.conj().imag is a view that says "the negative of my memory"."""
     q, k, v = (torch.randn(1, 2, 20, 16, dtype=torch.complex64, device=device).conj().imag for _ in range(3))

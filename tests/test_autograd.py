@@ -62,7 +62,7 @@ def test_func_grad(qkv):
         torch.testing.assert_close(f, t)
 
 
-@pytest.mark.parametrize("backend", ["portable", "eager"])
+@pytest.mark.parametrize("backend", ["portable", "eager", "cpu"])
 @pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 0, 1), (1, 0, 2)], ids=str)
 def test_results_keep_the_memory_order_of_their_inputs(backend, order, device):
     """B, H, N in any order in memory: out as query, each gradient as its input, all dense."""
@@ -102,7 +102,7 @@ def test_autocast_casts_mixed_inputs(device_dtype, device):
         tfkern.attention(q, k, k)
 
 
-@pytest.mark.parametrize("backend", ["portable", "eager"])
+@pytest.mark.parametrize("backend", ["portable", "eager", "cpu"])
 def test_autocast_does_not_reach_into_the_backend(qkv, backend, device):
     """Products inside stay as wide as they are without autocast; a backward inside it too."""
     narrow = [t.detach().bfloat16() for t in qkv]
@@ -119,7 +119,7 @@ def test_autocast_does_not_reach_into_the_backend(qkv, backend, device):
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("backend", ["portable", "eager"])
+@pytest.mark.parametrize("backend", ["portable", "eager", "cpu"])
 def test_changing_a_result_in_place(qkv, backend):
     """Allowed, as with PyTorch's attention; and as there, a backward that would need the old values says so."""
     for options in ({}, dict(window=(5, 5))):

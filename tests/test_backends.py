@@ -17,8 +17,9 @@ def problem(**changes):
     return call.build(q, q, q)[0]
 
 
-def test_a_cpu_tensor_goes_to_eager_by_default():
-    assert backends.choose(problem()) is backends.BACKENDS["eager"]
+def test_a_cpu_tensor_goes_to_cpu_by_default():
+    assert backends.choose(problem()) is backends.BACKENDS["cpu"]
+    assert backends.choose(problem(), "eager") is backends.BACKENDS["eager"]
     assert backends.choose(problem(), "portable") is backends.BACKENDS["portable"]
 
 
@@ -36,7 +37,16 @@ def test_environment_variable_sets_the_order(monkeypatch):
 
 def test_explain(monkeypatch):
     q = torch.empty(1, 2, 4, 300)
-    assert tfkern.explain(q, q, q).startswith("eager runs Problem(batch=1, heads=2")
+    assert tfkern.explain(q, q, q).startswith("cpu (fused whole) runs Problem(batch=1, heads=2")
+    assert tfkern.explain(q, q, q, window=(0, 0)).startswith("cpu (fused whole) runs")
+    long = torch.empty(1, 2, 1000, 16)
+    assert tfkern.explain(long, long, long, window=(9, 9)).startswith("cpu (fused in 16 tiles of queries) runs")
+    lengths = torch.full((1,), 9)
+    assert tfkern.explain(long, long, long, key_lengths=lengths).startswith("cpu (fused, sequences of equal lengths together)")
+    text = tfkern.explain(q, q, q, softcap=2.0)
+    assert text.startswith(
+        "cpu (in tiles of PyTorch's operations: softcap is nothing that PyTorch's fused CPU attention has) runs"
+    )
     monkeypatch.setenv("TFKERN_BACKENDS", "portable,eager")
     text = tfkern.explain(q, q, q)
     assert text.startswith("eager runs")

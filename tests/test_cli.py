@@ -37,10 +37,10 @@ def test_info_fails_when_a_backend_is_wrong(capsys, monkeypatch):
 def test_verify(capsys, monkeypatch):
     monkeypatch.setattr(verify, "SHORT", ("one-query",))
     assert cli.main(["verify"]) == 0
-    assert "6 passed, 0 failed" in capsys.readouterr().out
+    assert "9 passed, 0 failed" in capsys.readouterr().out
     monkeypatch.setattr(testing, "check", lambda *a: [testing.Error("out", float("nan"), 0.1, 0.2)])
     assert cli.main(["verify"]) == 1
-    assert "0 passed, 6 failed" in capsys.readouterr().out
+    assert "0 passed, 9 failed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80, 200])

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 import tfkern
 from tfkern import configs, dropout, reference
 
-BACKENDS = pytest.mark.parametrize("backend", ["portable", "eager"])
+BACKENDS = pytest.mark.parametrize("backend", ["portable", "eager", "cpu"])
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ CASES = {
     "mask dims": (dict(attn_mask=torch.ones(1, B, H, N, N)), ValueError, "attn_mask must broadcast to"),
     "mask device": (dict(attn_mask=torch.ones(N, N, device="meta")), ValueError, "attn_mask must be on the device of query, cpu, but is on meta"),
     "score_mod signature": (dict(score_mod=(jit(lambda s: s),) * 2), TypeError, r"score_mod must be a pair .* functions of \(score, b, h, i, j\)"),
-    "backend": (dict(backend="magic"), ValueError, r"backend must be None or one of \['hopper', 'portable', 'eager'\], but is 'magic'"),
+    "backend": (dict(backend="magic"), ValueError, r"backend must be None or one of \['hopper', 'portable', 'cpu', 'eager'\], but is 'magic'"),
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from tfkern.backends import BACKENDS as BACKENDS_BY_NAME
 from tfkern.backends import hopper
 from tfkern.testing import budget
 
-BACKENDS = pytest.mark.parametrize("backend", ["portable", "eager"])
+BACKENDS = pytest.mark.parametrize("backend", ["portable", "eager", "cpu"])
 LARGE = [-1e4, -1e9, 1e9, 1e30, torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min]
 
 
@@ -217,7 +217,7 @@ def test_gradients_where_the_output_is_not_rounded(options, backend, device):
     for x, right in zip(found, truth, strict=True):
         assert (x - right).abs().max() <= 0.006 * right.abs().max()
     for x, y, right in zip(found[:2], without, truth, strict=False):
-        assert backend == "eager" or (x - right).abs().max() <= 0.5 * (y - right).abs().max()
+        assert backend != "portable" or (x - right).abs().max() <= 0.5 * (y - right).abs().max()
 
 
 @pytest.mark.parametrize("dims", [(40, 40), (16, 5), (24, 64)], ids=str)
@@ -330,7 +330,8 @@ def test_sinks_of_rows_without_keys(backend, device):
 def test_garbage_lengths_and_slopes_of_each_sequence(garbage, device, monkeypatch):
     from tfkern import checks
 
-    monkeypatch.setattr(checks, "cu_seqlens", lambda *args: None)
+    for name in ("cu_seqlens", "cu_seqlens_values"):
+        monkeypatch.setattr(checks, name, lambda *args: None)
     q = torch.randn(12, 2, 8, device=device, requires_grad=True)
     slopes = torch.zeros(2, 2, device=device, requires_grad=True)
     ends = torch.tensor(garbage, device=device)

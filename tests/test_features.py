@@ -9,7 +9,7 @@ import tfkern
 from tfkern import reference, score_mods
 from tfkern.kernels import score_mods as examples
 
-BACKENDS = pytest.mark.parametrize("backend", ["portable", "eager"])
+BACKENDS = pytest.mark.parametrize("backend", ["portable", "eager", "cpu"])
 B, H, N, M, D = 2, 3, 33, 41, 16
 
 

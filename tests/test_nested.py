@@ -13,7 +13,7 @@ def make(device, heads=2, lengths=(5, 1, 12), d=16):
     return torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=True)
 
 
-@pytest.mark.parametrize("backend", ["portable", "eager"])
+@pytest.mark.parametrize("backend", ["portable", "eager", "cpu"])
 def test_is_each_sequence_by_itself(backend, device):
     x = make(device)
     q = x.transpose(1, 2)

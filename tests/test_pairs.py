@@ -72,7 +72,7 @@ def test_every_pair_meets():
     assert len({str(case(c)) for c in CHOICES}) == len(CHOICES)
 
 
-@pytest.mark.parametrize("backend", ["portable", "eager"])
+@pytest.mark.parametrize("backend", ["portable", "eager", "cpu"])
 @pytest.mark.parametrize("case", [case(c) for c in CHOICES], ids=str)
 def test_pair(case, backend, device):
     errors = testing.check(case, torch.float32, backend, device)

@@ -223,5 +223,5 @@ def test_the_examples_of_score_mod_are_what_they_say():
         kernel_mods.cooling_derivative: (1 / temperature).expand_as(s),
     }
     for function, value in wanted.items():
-        found = score_mods.each_head(function, s, 0, i, j)
+        found = score_mods.each_head(function, s, range(2), 0, i, j)
         torch.testing.assert_close(found.expand_as(s), value.to(found.dtype))

@@ -10,12 +10,16 @@ from tfkern import call, compat
 from tfkern.problem import Gradients, Problem, Tensors
 
 
-def attention(problem: Problem, backend, tensors: Tensors, qkv: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(out, stats) of one problem by one backend, differentiable in the first six tensors. With qkv, of which query, key and
-    value are views, the gradient of those is one tensor like it."""
+def attention(
+    problem: Problem, backend, tensors: Tensors, qkv: Tensor | None = None, want_stats: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """(out, stats) of one problem by one backend, differentiable in the first six tensors; stats may be None where nobody wants
+    them. With qkv, of which query, key and value are views, the gradient of those is one tensor like it."""
     if qkv is not None:
         tensors = tensors._replace(q=qkv, k=None, v=None)
     if not _transformed() and not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:6])):
+        if backend.output is not None and not want_stats:
+            return backend.output(problem, call.unpacked(tensors)), None
         return Attention.forward(problem, backend, *tensors)
     return apply(Attention, problem, backend, *tensors)
 

@@ -41,14 +41,25 @@ def describe(tensors: tuple, options: tuple) -> Problem:
             if len(_problems) >= MANY_PROBLEMS:
                 _problems.clear()
             _problems[signature] = problem
+    elif tensors[6:] != (None, None, None):
+        _values(*tensors[:2], *tensors[6:])
     return problem
 
 
+def _values(query: Tensor, key: Tensor, key_lengths, cu_seqlens_q, cu_seqlens_k) -> None:
+    """The checks that look at values: those of every call, however well it is known."""
+    if key_lengths is not None:
+        checks.key_lengths_values(key_lengths, key.shape[2])
+    if cu_seqlens_q is not None:
+        checks.cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, query.shape[0])
+        checks.cu_seqlens_values("cu_seqlens_k", cu_seqlens_k, key.shape[0])
+
+
 def _signature(tensors: tuple, options: tuple) -> tuple | None:
-    """All that the checks look at, or None where they look at values that tensors hold, or can't be kept."""
+    """All that the checks look at but values of lengths, or None where they look at other values, or can't be kept."""
     try:
-        if isinstance(options[2], Tensor) or (tensors[6:] != (None, None, None) and tensors[0].device.type == "cpu"):
-            return None
+        if isinstance(options[2], Tensor) or (tensors[3] is not None and tensors[7] is not None):
+            return None  # a scale; what a mask must have for the longest of packed sequences
         scale, window = options[2], options[5]
         sides = window if isinstance(window, tuple) else ()
         signature = (

@@ -90,9 +90,15 @@ def heads(heads: int, kv_heads: int, enable_gqa: bool) -> None:
 def key_lengths(key_lengths, batch: int, n_k: int, device: torch.device) -> None:
     """(batch,) integers in 0..n_k."""
     _integers("key_lengths", key_lengths, batch, "one length a batch", device)
-    # Where the values are not looked at, kernels clamp them to 0..Nk instead.
-    if readable(key_lengths) and batch and not 0 <= int(key_lengths.min()) <= int(key_lengths.max()) <= n_k:
-        raise ValueError(f"key_lengths must lie in 0..{n_k}, the length of key, but are {key_lengths.tolist()}")
+    key_lengths_values(key_lengths, n_k)
+
+
+def key_lengths_values(key_lengths: Tensor, n_k: int) -> None:
+    """In 0..n_k. Where the values are not looked at, kernels clamp them to that instead."""
+    if readable(key_lengths) and key_lengths.numel():
+        values = key_lengths.tolist()
+        if not (min(values) >= 0 and max(values) <= n_k):
+            raise ValueError(f"key_lengths must lie in 0..{n_k}, the length of key, but are {values}")
 
 
 def cu_seqlens(name: str, cu, total: int, device: torch.device, count: int | None = None) -> None:
@@ -100,6 +106,11 @@ def cu_seqlens(name: str, cu, total: int, device: torch.device, count: int | Non
     if isinstance(cu, Tensor) and (cu.dim() != 1 or same(cu.shape, (0,), unknown=False)):
         raise ValueError(f"{name} must have shape (sequences + 1,), starting with 0, but has {tuple(cu.shape)}")
     _integers(name, cu, count, "as cu_seqlens_q has", device)
+    cu_seqlens_values(name, cu, total)
+
+
+def cu_seqlens_values(name: str, cu: Tensor, total: int) -> None:
+    """Rising from 0 to at most total."""
     if not readable(cu):
         return  # the kernels stay inside the tensors whatever stands there
     values = cu.tolist()

@@ -99,6 +99,16 @@ _flash = _private("torch:ops.aten._scaled_dot_product_flash_attention_for_cpu.de
 _flash_backward = _private("torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default")
 flash, flash_backward = (_flash, _flash_backward) if None not in (_flash, _flash_backward) else (None, None)
 
+# What autograd runs for a softmax along the last dim: y * (g - sum(y * g)), in one pass. Else: in three.
+_softmax_backward = _private("torch:_softmax_backward_data")
+
+
+def softmax_backward(grad: Tensor, output: Tensor) -> Tensor:
+    if _softmax_backward is None:
+        return output * (grad - (output * grad).sum(-1, keepdim=True))
+    return _softmax_backward(grad, output, -1, output.dtype)
+
+
 # The number of the backend (torch.nn.attention.SDPBackend) that F.scaled_dot_product_attention takes. Else: nobody tells.
 sdp_choice = _private("torch:_fused_sdp_choice")
 

@@ -9,6 +9,8 @@ STEPS = 1 << 16  # probabilities come in steps of 1 / STEPS
 ROUNDS = 7
 SEEDS = 0, 2**63 - 1  # the first, and one beyond the last
 _WORD = 0xFFFFFFFF
+_FACTORS = 0xD2511F53, 0xCD9E8D57
+_SIGNS = -0x7FFF7FFF7FFF8000  # 0x8000 in each of four 16-bit numbers, which gives them the order of int16
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -28,28 +30,58 @@ def factor(dropout_p: float) -> float:
     return STEPS / kept if kept else 0.0
 
 
-def keep(seed: Tensor, dropout_p: float, bh: Tensor, rows: Tensor, first: int, stop: int) -> Tensor:
-    """True where an element survives, for keys [first, stop) along the last dim. bh = sequence * heads + head and the query
-    rows are int64 tensors that broadcast, with a last dim of 1. The layout of the bits is told in kernels/dropout.py."""
+def keep(
+    seed: Tensor, dropout_p: float, bh: Tensor, rows: Tensor, first: int, stop: int, dtype: torch.dtype = torch.bool
+) -> Tensor:
+    """True, or 1 in `dtype`, where an element survives, for keys [first, stop) along the last dim. bh = sequence * heads + head
+    and the query rows are int64 tensors that broadcast, with a last dim of 1. The layout of the bits is told in
+    kernels/dropout.py."""
     groups = torch.arange(first // 8, (stop + 7) // 8, device=seed.device)
-    zero = torch.zeros_like(bh + rows + groups)
-    words = philox(groups + zero, rows + zero, bh + zero, (seed[1] & _WORD) + zero, seed[0] & _WORD, (seed[0] >> 32) & _WORD)
-    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    numbers = torch.stack(halves, -1).flatten(-2)[..., first % 8 : first % 8 + stop - first]
-    return numbers >= threshold(dropout_p)
+    pairs = _philox(groups, rows, bh, seed[1] & _WORD, _keys(seed[0] & _WORD, seed[0] >> 32, ROUNDS, _SIGNS))
+    words = pairs.new_empty((*pairs.shape[1:], 2))
+    for i, (high, low) in enumerate(zip(_high(pairs), pairs.bitwise_left_shift_(32), strict=True)):
+        torch.bitwise_or(high, low, out=words[..., i])  # memory has the low half first, where the first word belongs
+    numbers = words.view(torch.int16).flatten(-2)[..., first % 8 : first % 8 + stop - first]
+    survives = torch.empty(numbers.shape, dtype=dtype, device=seed.device)
+    limit = threshold(dropout_p)
+    return torch.ge(numbers, limit - STEPS // 2, out=survives) if limit < STEPS else survives.zero_()
 
 
 def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0, k1, rounds: int = ROUNDS) -> tuple[Tensor, ...]:
     """Philox-4x32 (Salmon et al., 2011): four random words for counters c and a key k, all words in int64 tensors."""
-    for _ in range(rounds):
-        high0, low0 = _multiply(c0, 0xD2511F53)
-        high1, low1 = _multiply(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
-    return c0, c1, c2, c3
+    k0, k1 = (torch.as_tensor(k, device=c0.device) for k in (k0, k1))
+    return tuple(word for pair in _philox(c0, c1, c2, c3, _keys(k0, k1, rounds)) for word in (_high(pair), pair & _WORD))
 
 
-def _multiply(x: Tensor, by: int) -> tuple[Tensor, Tensor]:
-    """The high and the low word of a product of words; in parts, as int64 holds no 64 bits without a sign."""
-    high, low = by >> 16, by & 0xFFFF
-    return (x * high + (x * low >> 16)) >> 16, (x * by) & _WORD
+def _keys(k0: Tensor, k1: Tensor, rounds: int, flips: int = 0) -> list[Tensor]:
+    """The two words of each round's key, int64 (2,), in the high half, where they are xored; the last also with `flips`."""
+    steps = torch.arange(rounds, device=k0.device)
+    keys = torch.stack([k0 + steps * 0x9E3779B9, k1 + steps * 0xBB67AE85], 1) << 32
+    keys[-1] ^= flips
+    return list(keys)
+
+
+def _philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, keys: list[Tensor]) -> Tensor:
+    """The four words as pairs (2, …) int64, each with its first word in the high half.
+
+    A round multiplies c0 and c2. Each product, a pair of words, becomes the other's new pair when its high word is xored with
+    an old second word and the key. int64 products wrap, which leaves their bits right. Counters that broadcast stay small until
+    the second round has mixed them."""
+    for key in keys[:2]:
+        first, second = c0 * _FACTORS[0], c2 * _FACTORS[1]
+        x, y = ((c1 << 32) ^ key[0]) ^ second, ((c3 << 32) ^ key[1]) ^ first
+        c0, c1, c2, c3 = _high(x), x, _high(y), y  # what c1 and c3 have in the high half, a shift takes away
+    pairs = torch.stack(torch.broadcast_tensors(x, y))
+    products, factors = torch.empty_like(pairs), pairs.new_tensor(_FACTORS)
+    each = (2,) + (1,) * x.dim()
+    for key in keys[2:]:
+        torch.bitwise_right_shift(pairs, 32, out=products).bitwise_and_(_WORD).mul_(factors.view(each))
+        pairs.bitwise_left_shift_(32).bitwise_xor_(key.view(each))
+        pairs[0].bitwise_xor_(products[1])
+        pairs[1].bitwise_xor_(products[0])
+    return pairs
+
+
+def _high(pair: Tensor) -> Tensor:
+    """The word in the high half, in the low one."""
+    return (pair >> 32).bitwise_and_(_WORD)

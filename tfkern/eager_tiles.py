@@ -1,7 +1,14 @@
-"""What the eager backend holds at once: some rows of queries against all the keys that they need, and their scores."""
+"""What the backend eager holds at once: some rows of queries of some heads against all keys that they see, and their scores.
 
-from collections.abc import Iterator
+Logits, weights and the gradients of logits are shaped (B, H, rows, keys). Products are batched over (B, Hkv), the heads of a
+group folded into rows, so that gradients of shared keys add up by themselves.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,172 +17,237 @@ from tfkern import dropout
 from tfkern.problem import Problem, Tensors
 from tfkern.score_mods import each_head
 
-ELEMENTS = 1 << 22  # scores held at once: 16 MiB of float32, unless one row of queries alone has more
+CACHED = 1 << 18  # scores of a tile on a CPU for each thread: 1 MiB of float32, which stays in its L2 cache
+ELEMENTS = 1 << 22  # scores of a tile elsewhere
+ROWS = 256  # of a tile at least, if there are as many, whatever its keys: else what happens once for each tile costs too much
+LARGEST = 1e37  # products of less, added up, are finite in float32
+
+
+class Part(NamedTuple):
+    """Sequences and heads of a dense problem that go together: the sequences' numbers; slices of batch, heads, key heads."""
+
+    numbers: Sequence[int]
+    batch: slice
+    heads: slice
+    kv_heads: slice
+
+    def of(self, x: Tensor | None) -> Tensor | None:
+        """The part of a tensor with a dim for each of batch and heads, or 1 where it broadcasts."""
+        if x is None:
+            return None
+        return x[self.batch if x.shape[0] > 1 else slice(None), self.heads if x.shape[1] > 1 else slice(None)]
+
+
+def parts(p: Problem, numbers: Sequence[int]) -> Iterator[Part]:
+    """A dense problem in parts. On a CPU their tiles fit into its cache."""
+    if min(p.batch, p.heads, p.n_q, p.n_k) == 0:
+        return
+    batch, kv_heads = p.batch, p.kv_heads
+    if p.device.type == "cpu":
+        fit = max(1, _elements(p) // (min(p.n_q, ROWS) * max(1, _seen(p, ROWS)) * p.group))  # key heads
+        kv_heads, batch = min(fit, p.kv_heads), max(1, min(fit // p.kv_heads, p.batch))
+    for b in range(0, p.batch, batch):
+        for h in range(0, p.kv_heads, kv_heads):
+            kv = slice(h, min(h + kv_heads, p.kv_heads))
+            heads = slice(kv.start * p.group, kv.stop * p.group)
+            yield Part(numbers[b : b + batch], slice(b, b + batch), heads, kv)
+
+
+def _elements(p: Problem) -> int:
+    return CACHED * torch.get_num_threads() if p.device.type == "cpu" else ELEMENTS
+
+
+def alive(p: Problem) -> slice:
+    """The rows of a dense problem that see a key within the band. They lie side by side."""
+    shift = p.n_k - p.n_q if p.lower_right else 0
+    first = 0 if p.right is None else max(0, -shift - p.right)
+    stop = p.n_q if p.left is None else min(p.n_q, p.n_k - shift + p.left)
+    return slice(first, stop) if p.n_k and stop > first else slice(0, 0)
+
+
+def _seen(p: Problem, rows: int) -> int:
+    """The most keys that so many neighbouring queries see."""
+    if p.left is None or p.right is None:
+        return p.n_k
+    return min(p.n_k, rows + p.left + p.right)
+
+
+def _product(x: Tensor, y: Tensor, scale) -> float:
+    """What products of rows of x and y, scaled, can't exceed; NaN where there is one."""
+    return _largest(x) * _largest(y) * abs(float(scale)) * x.shape[-1]
+
+
+def _largest(x: Tensor) -> float:
+    return max(map(abs, map(float, x.aminmax()))) if x.numel() else 0.0
 
 
 @dataclass
 class Tile:
-    """Query rows and key columns, as slices; where the query sees the key (B or 1, H or 1, rows, keys), None for everywhere;
-    dropout's factor of each probability; and d logits / d (scale * q . k), None for 1 and until the logits were asked for."""
+    """Query rows and key columns, as slices, and `hidden`: pairs of a slice of the columns and where those are hidden, (B or 1,
+    H or 1, rows, columns). What is in none is seen. `slope` is d logits / d (scale * q . k), None for 1 and until asked for."""
 
     rows: slice
     keys: slice
-    keep: Tensor | None
-    kept: Tensor | None
+    hidden: list[tuple[slice, Tensor]]
     slope: Tensor | None = None
 
-    def only_seen(self, x: Tensor) -> Tensor:
-        return x if self.keep is None else x.masked_fill(~self.keep, 0.0)
+    def fill(self, x: Tensor, value: float) -> Tensor:
+        """x with a value where it is hidden."""
+        for columns, hidden in self.hidden:
+            x[..., columns].masked_fill_(hidden, value)
+        return x
+
+    def hide(self, s: Tensor) -> Tensor:
+        """s with -inf where it is hidden, for an s without NaN and inf."""
+        for columns, hidden in self.hidden:
+            seen = 1.0 - hidden.to(s.dtype)
+            s[..., columns] += seen.reciprocal_().neg_().add_(1.0)  # -inf or 0, in a quarter of the time of filling
+        return s
 
 
 class Tiles:
-    """One problem, tile by tile. Products are batched over (B, Hkv), the heads of a group folded into rows, so that gradients
-    of shared keys add up by themselves; what happens between products is shaped (B, H, rows, keys). `first` is the number of
-    the first sequence."""
+    """A part of a dense problem, tile by tile. `careful` is whether there may be NaN or inf in what is hidden, or a sum that
+    overflows: whoever finds numbers only may say that there is none."""
 
-    def __init__(self, p: Problem, t: Tensors, first: int):
-        self.p, self.t, self.first = p, t, first
-        self.lengths = None if t.key_lengths is None else t.key_lengths.clamp(0, p.n_k).view(-1, 1, 1, 1)
-        elements = ELEMENTS // 8 if p.heavy else ELEMENTS  # features hold several tiles at once
-        self.step = max(1, min(p.n_q, elements // max(1, p.batch * p.heads * p.n_k)))
-        self.compute = p.lse_dtype
-        self.banded = p.left is not None or p.right is not None or p.has_key_lengths
-        self.k, self.v = self._readable(t.k), self._readable(t.v)
+    def __init__(self, p: Problem, t: Tensors, part: Part):
+        self.p, self.part, self.compute = p, part, p.lse_dtype
+        self.q, self.bias, self.mask, self.slopes = (part.of(x) for x in (t.q, t.bias, t.mask, t.slopes))
+        self.k, self.v = (x[part.batch, part.kv_heads].to(self.compute) for x in (t.k, t.v))
+        self.sinks = None if t.sinks is None else t.sinks[part.heads, None].to(self.compute)
+        self.seed, self.scale = t.seed, t.scale if p.scale is None else p.scale
+        self.shift = p.n_k - p.n_q if p.lower_right else 0
+        self.batch, self.heads = self.q.shape[:2]
+        on_cpu = p.device.type == "cpu"
+        rows = _elements(p) // max(1, self.batch * self.heads * _seen(p, ROWS))
+        self.step = max(1, min(p.n_q, max(rows, ROWS if on_cpu else 1)))
+        # Nobody asks a GPU, which would have to be waited for.
+        self.bias_hides = self.bias is not None and not (on_cpu and self.bias.numel() and self.bias.amin() > -math.inf)
+        self.careful = not (
+            on_cpu and p.score_mod is None and _product(self.q, self.k, self.scale) < LARGEST and _largest(self.v) < LARGEST
+            and not (self.bias_hides and not self.bias.amax() < math.inf)
+        )  # fmt: skip
 
     def __iter__(self) -> Iterator[Tile]:
-        p = self.p
-        if min(p.batch, p.heads, p.n_q) == 0:
-            return
-        for start in range(0, p.n_q, self.step):
-            stop = min(start + self.step, p.n_q)
-            rows, keys = slice(start, stop), slice(*self._key_range(start, stop))
-            yield Tile(rows, keys, self._keep(rows, keys), self._kept(rows, keys))
+        """The tiles of the rows that may see a key."""
+        rows = alive(self.p)
+        for start in range(rows.start, rows.stop, self.step):
+            stop = min(start + self.step, rows.stop)
+            rows_, keys = slice(start, stop), slice(*self._key_range(start, stop))
+            yield Tile(rows_, keys, self._hidden(rows_, keys))
 
-    def fold(self, x: Tensor, tile: Tile) -> Tensor:
-        """The tile's rows of (B, H, Nq, D) as (B, Hkv, group * rows, D) in the wide dtype."""
-        return self.refold(x[:, :, tile.rows].to(self.compute))
+    def rely_on(self, do: Tensor, dlse: Tensor | None) -> None:
+        """Be careful where these ask for it, too: gradients of a part's results."""
+        bounded = _product(do, self.v, 1.0) < LARGEST and (dlse is None or _largest(dlse) < LARGEST)
+        self.careful = self.careful or not bounded
 
-    def refold(self, x: Tensor) -> Tensor:
-        return x.reshape(self.p.batch, self.p.kv_heads, self.p.group * x.shape[2], x.shape[3])
+    def fold(self, x: Tensor) -> Tensor:
+        """(B, H, rows, …) as (B, Hkv, group * rows, …)."""
+        return x.reshape(self.batch, self.k.shape[1], -1, x.shape[3]) if self.p.group > 1 else x
 
     def unfold(self, x: Tensor) -> Tensor:
-        """(B, Hkv, group * rows, D) as (B, H, rows, D)."""
-        return x.reshape(self.p.batch, self.p.heads, x.shape[2] // self.p.group, x.shape[3])
+        """(B, Hkv, group * rows, …) as (B, H, rows, …)."""
+        return x.reshape(self.batch, self.heads, -1, x.shape[3]) if self.p.group > 1 else x
 
-    def hide_unseen(self, x: Tensor, tile: Tile) -> Tensor:
-        """Keys or values of the tile (B, Hkv, keys, D) with 0 where a mask hides them from all of its queries. (What the band
-        hides is 0 already.)"""
-        if tile.keep is None or (self.t.mask is None and self.t.bias is None):
-            return x
-        seen = tile.keep.any(2).expand(self.p.batch, self.p.heads, -1)
-        seen = seen.reshape(self.p.batch, self.p.kv_heads, self.p.group, -1).any(2)
-        return x.masked_fill(~seen[..., None], 0.0)
-
-    def hide_dead(self, x: Tensor, tile: Tile) -> Tensor:
-        """Folded rows with 0 where the query sees no key of the tile, which are all that it may see."""
-        if tile.keep is None:
-            return x if self.p.n_k else torch.zeros_like(x)
-        seen = tile.keep.any(3, keepdim=True).expand(self.p.batch, self.p.heads, -1, -1)
-        return x.masked_fill(~self.refold(seen), 0.0)
+    def queries(self, tile: Tile) -> Tensor:
+        """The tile's queries times the scale, in the wide dtype, folded."""
+        return self.fold(self.q[:, :, tile.rows].to(self.compute) * self.scale)
 
     def logits(self, tile: Tile, q: Tensor, want_slope: bool = False) -> Tensor:
-        """(B, H, rows, keys) of folded queries, -inf where not seen, as kernels/score.py; sets the tile's slope if wanted."""
-        p, t = self.p, self.t
+        """(B, H, rows, keys) of `queries`, -inf where not seen, as kernels/score.py; sets the tile's slope if wanted."""
+        p = self.p
         s = self.unfold(q @ self.k[:, :, tile.keys].mT)  # [rows, D] @ [D, keys]
-        s = s * (p.scale if p.scale is not None else t.scale)
         slope = None
         if p.softcap is not None:
-            y = torch.tanh(s / p.softcap)
-            s = y * p.softcap
-            slope = 1.0 - y * y
+            s.div_(p.softcap).tanh_()
+            slope = torch.addcmul(s.new_ones(()), s, s, value=-1.0) if want_slope else None
+            s.mul_(p.softcap)
         if p.score_mod is not None:
             value, derivative = p.score_mod
-            place = (self.first, *self._offsets(tile.rows, tile.keys))
+            place = self.part.numbers, self.part.heads.start, *self._offsets(tile)
             if want_slope:
-                slope = each_head(derivative, s, *place) * (1.0 if slope is None else slope)
+                own = each_head(derivative, s, *place)
+                slope = own if slope is None else own.mul_(slope)
             s = each_head(value, s, *place)
-        if t.slopes is not None:
-            s = s - t.slopes.to(s.dtype)[:, :, None, None] * self.distance(tile)
-        if t.bias is not None:
-            s = s + self._mask_tile(t.bias, tile.rows, tile.keys).to(s.dtype)
-        tile.slope = slope if want_slope else None
-        return s if tile.keep is None else s.masked_fill(~tile.keep, -torch.inf)
+        if self.slopes is not None:
+            s.addcmul_(self.slopes.to(s.dtype)[:, :, None, None], self.distance(tile), value=-1.0)
+        if self.bias is not None:
+            s.add_(self._of_tile(self.bias, tile.rows, tile.keys))
+        tile.slope = slope
+        return tile.fill(s, -math.inf) if self.careful else tile.hide(s)
 
     def distance(self, tile: Tile) -> Tensor:
-        """|i + shift - j|, (B or 1, 1, rows, keys)."""
-        i, j = self._offsets(tile.rows, tile.keys)
-        return (i + self._shift() - j).abs().to(self.compute)
+        """|i + shift - j|, (rows, keys)."""
+        i, j = self._offsets(tile)
+        return (i + self.shift - j).abs().to(self.compute)
 
-    def add_dbias(self, dbias: Tensor, ds: Tensor, tile: Tile) -> None:
-        """Add the tile's ds to the gradient of the bias, summed over the dims along which that broadcasts."""
-        part = self._mask_tile(dbias, tile.rows, tile.keys)
-        part += ds.sum_to_size(part.shape)
-
-    def _mask_tile(self, x: Tensor, rows: slice, keys: slice) -> Tensor:
-        return x[:, :, rows if x.shape[2] > 1 else slice(None), keys if x.shape[3] > 1 else slice(None)]
-
-    def _heads(self) -> tuple[Tensor, Tensor]:
-        b = torch.arange(self.first, self.first + self.p.batch, device=self.p.device)
-        h = torch.arange(self.p.heads, device=self.p.device)
-        return b[:, None, None, None], h[:, None, None]
-
-    def _offsets(self, rows: slice, keys: slice) -> tuple[Tensor, Tensor]:
-        device = self.p.device
-        return torch.arange(rows.start, rows.stop, device=device)[:, None], torch.arange(keys.start, keys.stop, device=device)
-
-    def _count(self):
-        return self.p.n_k if self.lengths is None else self.lengths
-
-    def _shift(self):
-        return self._count() - self.p.n_q if self.p.lower_right else 0
-
-    def _readable(self, x: Tensor) -> Tensor:
-        """Keys or values for computing: in the wide dtype, with 0 where the band hides them from all, whatever stood there."""
-        x = x.to(self.compute)
-        if not self.banded:
-            return x
-        p, j = self.p, torch.arange(self.p.n_k, device=x.device)
-        unseen = j >= self._count()
-        if p.left is not None:
-            unseen = unseen | (j < self._shift() - p.left)
-        if p.right is not None:
-            unseen = unseen | (j >= p.n_q + self._shift() + p.right)
-        return x.masked_fill(unseen[(None,) * (4 - unseen.dim())].mT, 0.0)
-
-    def _key_range(self, start: int, stop: int) -> tuple[int, int]:
-        p = self.p
-        if p.lower_right and p.has_key_lengths:
-            return 0, p.n_k  # each batch is shifted by its own length, which only the device knows
-        shift = p.n_k - p.n_q if p.lower_right else 0
-        lo = 0 if p.left is None else min(max(start + shift - p.left, 0), p.n_k)
-        hi = p.n_k if p.right is None else min(max(stop + shift + p.right, lo), p.n_k)
-        return lo, hi
-
-    def _keep(self, rows: slice, keys: slice) -> Tensor | None:
-        p, t, keep = self.p, self.t, None
-        if self.banded:
-            i, j = self._offsets(rows, keys)
-            i = i + self._shift()
-            keep = j < self._count()
-            if p.left is not None:
-                keep = keep & (j >= i - p.left)
-            if p.right is not None:
-                keep = keep & (j <= i + p.right)
-        if t.mask is not None:
-            seen = self._mask_tile(t.mask, rows, keys)
-            keep = seen if keep is None else keep & seen
-        if t.bias is not None:
-            seen = self._mask_tile(t.bias, rows, keys) != -torch.inf
-            keep = seen if keep is None else keep & seen
-        if keep is None:
-            return None
-        keep = keep[(None,) * (4 - keep.dim())]
-        return keep.expand(-1, -1, rows.stop - rows.start, keys.stop - keys.start)
-
-    def _kept(self, rows: slice, keys: slice) -> Tensor | None:
+    def kept(self, tile: Tile) -> Tensor | None:
+        """1 where dropout keeps a weight, else 0."""
         p = self.p
         if not p.dropout_p:
             return None
-        b, h = self._heads()
-        kept = dropout.keep(self.t.seed, p.dropout_p, b * p.heads + h, self._offsets(rows, keys)[0], keys.start, keys.stop)
-        return kept * dropout.factor(p.dropout_p)
+        b = torch.tensor(self.part.numbers, device=p.device)[:, None, None, None]
+        h = torch.arange(self.part.heads.start, self.part.heads.stop, device=p.device)[:, None, None]
+        rows = self._offsets(tile)[0]
+        return dropout.keep(self.seed, p.dropout_p, b * p.heads + h, rows, tile.keys.start, tile.keys.stop, self.compute)
+
+    def unseen(self, tile: Tile) -> Tensor | None:
+        """Keys that a mask hides from all the tile's queries, (B, Hkv, keys, 1). (What the band hides is in no tile.)"""
+        if not (self.mask is not None or self.bias_hides):
+            return None
+        hidden = tile.fill(self._all_false(tile), True).all(2)
+        return hidden.view(self.batch, self.k.shape[1], self.p.group, -1).all(2)[..., None]
+
+    def add_dbias(self, dbias: Tensor, ds: Tensor, tile: Tile) -> None:
+        """Add the tile's ds to the part's gradient of the bias, summed over the dims along which that broadcasts."""
+        part = self._of_tile(dbias, tile.rows, tile.keys)
+        part += ds.sum_to_size(part.shape)
+
+    def _all_false(self, tile: Tile) -> Tensor:
+        shape = self.batch, self.heads, tile.rows.stop - tile.rows.start, tile.keys.stop - tile.keys.start
+        return torch.zeros(shape, dtype=torch.bool, device=self.p.device)
+
+    def _of_tile(self, x: Tensor, rows: slice, keys: slice) -> Tensor:
+        return x[:, :, rows if x.shape[2] > 1 else slice(None), keys if x.shape[3] > 1 else slice(None)]
+
+    def _offsets(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        rows, keys, device = tile.rows, tile.keys, self.p.device
+        return torch.arange(rows.start, rows.stop, device=device)[:, None], torch.arange(keys.start, keys.stop, device=device)
+
+    def _key_range(self, start: int, stop: int) -> tuple[int, int]:
+        p = self.p
+        lo = 0 if p.left is None else min(max(start + self.shift - p.left, 0), p.n_k)
+        hi = p.n_k if p.right is None else min(max(stop + self.shift + p.right, lo), p.n_k)
+        return lo, hi
+
+    def _hidden(self, rows: slice, keys: slice) -> list[tuple[slice, Tensor]]:
+        masks = [] if self.mask is None else [~self._of_tile(self.mask, rows, keys)]
+        if self.bias_hides:
+            masks.append(self._of_tile(self.bias, rows, keys) == -math.inf)
+        if not masks:
+            return [(slice(*cut), self._beyond(rows, keys, *cut)) for cut in self._cuts(rows, keys)]
+        if self._cuts(rows, keys):
+            masks.append(self._beyond(rows, keys, 0, keys.stop - keys.start))
+        hidden = functools.reduce(torch.logical_or, masks)
+        return [(slice(None), hidden.expand(-1, -1, rows.stop - rows.start, keys.stop - keys.start))]
+
+    def _cuts(self, rows: slice, keys: slice) -> list[tuple[int, int]]:
+        """The columns of a tile that the band hides from some of its rows: at its left, at its right, or all at once."""
+        p, count = self.p, keys.stop - keys.start
+        left = 0 if p.left is None else rows.stop - 1 + self.shift - p.left - keys.start
+        right = count if p.right is None else rows.start + self.shift + p.right + 1 - keys.start
+        if left > 0 and right < count and left >= right:
+            return [(0, count)]
+        cuts = [(0, min(left, count)), (max(right, 0), count)]
+        return [(lo, hi) for lo, hi in cuts if lo < hi]
+
+    def _beyond(self, rows: slice, keys: slice, lo: int, hi: int) -> Tensor:
+        """Where the band hides columns [lo, hi) of a tile, (1, 1, rows, columns)."""
+        p, device = self.p, self.p.device
+        i = torch.arange(rows.start, rows.stop, device=device)[:, None] + self.shift
+        j = torch.arange(keys.start + lo, keys.start + hi, device=device)
+        hidden = torch.zeros((), dtype=torch.bool, device=device)
+        if p.left is not None:
+            hidden = hidden | (j < i - p.left)
+        if p.right is not None:
+            hidden = hidden | (j > i + p.right)
+        return hidden[None, None]

@@ -26,7 +26,7 @@ def attention(
     Any combination of the arguments works. docs/features.md has each one's formula, gradient and an example.
 
     Args:
-        query: (B, H, Nq, D), any strides; float16, bfloat16, float32, or float64 (backend eager only). Or nested, layout
+        query: (B, H, Nq, D), any strides; float16, bfloat16, float32, or float64 (backends cpu and eager). Or nested, layout
             torch.jagged, (B, H, ragged, D), as then are key, value and the result. Differentiable.
         key: (B, Hkv, Nk, D), dtype and device of query. Differentiable.
         value: (B, Hkv, Nk, Dv), dtype and device of query. Differentiable.
@@ -52,13 +52,13 @@ def attention(
         precise_delta: for 16-bit inputs, the backward takes delta = rowsum(O * dO) from an O that is not rounded. It costs 2
             bytes for each element of O, which the forward keeps for the backward.
         return_lse: also return the log-sum-exp of the logits, with the sink's.
-        backend: "hopper", "portable" or "eager"; None takes the first that can (`tfkern.explain` tells which), "hopper" only if
-            TFKERN_BACKENDS names it.
+        backend: "hopper", "portable", "cpu" or "eager"; None takes the first that can (`tfkern.explain` tells which), "hopper"
+            only if TFKERN_BACKENDS names it.
 
     Returns:
         (B, H, Nq, Dv) in query's dtype and memory order. With return_lse also lse (B, H, Nq), float32 (float64 for float64),
         natural logarithm, differentiable. A query that sees no key gives 0, zero gradients, and lse -inf (or the sink). (For
-        16-bit inputs, PyTorch's fused CPU attention, which the backend eager uses where it can, gives lse with errors of some
+        16-bit inputs, PyTorch's fused CPU attention, which the backend cpu uses where it can, gives lse with errors of some
         1e-5.)
 
     Under torch.autocast, inputs and float masks (but float64 ones) are converted to the autocast dtype first, as in PyTorch.
@@ -185,7 +185,7 @@ def _run(return_lse: bool, backend: str | None, qkv: Tensor | None, *arguments, 
         chosen = backends.choose(problem, backend)
         if problem.dropout_p:
             tensors = tensors._replace(seed=dropout.draw_seed(problem.device))
-        out, stats = autograd.attention(problem, chosen, tensors, qkv)
+        out, stats = autograd.attention(problem, chosen, tensors, qkv, return_lse)
         unit = problem.unit(tensors)
     lse = lse_of(stats, unit) if return_lse else None
     if options.get("cu_seqlens_q") is not None:

@@ -1,5 +1,6 @@
 """Strides: the memory order of results, and what the kernels may assume of their arguments."""
 
+import functools
 import math
 
 import torch
@@ -35,15 +36,25 @@ class Blank:
 
 def strides_in_order_of(like: Tensor, last_dim: int) -> tuple[int, int, int, int]:
     """Strides of that."""
+    try:
+        return _known_strides(like.shape[:3], like.stride(), last_dim)
+    except TypeError:  # symbols of torch.compile can't be keys
+        return _strides(like.shape[:3], like.stride(), last_dim)
+
+
+def _strides(shape: tuple, stride: tuple, last_dim: int) -> tuple[int, int, int, int]:
     # Stable, and blind to dims of size 1 or stride 0, which say nothing about order: they stay where they stand.
-    sizes, steps = ([_number(x) for x in numbers] for numbers in (like.shape, like.stride()))
+    sizes, steps = ([_number(x) for x in numbers] for numbers in (shape, stride))
     telling = [d for d in range(3) if sizes[d] > 1 and steps[d] > 0]
     placed = iter(sorted(telling, key=steps.__getitem__, reverse=True))
     order = [next(placed) if d in telling else d for d in range(3)]
     strides, step = [0, 0, 0, 1], last_dim
     for d in reversed(order):
-        strides[d], step = step, step * like.shape[d]
+        strides[d], step = step, step * shape[d]
     return tuple(strides)
+
+
+_known_strides = functools.lru_cache(maxsize=4096)(_strides)
 
 
 def _number(n) -> int:
@@ -97,10 +108,9 @@ def last_dim_dense(x: Tensor) -> Tensor:
 
 def like_order(x: Tensor, like: Tensor) -> Tensor:
     """x in the memory order of `like`, copied only if it isn't."""
-    out = empty_in_order_of(like, x.shape[-1])
-    if x.numel() == 0 or x.stride() == out.stride():
+    if x.numel() == 0 or x.stride() == strides_in_order_of(like, x.shape[-1]):
         return x
-    return out.copy_(x)
+    return empty_in_order_of(like, x.shape[-1]).copy_(x)
 
 
 def deliver(x: Tensor, like: Tensor, into: Tensor | None) -> Tensor:

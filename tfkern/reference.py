@@ -46,7 +46,7 @@ def logits(
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
     if score_mod is not None:
-        s = each_head(score_mod[0], s, first, i, j)
+        s = each_head(score_mod[0], s, range(first, first + len(s)), 0, i, j)
     if alibi_slopes is not None:
         lengths = torch.tensor([n_k], device=device) if key_lengths is None else key_lengths
         shift = (lengths - n_q)[:, None, None, None] if causal_alignment == "lower_right" else 0
@@ -72,11 +72,11 @@ def attention_weights(query: Tensor, key: Tensor, *args, sinks=None, **options) 
 
 
 def kept(seed: Tensor, dropout_p: float, shape, first: int = 0) -> Tensor:
-    """(B, H, Nq, Nk) factors of dropout: 0, or what makes up for those."""
+    """(B, H, Nq, Nk) float64 factors of dropout: 0, or what makes up for those."""
     batch, heads, n_q, n_k = shape
     bh = torch.arange(first * heads, (first + batch) * heads, device=seed.device).view(batch, heads, 1, 1)
     rows = torch.arange(n_q, device=seed.device)[:, None]
-    return dropout.keep(seed, dropout_p, bh, rows, 0, n_k) * dropout.factor(dropout_p)
+    return dropout.keep(seed, dropout_p, bh, rows, 0, n_k, torch.float64) * dropout.factor(dropout_p)
 
 
 def attention(

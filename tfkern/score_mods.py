@@ -4,6 +4,7 @@ import functools
 import importlib
 import itertools
 import types
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -151,15 +152,14 @@ class _Number(torch.Tensor):
         return torch.div(self, other, rounding_mode="trunc")
 
 
-def each_head(function, s: Tensor, first: int, i: Tensor, j: Tensor) -> Tensor:
-    """One function of a score_mod on scores (B, H, rows, keys): head by head, b (from `first` on) and h being numbers, as the
-    kernels have it; i and j broadcast to (rows, keys). In the dtype of the scores."""
+def each_head(function, s: Tensor, sequences: Sequence[int], first: int, i: Tensor, j: Tensor) -> Tensor:
+    """One function of a score_mod on scores (B, H, rows, keys) of these sequences and the heads from `first` on: head by head,
+    b and h being numbers, as the kernels have it; i and j broadcast to (rows, keys). In the dtype of the scores."""
     python = as_torch(function)
     i, j = (x.as_subclass(_Number) for x in (i, j))
-    heads = []
+    values = []
     for b, h in itertools.product(range(s.shape[0]), range(s.shape[1])):
-        score = s[b, h].as_subclass(_Number)
-        place = (torch.tensor(n, device=s.device).as_subclass(_Number) for n in (first + b, h))
-        value = torch.as_tensor(python(score, *place, i, j), device=s.device)
-        heads.append(value.as_subclass(torch.Tensor).to(s.dtype).broadcast_to(s.shape[2:]))
-    return torch.stack(heads).view(s.shape) if heads else s
+        place = (torch.tensor(n, device=s.device).as_subclass(_Number) for n in (sequences[b], first + h))
+        value = torch.as_tensor(python(s[b, h].as_subclass(_Number), *place, i, j), device=s.device)
+        values.append(value.as_subclass(torch.Tensor).to(s.dtype).broadcast_to(s.shape[2:]))
+    return torch.stack(values).view(s.shape) if values else s

@@ -53,6 +53,8 @@ def dispatching(x) -> bool:
 
 def refuse(name: str, *tensors) -> None:
     """NotImplementedError where a call with these can't be recorded, or has to be PyTorch's."""
+    if _PLAIN.issuperset(map(type, tensors)) and _recorder() is None:
+        return
     if recorder := "torch.fx.symbolic_trace" if proxied(*tensors) else _recorder():
         raise NotImplementedError(
             f"{name} can't be recorded by {recorder}. Call tfkern.scaled_dot_product_attention, which is PyTorch's operator "

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tfkern.backends import eager, hopper, hopper_backward, portable
+from tfkern.backends import cpu, eager, hopper, hopper_backward, portable
 from tfkern.problem import Gradients, Problem
 
 
@@ -21,6 +21,8 @@ class Backend(NamedTuple):
     unsupported: Callable
     forward: Callable
     backward: Callable
+    output: Callable | None = None  # (problem, tensors) -> out alone, if that costs less
+    how: Callable | None = None  # of a problem: which of several ways it goes, in words
     recorded: bool = False  # whether it is an op of ops.py, which takes the packed qkv as it is, in the place of q
 
 
@@ -34,6 +36,7 @@ BACKENDS = {
     # By name only (backend="hopper", TFKERN_BACKENDS) until a GPU has shown that it is right, and faster.
     "hopper": Backend(hopper.unsupported, hopper.forward, _hopper_backward),
     "portable": Backend(portable.unsupported, portable.forward, portable.backward),
+    "cpu": Backend(cpu.unsupported, cpu.forward, cpu.backward, cpu.output, cpu.how),
     "eager": Backend(eager.unsupported, eager.forward, eager.backward),
 }
 
@@ -50,7 +53,7 @@ def order(device_type: str) -> tuple[str, ...]:
             raise ValueError(f"TFKERN_BACKENDS names {unknown}; the backends are {list(BACKENDS)}")
         return chosen
     # On a CPU the Triton kernels run only in the interpreter, which is there to test them, not for speed.
-    return ("eager", "portable") if device_type == "cpu" else ("portable", "eager")
+    return ("cpu", "eager", "portable") if device_type == "cpu" else ("portable", "eager")
 
 
 def choose(problem: Problem, name: str | None = None) -> Backend:
@@ -81,7 +84,8 @@ def explain(problem: Problem, name: str | None = None) -> str:
     except UnsupportedError as error:
         return str(error)
     names = (name,) if name else order(problem.device.type)
-    return "\n".join([f"{chosen} runs {problem}", *_reasons(problem, names[: names.index(chosen)])])
+    way = f" ({how(problem)})" if (how := BACKENDS[chosen].how) else ""
+    return "\n".join([f"{chosen}{way} runs {problem}", *_reasons(problem, names[: names.index(chosen)])])
 
 
 def _reasons(problem: Problem, names) -> list[str]:

@@ -1,0 +1,95 @@
+"""Attention on a CPU: by PyTorch's fused attention op and its backward where they can do it (cpu_fused.py), else by the tiles
+of the backend eager.
+
+Packed sequences and batches with key lengths are taken as dense groups (groups.py), small ones with key lengths by a mask.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from tfkern import compat, cpu_fused, groups, layout
+from tfkern.cpu_calls import mask_of, plan_of
+from tfkern.eager_groups import backward_group, forward_group
+from tfkern.groups import Group
+from tfkern.problem import Gradients, Problem, Tensors
+
+SMALL = 1 << 16  # scores of all heads, of which a mask that is not needed costs less than calls of their own
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """The reasons why it can't do the problem."""
+    return [] if problem.device.type == "cpu" else ["it is for tensors on a CPU"]
+
+
+def how(problem: Problem) -> str:
+    """Which way it goes, for explain."""
+    plan = plan_of(problem)
+    if plan.refusal:
+        return f"in tiles of PyTorch's operations: {plan.refusal}"
+    if problem.packed or (problem.has_key_lengths and not _maskable(problem)):
+        return "fused, sequences of equal lengths together"
+    return "fused whole" if len(plan.calls) == 1 else f"fused in {len(plan.calls)} tiles of queries"
+
+
+@groups.without_autocast
+def forward(problem: Problem, t: Tensors) -> tuple[Tensor, Tensor]:
+    """out in q's memory order, stats (B, H, stats_rows, Nq) float32, or float64 for float64; B is 1 for packed sequences."""
+    return groups.results(*_masked(problem, t), _forward_group)
+
+
+@groups.without_autocast
+def output(problem: Problem, t: Tensors) -> Tensor:
+    """out alone."""
+    problem, t = _masked(problem, t)
+    plan = plan_of(problem)
+    if plan.plain:
+        call = plan.calls[0]
+        mask = t.mask if plan.boolean else mask_of(problem, t, call)
+        q, k, v = cpu_fused.operands(problem, t[:3], call)
+        if mask is not None and mask.requires_grad:  # else PyTorch would not take its fused op
+            mask = mask.detach()
+        out = compat.sdpa(q, k, v, mask, 0.0, call.causal, scale=problem.scale)
+        if mask is None or cpu_fused.finite(out):
+            return layout.like_order(out, t.q)
+    return groups.results(problem, t, _forward_group)[0]
+
+
+@groups.without_autocast
+def backward(problem: Problem, t: Tensors, out, stats, do, dlse, needed, into=None) -> Gradients:
+    """The needed gradients, those of q, k and v in the memory order of what they are the gradients of, or written into the
+    three tensors given."""
+    problem, t = _masked(problem, t)
+
+    def of_group(group: Group) -> Gradients:
+        rows, plan, found = group.queries, plan_of(group.problem), None
+        if plan.refusal is None and dlse is None and not (needed[3] or needed[4]):
+            mine = (rows.of(x) for x in (out, stats.select(2, 1), do))
+            found = cpu_fused.backward(group.problem, group.tensors, plan, *mine, needed)
+        return backward_group(group, rows.of(do), rows.of(dlse), needed) if found is None else found
+
+    return groups.gradients(problem, t, needed, into, of_group)
+
+
+def _forward_group(group: Group) -> tuple[Tensor, Tensor]:
+    plan = plan_of(group.problem)
+    found = None if plan.refusal else cpu_fused.forward(group.problem, group.tensors, plan)
+    return forward_group(group) if found is None else found
+
+
+def _maskable(p: Problem) -> bool:
+    """Whether key lengths may as well be a mask."""
+    small = p.batch * p.heads * p.n_q * p.n_k <= SMALL
+    return small and p.mask is None and not (p.lower_right and (p.left is not None or p.right is not None))
+
+
+def _masked(p: Problem, t: Tensors) -> tuple[Problem, Tensors]:
+    """A small problem with a mask in the place of key lengths."""
+    if not (p.has_key_lengths and _maskable(p)) or plan_of(p).refusal:
+        return p, t
+    if "masked" not in p.plans:
+        shape = p.batch, 1, 1, p.n_k
+        p.plans["masked"] = dataclasses.replace(p, has_key_lengths=False, mask=shape, plans={}), torch.arange(p.n_k)
+    masked, keys = p.plans["masked"]
+    return masked, t._replace(mask=(keys < t.key_lengths[:, None])[:, None, None], key_lengths=None)

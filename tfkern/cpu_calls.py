@@ -1,0 +1,181 @@
+"""Which calls of PyTorch's fused CPU attention make up a dense problem: rows of queries, the keys that these see, and a mask of
+that tile alone where it hides or adds something."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tfkern import compat
+from tfkern.eager_tiles import alive
+from tfkern.problem import Problem, Tensors
+
+# Rows of a call, and what a score costs in it beside one of a call of all rows (measured with masks, D = 64).
+STEPS = {64: 1.45, 128: 1.3, 256: 1.2, 512: 1.1}
+ELEMENTS = 1 << 21  # of a mask that is made for a call
+KEPT = 1 << 12  # of a mask that is kept for the next
+
+
+class Call(NamedTuple):
+    """Slices of query rows and of keys. Either `causal`: the first row sees the first key, and each row one more; or `cut`: a
+    mask of the band has to be made; or every row sees all keys within the band."""
+
+    rows: slice
+    keys: slice
+    causal: bool = False
+    cut: bool = False
+
+
+class Plan(NamedTuple):
+    """Why the fused op can't do a problem, or the calls of a dense one: none where no row sees a key, and each row that sees
+    one is in one. `masked`: some call has a mask. `whole`: one call has all rows, and `exact`: all keys, too. `plain`: what
+    F.scaled_dot_product_attention gives is out. `boolean`: a mask of bool is all that it needs."""
+
+    refusal: str | None
+    calls: list[Call]
+    masked: bool
+    whole: bool
+    exact: bool
+    plain: bool
+    boolean: bool
+
+
+def plan_of(p: Problem) -> Plan:
+    """The problem keeps it."""
+    plan = p.plans.get("cpu")
+    if plan is None:
+        plan = p.plans["cpu"] = _plan(p)
+    return plan
+
+
+def _plan(p: Problem) -> Plan:
+    refusal = _refusal(p)
+    calls = [] if refusal or p.packed or p.has_key_lengths else _calls(p)
+    masked = bool(p.mask or p.bias or p.has_slopes or any(call.cut for call in calls))
+    whole = len(calls) == 1 and calls[0].rows == slice(0, p.n_q)
+    exact = whole and calls[0].keys == slice(0, p.n_k)
+    plain = whole and p.group == 1 and p.head_dim == p.v_head_dim and not p.has_sinks and not (masked and calls[0].causal)
+    boolean = plain and exact and p.mask is not None and not (p.bias or p.has_slopes or calls[0].cut)
+    return Plan(refusal, calls, masked, whole, exact, plain, boolean)
+
+
+def _refusal(p: Problem) -> str | None:
+    """Why the fused op can't do a problem, None where it can."""
+    if compat.flash is None:
+        return "this PyTorch has no fused CPU attention that tfkern knows"
+    for name in ("softcap", "dropout_p", "score_mod"):
+        if getattr(p, name):
+            return f"{name} is nothing that PyTorch's fused CPU attention has"
+    if p.stats_rows > 2:
+        return "precise_delta: PyTorch's fused CPU attention takes delta from a rounded output"
+    if p.scale is None or not p.scale >= torch.finfo(torch.float32).tiny:
+        return "PyTorch's fused CPU attention wants a scale that is a number above 0 in float32"
+    if min(p.head_dim, p.v_head_dim) == 0:
+        return "a head dim is 0"
+    return None
+
+
+def _calls(p: Problem) -> list[Call]:
+    rows = alive(p)
+    if rows.start == rows.stop or min(p.batch, p.heads) == 0:
+        return []
+    whole = _call(p, rows)
+    step = p.n_q
+    if whole.cut:
+        step = min(STEPS, key=lambda step: STEPS[step] * _seen(p, step))
+    if whole.cut or _made(p):
+        masks = max(1, math.prod(_shape(p)[:2])) * _seen(p, step)
+        step = max(min(STEPS), min(step, int(ELEMENTS // masks)))
+    if step >= rows.stop - rows.start:
+        return [whole]
+    return [_call(p, slice(i, min(i + step, rows.stop))) for i in range(rows.start, rows.stop, step)]
+
+
+def _seen(p: Problem, rows: int) -> float:
+    """Keys that so many neighbouring queries see, on average."""
+    if p.left is None and p.right is None:
+        return p.n_k
+    if p.left is None or p.right is None:
+        return (p.n_k + rows) / 2
+    return min(p.n_k, rows + p.left + p.right)
+
+
+def _shape(p: Problem) -> tuple[int, int]:
+    """(B or 1, H or 1) of a call's mask."""
+    shapes = [x[:2] for x in (p.mask, p.bias, (1, p.heads) if p.has_slopes else None) if x]
+    return tuple(max(sizes) for sizes in zip(*shapes, strict=True)) if shapes else (1, 1)
+
+
+def _made(p: Problem) -> bool:
+    """Whether a mask with a row for each query must be made, as one that is there is not what the op takes."""
+    from_mask = p.mask is not None and p.mask[2] > 1
+    return from_mask or p.has_slopes or (p.bias is not None and p.bias[2] > 1 and p.dtype != torch.float32)
+
+
+def _call(p: Problem, rows: slice) -> Call:
+    shift = p.n_k - p.n_q if p.lower_right else 0
+    first, last = rows.start + shift, rows.stop - 1 + shift  # the diagonal of the first row and of the last
+    lo = 0 if p.left is None else min(max(first - p.left, 0), p.n_k)
+    hi = p.n_k if p.right is None else max(min(last + p.right + 1, p.n_k), lo)
+    at_left = p.left is not None and last - p.left > lo
+    at_right = p.right is not None and first + p.right < hi - 1
+    causal = at_right and not at_left and first + p.right == lo
+    return Call(rows, slice(lo, hi), causal, (at_left or at_right) and not causal)
+
+
+def mask_of(p: Problem, t: Tensors, call: Call) -> Tensor | None:
+    """What is added to the scores of a call, (B or 1, H or 1, rows or 1, keys or 1), in a dtype that the op takes."""
+    bias, mask = (None if x is None else _tile(x, call) for x in (t.bias, t.mask))
+    total = None
+    if bias is not None:
+        total = bias if bias.dtype in (p.dtype, p.lse_dtype) else bias.to(p.dtype)
+    if mask is not None:
+        total = _sum(total, _hidden(mask, p.dtype))
+    if call.cut:
+        total = _sum(total, _band_mask(p, call))
+    if t.slopes is not None:
+        i, j = _offsets(p, call)
+        total = _sum(total, t.slopes.to(p.lse_dtype)[:, :, None, None] * -(i - j).abs().to(p.lse_dtype))
+    return total
+
+
+def _sum(x: Tensor | None, y: Tensor) -> Tensor:
+    return y if x is None else x + y
+
+
+def _hidden(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where something is seen, else -inf. (1 - 1 / x: a quarter of the time of filling.)"""
+    return seen.to(dtype).reciprocal_().neg_().add_(1.0)
+
+
+def _tile(x: Tensor, call: Call) -> Tensor:
+    rows, keys = (at if n > 1 else slice(None) for at, n in zip(call[:2], x.shape[2:], strict=True))
+    return x[:, :, rows, keys]
+
+
+def _offsets(p: Problem, call: Call) -> tuple[Tensor, Tensor]:
+    shift = p.n_k - p.n_q if p.lower_right else 0
+    i = torch.arange(call.rows.start, call.rows.stop)[:, None] + shift
+    return i, torch.arange(call.keys.start, call.keys.stop)
+
+
+def _band_mask(p: Problem, call: Call) -> Tensor:
+    """What the band adds, (1, 1, rows, keys). The problem keeps small ones."""
+    key = "band", call.rows.start
+    if (mask := p.plans.get(key)) is None:
+        mask = _hidden(_band(p, call), p.dtype)
+        if mask.numel() <= KEPT:
+            p.plans[key] = mask
+    return mask
+
+
+def _band(p: Problem, call: Call) -> Tensor:
+    """Where the band lets a row see a key, (1, 1, rows, keys)."""
+    i, j = _offsets(p, call)
+    seen = torch.ones((), dtype=torch.bool)
+    if p.left is not None:
+        seen = seen & (j >= i - p.left)
+    if p.right is not None:
+        seen = seen & (j <= i + p.right)
+    return seen[None, None]

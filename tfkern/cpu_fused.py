@@ -1,0 +1,145 @@
+"""A dense problem by PyTorch's fused CPU attention and its backward, in the calls of cpu_calls.py.
+
+What the op does not know is made of its results: sinks from lse, and -inf for the lse of rows that see no key. Some values make
+it wrong, and then there is no result: NaN or inf beside hidden keys, which come through a mask that is added; and in the
+backward an lse too large for float32 to hold the log of the sum beside it.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tfkern import compat, layout
+from tfkern.cpu_calls import Call, Plan, mask_of
+from tfkern.problem import Gradients, Problem, Tensors
+
+
+def forward(p: Problem, t: Tensors, plan: Plan) -> tuple[Tensor, Tensor] | None:
+    """out (B, H, Nq, Dv) in any memory order and lse (B, H, Nq), unless the op would be wrong."""
+    out, lse = _forward(p, t, plan, t[:3])
+    if plan.masked and not finite(out):
+        if (qkv := _without_unseen(p, t)) is None:
+            return None
+        out, lse = _forward(p, t, plan, qkv)
+        if not finite(out):
+            return None
+    return (out, lse) if t.sinks is None else _beside_sinks(t.sinks, out, lse)
+
+
+def _forward(p: Problem, t: Tensors, plan: Plan, qkv) -> tuple[Tensor, Tensor]:
+    if plan.whole:
+        return _forward_call(p, t, qkv, plan.calls[0])
+    out = t.q.new_zeros(*t.q.shape[:3], p.v_head_dim)
+    lse = torch.full(t.q.shape[:3], -math.inf, dtype=p.lse_dtype)
+    for call in plan.calls:
+        out[:, :, call.rows], lse[:, :, call.rows] = _forward_call(p, t, qkv, call)
+    return out, lse
+
+
+def _forward_call(p: Problem, t: Tensors, qkv, call: Call) -> tuple[Tensor, Tensor]:
+    mask = mask_of(p, t, call)
+    out, lse = compat.flash(*operands(p, qkv, call), 0.0, call.causal, attn_mask=mask, scale=p.scale)
+    if p.v_head_dim < p.head_dim:
+        out = out[..., : p.v_head_dim]
+    if mask is not None and int(lse.count_nonzero()) < lse.numel():  # it makes 0 of an lse of no keys, too
+        if call.causal:
+            mask = mask + mask.new_full((lse.shape[2], call.keys.stop - call.keys.start), -math.inf).triu(1)
+        lse = lse.masked_fill((mask == -math.inf).all(-1), -math.inf)
+    return out, lse
+
+
+def backward(p: Problem, t: Tensors, plan: Plan, out: Tensor, lse: Tensor, do: Tensor, needed) -> Gradients | None:
+    """The needed gradients of q, k, v and sinks, those of q, k and v in any memory order, unless the op would be wrong."""
+    if not exact_enough(lse, p.dtype):
+        return None
+    qkv, hiding = t[:3], plan.masked or any(call.causal for call in plan.calls)
+    if hiding and not all(map(finite, (*qkv, do))):
+        if (qkv := _without_unseen(p, t)) is None:
+            return None
+        do = do.masked_fill(~_seen(p, t).any(3, keepdim=True), 0.0)
+        if not all(map(finite, (*qkv, do))):
+            return None
+    dsinks = None
+    if needed[5]:  # delta = sum of O * dO
+        if not finite(do):
+            return None
+        delta = torch.linalg.vecdot(do.to(lse.dtype), out.to(lse.dtype))
+        dsinks = -((t.sinks[:, None] - lse).exp_() * delta).sum((0, 2))
+    lse = lse.masked_fill(lse == -math.inf, 0.0)  # -inf - -inf would be NaN
+    found = _backward(p, t, plan, qkv, do, out, lse)
+    return Gradients(*(x if need else None for x, need in zip(found, needed, strict=False)), sinks=dsinks)
+
+
+def _backward(p: Problem, t: Tensors, plan: Plan, qkv, do: Tensor, out: Tensor, lse: Tensor) -> list[Tensor]:
+    """Gradients of q, k and v; what several calls add to is added up in the wide dtype."""
+    do, out = (_padded(x, max(p.head_dim, p.v_head_dim)) for x in (do, out))
+    sums = None if plan.exact else [torch.zeros(x.shape, dtype=lse.dtype) for x in t[:3]]
+    for call in plan.calls:
+        rows = call.rows
+        own = do[:, :, rows], *operands(p, qkv, call), out[:, :, rows], lse[:, :, rows]
+        found = compat.flash_backward(*own, 0.0, call.causal, attn_mask=mask_of(p, t, call), scale=p.scale)
+        found = [x[..., : like.shape[-1]] for x, like in zip(found, t, strict=False)]
+        if sums is None:
+            return found
+        for x, at, part in zip(sums, (rows, call.keys, call.keys), found, strict=True):
+            x[:, :, at] += part
+    return sums
+
+
+def operands(p: Problem, qkv, call: Call) -> tuple[Tensor, ...]:
+    """q, k and v of a call, as the op takes them: of one head dim, dense in it. (It reads past the end otherwise.)"""
+    q, k, v = qkv
+    if call.rows != slice(0, p.n_q):
+        q = q[:, :, call.rows]
+    if call.keys != slice(0, p.n_k):
+        k, v = k[:, :, call.keys], v[:, :, call.keys]
+    if p.head_dim == p.v_head_dim and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+        return q, k, v
+    return tuple(_padded(x, max(p.head_dim, p.v_head_dim)) for x in (q, k, v))
+
+
+def _padded(x: Tensor, dim: int) -> Tensor:
+    return layout.last_dim_dense(x if x.shape[-1] == dim else F.pad(x, (0, dim - x.shape[-1])))
+
+
+def finite(x: Tensor) -> bool:
+    """Whether there is no NaN and no inf; or False, where a sum overflows."""
+    return math.isfinite(x.sum(dtype=torch.float32 if x.dtype.itemsize < 4 else None).item())
+
+
+def _without_unseen(p: Problem, t: Tensors) -> tuple[Tensor, Tensor, Tensor] | None:
+    """q, k and v with 0 in queries that see no key and keys that no query sees, by mask and bias; None without those."""
+    if not (p.mask or p.bias):
+        return None
+    seen = _seen(p, t)
+    unseen = ~seen.any(2).expand(p.batch, p.heads, p.n_k).unflatten(1, (p.kv_heads, p.group)).any(2)[..., None]
+    return t.q.masked_fill(~seen.any(3, keepdim=True), 0.0), t.k.masked_fill(unseen, 0.0), t.v.masked_fill(unseen, 0.0)
+
+
+def _seen(p: Problem, t: Tensors) -> Tensor:
+    """Where mask and bias let a query see a key, (B or 1, H or 1, Nq or 1, Nk)."""
+    seen = torch.ones(1, 1, 1, p.n_k, dtype=torch.bool)
+    seen = seen if t.mask is None else seen & t.mask
+    return seen if t.bias is None else seen & (t.bias != -math.inf)
+
+
+def exact_enough(lse: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the op's backward, which takes weights from lse, loses less by lse's rounding than results of that dtype do by
+    theirs, or no more than a float32 sum of some numbers loses. -inf is that of a row without keys."""
+    largest = max(64.0, torch.finfo(dtype).eps * 2**20)
+    if not lse.numel():
+        return True
+    least, most = (x.item() for x in lse.aminmax())
+    if least == -math.inf:
+        least, most = (x.item() for x in lse.masked_fill(lse == -math.inf, 0.0).aminmax())
+    return -largest <= least and most <= largest  # False for NaN
+
+
+def _beside_sinks(sinks: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor] | None:
+    """out and lse with the sinks' share; None where lse, or theirs, is too large to tell it."""
+    both = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    if not (exact_enough(lse, out.dtype) and exact_enough(both, out.dtype)):
+        return None
+    return out.mul_((lse - both).masked_fill_(both == -math.inf, 0.0).exp_()[..., None]), both
