@@ -59,7 +59,7 @@ def test_random(part, request, device):
     @given(case=cases(), dtype=DTYPES, number=st.integers(0, 1000))
     def run(case, dtype, number):
         tiles = {} if number % 2 else {"flash_bwd_one_pass": None}  # the backward in one pass where it can, or in two
-        for backend in ("portable", "eager"):
+        for backend in ("portable", "eager", *(["cpu"] if device == "cpu" else [])):
             with configs.override(**tiles):
                 errors = testing.check(case, dtype, backend, device, number)
             assert all(e.ok for e in errors), f"{case!r} {backend} {dtype} seed {number}\n" + "\n".join(map(str, errors))

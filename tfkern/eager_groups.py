@@ -65,10 +65,10 @@ def _softmax(tiles: Tiles, tile: Tile, s: Tensor) -> tuple[Tensor, _Rows]:
     if tiles.sinks is None:
         return prob, _Rows(largest + total.log(), dead)
     sinks = tiles.sinks[:, None].expand_as(largest)
-    sinks, top = sinks - largest, (sinks - largest).clamp(min=0.0)
-    own, sinks = total * (-top).exp(), (sinks - top).exp()
+    top = torch.maximum(largest, sinks)
+    own, sinks = total * (largest - top).exp_(), (sinks - top).exp_()
     both = own + sinks
-    return prob, _Rows(largest + top + both.log(), dead, _of(own, both), _of(sinks, both))
+    return prob, _Rows(top + both.log(), dead, _of(own, both), _of(sinks, both))
 
 
 def _of(part: Tensor, whole: Tensor) -> Tensor:

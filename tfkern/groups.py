@@ -23,8 +23,8 @@ MANY_PLANS = 4096
 
 
 class Rows(NamedTuple):
-    """Where a group's rows lie in (B, H, N, …); or in (1, H, total, …), where `packed` tells how many sequences they are, and of
-    how many rows."""
+    """Where a group's rows lie in (B, H, N, …); or in (1, H, total, …), where `packed` tells how many sequences they are, and
+    of how many rows."""
 
     batch: slice | Tensor
     rows: slice | Tensor

@@ -81,7 +81,8 @@ def _forward_group(group: Group) -> tuple[Tensor, Tensor]:
 def _maskable(p: Problem) -> bool:
     """Whether key lengths may as well be a mask."""
     small = p.batch * p.heads * p.n_q * p.n_k <= SMALL
-    return small and p.mask is None and not (p.lower_right and (p.left is not None or p.right is not None))
+    shifted = p.lower_right and (p.left is not None or p.right is not None or p.has_slopes)  # by each length
+    return small and p.mask is None and not shifted
 
 
 def _masked(p: Problem, t: Tensors) -> tuple[Problem, Tensors]:
