@@ -22,6 +22,7 @@ from tfkern.extras import require
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WHAT = {
     "speed": "forward and backward beside everybody else's",
+    "cpu": "the CPU backend beside PyTorch's attention and the naive formula, and whole models patched and unpatched",
     "compile": "registers, spills and shared memory of every kernel",
     "sweep": "candidates of tile sizes, ranked by the cost model; its times are for ranking alone",
     "model": "predicted times on an H100, each with its band; --against RESULTS.json: how many measured ones lie within",
@@ -34,9 +35,16 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "what", nargs="?", choices=list(WHAT), default="speed", help="; ".join(f"{k}: {v}" for k, v in WHAT.items())
     )
-    parser.add_argument("--dtype", choices=list(DTYPES), help="speed; default: bf16 on a GPU, fp32 without")
-    parser.add_argument("--seconds", type=number(float, 0.001), default=0.3, help="speed: for each figure")
-    parser.add_argument("--out", type=Path, default=Path("tfkern-out/bench"), help="speed: folder of results.json and .png")
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), help="speed; default: bf16 on a GPU, fp32 without; cpu: default fp32 and bf16"
+    )
+    parser.add_argument("--seconds", type=number(float, 0.001), default=0.3, help="speed and cpu: for each figure")
+    parser.add_argument(
+        "--out", type=Path, default=Path("tfkern-out/bench"), help="speed and cpu: folder of results.json and .png"
+    )
+    parser.add_argument("--cases", nargs="+", metavar="CASE", help="cpu: of them, default all")
+    parser.add_argument("--lengths", nargs="+", type=number(int, 1), metavar="N", help="cpu: default 8 to 8192")
+    parser.add_argument("--threads", nargs="+", type=number(int, 1), metavar="T", help="cpu: default 1 and all")
     parser.add_argument("--against", type=Path, help="model: a results file of `make gpu`")
     parser.add_argument("--results", type=Path, help="report: a results file of `make gpu`")
     parser.add_argument("--readme", type=Path, help="report: a Markdown file with marks, between which the table goes")
@@ -55,6 +63,8 @@ def run(args) -> int:
     if args.what == "overhead":
         return process(["-m", "tfkern.bench.overhead"])
     require("matplotlib", "demo")
+    if args.what == "cpu":
+        return cpu(args)
     return report(args) if args.what == "report" else speed(args)
 
 
@@ -76,6 +86,37 @@ def speed(args) -> int:
     plots.draw(args.out / "results.json", args.out / "results.png")
     print(f"wrote {args.out / 'results.json'} and {args.out / 'results.png'}")
     return 1 if any("problem" in row for row in rows) else 0
+
+
+def cpu(args) -> int:
+    from tfkern.bench import cpu as bench
+    from tfkern.bench import cpu_cases, cpu_models, runner
+
+    cases = args.cases or list(cpu_cases.CASES)
+    if unknown := [name for name in cases if name not in cpu_cases.CASES]:
+        raise InputError(f"--cases has {unknown}; the cases are {list(cpu_cases.CASES)}")
+    dtypes = [args.dtype] if args.dtype else list(bench.DTYPES)
+    if dtypes[0] not in bench.DTYPES:
+        raise InputError(f"--dtype must be one of {list(bench.DTYPES)} for cpu, but is {dtypes[0]}")
+    writable(args.out)
+    threads = args.threads or sorted({1, torch.get_num_threads()})
+    rows, path = [], args.out / "cpu.json"
+    for row in bench.run(cases, args.lengths or bench.LENGTHS, dtypes, threads, args.seconds):
+        rows.append(row)
+        where = (
+            f"{row['case']:18} N={row['length']:<5} {row['dtype']} {row['threads']} {row['direction']:16} {row['provider']:7}"
+        )
+        print(
+            where,
+            row.get("problem") or row.get("skipped") or f"{row['ms']:10.3f} ms ({row['p20']:.3f} to {row['p80']:.3f})",
+            flush=True,
+        )
+        runner.save(path, rows)
+    models = [] if args.cases else list(cpu_models.run(args.seconds))
+    runner.save(path, rows + models)
+    bench.draw(path, args.out / "cpu.png")
+    print(f"\n{bench.table(rows)}\n\n{cpu_models.table(models)}\nwrote {path} and {args.out / 'cpu.png'}")
+    return 1 if any("problem" in row for row in rows + models) else 0
 
 
 def report(args) -> int:
