@@ -27,11 +27,20 @@ FUSED = {
     "left only": dict(window=(40, None)), "right only": dict(window=(None, 7)), "causal window": dict(is_causal=True, window=(33, 0)),
     "lengths": dict(key_lengths=torch.tensor([200, 0, 200])), "other lengths": dict(key_lengths=torch.tensor([7, 290, 31])),
     "lengths, lower right": dict(key_lengths=torch.tensor([200, 90, 200]), window=(20, 11), causal_alignment="lower_right"),
-    "mask of keys": dict(attn_mask=seen(B, 1, 1, M)), "mask": dict(attn_mask=seen(N, M)), "causal mask": dict(attn_mask=seen(B, 1, N, M), is_causal=True),
+    "mask of keys": dict(attn_mask=seen(B, 1, 1, M)),
+    "mask of padding": dict(attn_mask=(torch.arange(M) < torch.tensor([200, 0, 13])[:, None])[:, None, None]),
+    "mask of padding for all": dict(attn_mask=torch.arange(M)[None] < 100, is_causal=True),
+    "mask of padding and more": dict(attn_mask=seen(B, 1, 1, M) & (torch.arange(M) < 150), window=(40, 40)), "mask": dict(attn_mask=seen(N, M)), "causal mask": dict(attn_mask=seen(B, 1, N, M), is_causal=True),
     "mask of queries": dict(attn_mask=seen(B, H, N, 1)), "mask and window": dict(attn_mask=seen(1, H, N, M), window=(30, 5)),
     "mask and lengths": dict(attn_mask=seen(B, H, N, M), key_lengths=torch.tensor([200, 0, 200])),
     "bias": dict(attn_mask=tensor(H, N, M)), "causal bias": dict(attn_mask=tensor(B, 1, N, M), is_causal=True), "bias, window": dict(attn_mask=tensor(N, M), window=(9, 40)),
     "slopes": dict(alibi_slopes=tensor(H).abs()), "slopes of each, causal": dict(alibi_slopes=tensor(B, H).abs(), is_causal=True),
+    "slopes, lower right": dict(alibi_slopes=-tensor(H).abs(), causal_alignment="lower_right", attn_mask=seen(B, 1, 1, M)),
+    "slopes, all": dict(alibi_slopes=tensor(H).abs(), window=(1000, 1000)),
+    "slopes, window": dict(alibi_slopes=tensor(H).abs(), window=(30, 10)),
+    "slopes, bias": dict(alibi_slopes=tensor(H).abs(), attn_mask=tensor(1, H, 1, M)),
+    "slopes, causal lower right": dict(alibi_slopes=tensor(H).abs(), is_causal=True, causal_alignment="lower_right"),
+    "slopes, sinks": dict(alibi_slopes=tensor(H).abs(), sinks=tensor(H)),
     "slopes, lengths": dict(
         alibi_slopes=tensor(H).abs(), key_lengths=torch.tensor([200, 0, 7]), causal_alignment="lower_right"
     ),
@@ -73,7 +82,7 @@ def test_fused(options, fused_alone):
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", [name for name in FUSED if "mask" not in name and "bias" not in name])
+@pytest.mark.parametrize("name", [name for name in FUSED if "attn_mask" not in FUSED[name]])
 def test_few_rows(name, fused_alone):
     """Where key lengths become a mask."""
     options = FUSED[name] | ({"key_lengths": torch.tensor([5, 0, 19])} if "key_lengths" in FUSED[name] else {})
@@ -95,10 +104,14 @@ def test_every_band_of_few_rows(n, m, alignment, fused_alone):
 
 
 @pytest.mark.parametrize("step", [1, 37, 1000])
-@pytest.mark.parametrize("name", ["window", "mask", "lengths, lower right", "bias, window", "slopes of each, causal"])
+@pytest.mark.parametrize(
+    "name", ["window", "mask", "lengths, lower right", "bias, window", *(name for name in FUSED if "slopes" in name)]
+)
 def test_any_rows_of_a_call(name, step, fused_alone, monkeypatch):
     monkeypatch.setattr(cpu_calls, "STEPS", {step: 1.0})
     monkeypatch.setattr(cpu_calls, "ELEMENTS", 1)
+    monkeypatch.setattr(cpu_calls, "BLOCK", step)
+    monkeypatch.setattr(cpu_calls, "CACHED", 10 * step**2)
     tfkern.call._problems.clear()  # which keep their calls
     q, k, v = qkv()
     found, wanted = (results(f, FUSED[name], q, k, v) for f in (tfkern.attention, reference.attention))

@@ -1,7 +1,14 @@
 """Which calls of PyTorch's fused CPU attention make up a dense problem: rows of queries, the keys that these see, and a mask of
-that tile alone where it hides or adds something."""
+that tile alone where it hides or adds something.
+
+ALiBi, where no other mask has a row for each query, takes small masks. A block of rows meets the keys near its diagonal by a
+mask of that block. The keys beyond are all on one side of an edge, and the rows on its other: there -slope * |i - j| is
+-slope * |i - edge|, a number for each row that the softmax does not notice, and -slope * |edge - j|, one for each key. Results
+are joined by their lse.
+"""
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,25 +22,33 @@ from tfkern.problem import Problem, Tensors
 STEPS = {64: 1.45, 128: 1.3, 256: 1.2, 512: 1.1}
 ELEMENTS = 1 << 21  # of a mask that is made for a call
 KEPT = 1 << 12  # of a mask that is kept for the next
+BLOCK = 512  # rows of ALiBi that meet the keys near their diagonal
+CACHED = 1 << 18  # elements of ALiBi's mask, which stay in a cache while they are made and read
+ALL = slice(None)
 
 
 class Call(NamedTuple):
-    """Slices of query rows and of keys. Either `causal`: the first row sees the first key, and each row one more; or `cut`: a
-    mask of the band has to be made; or every row sees all keys within the band."""
+    """Slices of query rows, keys, heads and key heads. Either `causal`: the first row sees the first key, and each row one
+    more; or `cut`: a mask of the band has to be made; or every row sees all keys. `edge`: the place on one side of which are
+    all keys, and on the other all rows, for ALiBi."""
 
     rows: slice
     keys: slice
     causal: bool = False
     cut: bool = False
+    heads: slice = ALL
+    kv_heads: slice = ALL
+    edge: int | None = None
 
 
 class Plan(NamedTuple):
     """Why the fused op can't do a problem, or the calls of a dense one: none where no row sees a key, and each row that sees
-    one is in one. `masked`: some call has a mask. `whole`: one call has all rows, and `exact`: all keys, too. `plain`: what
-    F.scaled_dot_product_attention gives is out. `boolean`: a mask of bool is all that it needs."""
+    one is in one, or in several to be `joined`. `masked`: some call has a mask. `whole`: one call has all rows, and `exact`:
+    all keys, too. `plain`: what F.scaled_dot_product_attention gives is out. `boolean`: a mask of bool is all that it needs."""
 
     refusal: str | None
     calls: list[Call]
+    joined: bool
     masked: bool
     whole: bool
     exact: bool
@@ -57,7 +72,8 @@ def _plan(p: Problem) -> Plan:
     exact = whole and calls[0].keys == slice(0, p.n_k)
     plain = whole and p.group == 1 and p.head_dim == p.v_head_dim and not p.has_sinks and not (masked and calls[0].causal)
     boolean = plain and exact and p.mask is not None and not (p.bias or p.has_slopes or calls[0].cut)
-    return Plan(refusal, calls, masked, whole, exact, plain, boolean)
+    joined = any(call.edge is not None for call in calls)
+    return Plan(refusal, calls, joined, masked, whole, exact, plain, boolean)
 
 
 def _refusal(p: Problem) -> str | None:
@@ -81,6 +97,8 @@ def _calls(p: Problem) -> list[Call]:
     if rows.start == rows.stop or min(p.batch, p.heads) == 0:
         return []
     whole = _call(p, rows)
+    if p.has_slopes and not whole.cut and all(x is None or x[2] == 1 for x in (p.mask, p.bias)):
+        return [call for i in range(rows.start, rows.stop, BLOCK) for call in _slopes_calls(p, i, min(i + BLOCK, rows.stop))]
     step = p.n_q
     if whole.cut:
         step = min(STEPS, key=lambda step: STEPS[step] * _seen(p, step))
@@ -113,8 +131,30 @@ def _made(p: Problem) -> bool:
     return from_mask or p.has_slopes or (p.bias is not None and p.bias[2] > 1 and p.dtype != torch.float32)
 
 
+def _slopes_calls(p: Problem, start: int, stop: int) -> Iterator[Call]:
+    """Those of some rows: the keys to the left of their diagonal, those to the right, and the block between, by heads."""
+    first, last = start + shift_of(p), stop - 1 + shift_of(p)
+    lo, hi = min(max(first, 0), p.n_k), min(max(last + 1, 0), p.n_k)
+    rows = slice(start, stop)
+    if lo > 0:
+        yield Call(rows, slice(0, lo), edge=first)
+    if hi < p.n_k and p.right != 0:  # any other right side hides nothing here
+        yield Call(rows, slice(hi, p.n_k), edge=last)
+    if lo < hi:
+        count = max(1, CACHED // ((stop - start) * (hi - lo) * p.group))  # key heads
+        for h in range(0, p.kv_heads, count):
+            kv_heads = slice(h, min(h + count, p.kv_heads))
+            heads = slice(kv_heads.start * p.group, kv_heads.stop * p.group)
+            yield Call(rows, slice(lo, hi), causal=p.right == 0, heads=heads, kv_heads=kv_heads)
+
+
+def shift_of(p: Problem) -> int:
+    """That of a dense problem."""
+    return p.n_k - p.n_q if p.lower_right else 0
+
+
 def _call(p: Problem, rows: slice) -> Call:
-    shift = p.n_k - p.n_q if p.lower_right else 0
+    shift = shift_of(p)
     first, last = rows.start + shift, rows.stop - 1 + shift  # the diagonal of the first row and of the last
     lo = 0 if p.left is None else min(max(first - p.left, 0), p.n_k)
     hi = p.n_k if p.right is None else max(min(last + p.right + 1, p.n_k), lo)
@@ -126,7 +166,8 @@ def _call(p: Problem, rows: slice) -> Call:
 
 def mask_of(p: Problem, t: Tensors, call: Call) -> Tensor | None:
     """What is added to the scores of a call, (B or 1, H or 1, rows or 1, keys or 1), in a dtype that the op takes."""
-    bias, mask = (None if x is None else _tile(x, call) for x in (t.bias, t.mask))
+    bias, mask, slopes = (None if x is None else _of_heads(x, call) for x in (t.bias, t.mask, t.slopes))
+    bias, mask = (None if x is None else _tile(x, call) for x in (bias, mask))
     total = None
     if bias is not None:
         total = bias if bias.dtype in (p.dtype, p.lse_dtype) else bias.to(p.dtype)
@@ -134,10 +175,23 @@ def mask_of(p: Problem, t: Tensors, call: Call) -> Tensor | None:
         total = _sum(total, _hidden(mask, p.dtype))
     if call.cut:
         total = _sum(total, _band_mask(p, call))
-    if t.slopes is not None:
+    if slopes is not None:
         i, j = _offsets(p, call)
-        total = _sum(total, t.slopes.to(p.lse_dtype)[:, :, None, None] * -(i - j).abs().to(p.lse_dtype))
+        i = i if call.edge is None else call.edge
+        total = _sum(total, slopes.to(p.lse_dtype)[:, :, None, None] * -(i - j).abs().to(p.lse_dtype))
     return total
+
+
+def beyond_the_edge(p: Problem, t: Tensors, call: Call) -> Tensor | None:
+    """What the logits of a call's rows (B or 1, H, rows) lack, None for nothing."""
+    if call.edge is None:
+        return None
+    i, _ = _offsets(p, call)
+    return t.slopes.to(p.lse_dtype)[:, :, None] * -(i[:, 0] - call.edge).abs().to(p.lse_dtype)
+
+
+def _of_heads(x: Tensor, call: Call) -> Tensor:
+    return x if x.shape[1] == 1 or call.heads == ALL else x[:, call.heads]
 
 
 def _sum(x: Tensor | None, y: Tensor) -> Tensor:
@@ -155,8 +209,7 @@ def _tile(x: Tensor, call: Call) -> Tensor:
 
 
 def _offsets(p: Problem, call: Call) -> tuple[Tensor, Tensor]:
-    shift = p.n_k - p.n_q if p.lower_right else 0
-    i = torch.arange(call.rows.start, call.rows.stop)[:, None] + shift
+    i = torch.arange(call.rows.start, call.rows.stop)[:, None] + shift_of(p)
     return i, torch.arange(call.keys.start, call.keys.stop)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tfkern import compat, layout
-from tfkern.cpu_calls import Call, Plan, mask_of
+from tfkern.cpu_calls import ALL, Call, Plan, beyond_the_edge, mask_of
 from tfkern.problem import Gradients, Problem, Tensors
 
 
@@ -33,9 +33,24 @@ def _forward(p: Problem, t: Tensors, plan: Plan, qkv) -> tuple[Tensor, Tensor]:
         return _forward_call(p, t, qkv, plan.calls[0])
     out = t.q.new_zeros(*t.q.shape[:3], p.v_head_dim)
     lse = torch.full(t.q.shape[:3], -math.inf, dtype=p.lse_dtype)
+    if plan.joined and p.dtype != p.lse_dtype:
+        out = out.to(p.lse_dtype)
     for call in plan.calls:
-        out[:, :, call.rows], lse[:, :, call.rows] = _forward_call(p, t, qkv, call)
-    return out, lse
+        part, part_lse = _forward_call(p, t, qkv, call)
+        place = slice(None), call.heads, call.rows
+        if plan.joined:
+            _join(out[place], lse[place], part, part_lse)
+        else:
+            out[place], lse[place] = part, part_lse
+    return out.to(p.dtype), lse
+
+
+def _join(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Let out and lse be those of the keys that they have seen and of others."""
+    both = torch.logaddexp(lse, part_lse)
+    share, part_share = ((x - both).masked_fill_(both == -math.inf, 0.0).exp_()[..., None] for x in (lse, part_lse))
+    out.mul_(share).add_(part * part_share)
+    lse.copy_(both)
 
 
 def _forward_call(p: Problem, t: Tensors, qkv, call: Call) -> tuple[Tensor, Tensor]:
@@ -47,7 +62,8 @@ def _forward_call(p: Problem, t: Tensors, qkv, call: Call) -> tuple[Tensor, Tens
         if call.causal:
             mask = mask + mask.new_full((lse.shape[2], call.keys.stop - call.keys.start), -math.inf).triu(1)
         lse = lse.masked_fill((mask == -math.inf).all(-1), -math.inf)
-    return out, lse
+    more = beyond_the_edge(p, t, call)
+    return out, lse if more is None else lse + more
 
 
 def backward(p: Problem, t: Tensors, plan: Plan, out: Tensor, lse: Tensor, do: Tensor, needed) -> Gradients | None:
@@ -77,20 +93,25 @@ def _backward(p: Problem, t: Tensors, plan: Plan, qkv, do: Tensor, out: Tensor, 
     do, out = (_padded(x, max(p.head_dim, p.v_head_dim)) for x in (do, out))
     sums = None if plan.exact else [torch.zeros(x.shape, dtype=lse.dtype) for x in t[:3]]
     for call in plan.calls:
-        rows = call.rows
-        own = do[:, :, rows], *operands(p, qkv, call), out[:, :, rows], lse[:, :, rows]
+        place = slice(None), call.heads, call.rows
+        more = beyond_the_edge(p, t, call)
+        own_lse = lse[place] if more is None else lse[place] - more
+        own = do[place], *operands(p, qkv, call), out[place], own_lse
         found = compat.flash_backward(*own, 0.0, call.causal, attn_mask=mask_of(p, t, call), scale=p.scale)
         found = [x[..., : like.shape[-1]] for x, like in zip(found, t, strict=False)]
         if sums is None:
             return found
-        for x, at, part in zip(sums, (rows, call.keys, call.keys), found, strict=True):
-            x[:, :, at] += part
+        heads, rows = (call.heads, call.kv_heads, call.kv_heads), (call.rows, call.keys, call.keys)
+        for x, h, at, part in zip(sums, heads, rows, found, strict=True):
+            x[:, h, at] += part
     return sums
 
 
 def operands(p: Problem, qkv, call: Call) -> tuple[Tensor, ...]:
     """q, k and v of a call, as the op takes them: of one head dim, dense in it. (It reads past the end otherwise.)"""
     q, k, v = qkv
+    if call.heads != ALL:
+        q, k, v = q[:, call.heads], k[:, call.kv_heads], v[:, call.kv_heads]
     if call.rows != slice(0, p.n_q):
         q = q[:, :, call.rows]
     if call.keys != slice(0, p.n_k):

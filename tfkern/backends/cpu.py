@@ -16,6 +16,7 @@ from tfkern.groups import Group
 from tfkern.problem import Gradients, Problem, Tensors
 
 SMALL = 1 << 16  # scores of all heads, of which a mask that is not needed costs less than calls of their own
+WORTH = 1 / 16  # the share of all keys that a mask must hide behind the last seen one to be worth a look at lengths
 
 
 def unsupported(problem: Problem) -> list[str]:
@@ -36,13 +37,13 @@ def how(problem: Problem) -> str:
 @groups.without_autocast
 def forward(problem: Problem, t: Tensors) -> tuple[Tensor, Tensor]:
     """out in q's memory order, stats (B, H, stats_rows, Nq) float32, or float64 for float64; B is 1 for packed sequences."""
-    return groups.results(*_masked(problem, t), _forward_group)
+    return groups.results(*_fitted(problem, t), _forward_group)
 
 
 @groups.without_autocast
 def output(problem: Problem, t: Tensors) -> Tensor:
     """out alone."""
-    problem, t = _masked(problem, t)
+    problem, t = _fitted(problem, t)
     plan = plan_of(problem)
     if plan.plain:
         call = plan.calls[0]
@@ -60,7 +61,7 @@ def output(problem: Problem, t: Tensors) -> Tensor:
 def backward(problem: Problem, t: Tensors, out, stats, do, dlse, needed, into=None) -> Gradients:
     """The needed gradients, those of q, k and v in the memory order of what they are the gradients of, or written into the
     three tensors given."""
-    problem, t = _masked(problem, t)
+    problem, t = _fitted(problem, t)
 
     def of_group(group: Group) -> Gradients:
         rows, plan, found = group.queries, plan_of(group.problem), None
@@ -85,12 +86,29 @@ def _maskable(p: Problem) -> bool:
     return small and p.mask is None and not shifted
 
 
-def _masked(p: Problem, t: Tensors) -> tuple[Problem, Tensors]:
-    """A small problem with a mask in the place of key lengths."""
-    if not (p.has_key_lengths and _maskable(p)) or plan_of(p).refusal:
+def _fitted(p: Problem, t: Tensors) -> tuple[Problem, Tensors]:
+    """The same problem, with a mask in the place of key lengths if it is small, and with key lengths where a mask of keys hides
+    the last ones, if it is not."""
+    if p.has_key_lengths and _maskable(p) and plan_of(p).refusal is None:
+        masked, keys = _known(p, "masked", has_key_lengths=False, mask=(p.batch, 1, 1, p.n_k))
+        return masked, t._replace(mask=(keys < t.key_lengths[:, None])[:, None, None], key_lengths=None)
+    if p.mask is None or p.mask[1:3] != (1, 1) or p.has_key_lengths or p.packed or p.lower_right or p.mask[3] == 1:
         return p, t
-    if "masked" not in p.plans:
-        shape = p.batch, 1, 1, p.n_k
-        p.plans["masked"] = dataclasses.replace(p, has_key_lengths=False, mask=shape, plans={}), torch.arange(p.n_k)
-    masked, keys = p.plans["masked"]
-    return masked, t._replace(mask=(keys < t.key_lengths[:, None])[:, None, None], key_lengths=None)
+    if p.batch * p.heads * p.n_q * p.n_k <= SMALL:
+        return p, t
+    short, keys = _known(p, "short", has_key_lengths=True)
+    seen = t.mask[:, 0, 0]
+    lengths = torch.where(seen, keys + 1, 0).amax(-1)
+    if int(lengths.sum()) > (1 - WORTH) * seen.numel():
+        return p, t
+    if torch.equal(seen.sum(-1), lengths):  # nothing is hidden before the last seen key
+        short, _ = _known(p, "shorter", has_key_lengths=True, mask=None)
+        t = t._replace(mask=None)
+    return short, t._replace(key_lengths=lengths.expand(p.batch).contiguous())
+
+
+def _known(p: Problem, name: str, **changes) -> tuple[Problem, Tensor]:
+    """The problem with changes, which it keeps, and the numbers of its keys."""
+    if name not in p.plans:
+        p.plans[name] = dataclasses.replace(p, **changes, plans={}), torch.arange(p.n_k)
+    return p.plans[name]
