@@ -40,7 +40,7 @@ def test_explain(monkeypatch):
     assert tfkern.explain(q, q, q).startswith("cpu (fused whole) runs Problem(batch=1, heads=2")
     assert tfkern.explain(q, q, q, window=(0, 0)).startswith("cpu (fused whole) runs")
     long = torch.empty(1, 2, 1000, 16)
-    assert tfkern.explain(long, long, long, window=(9, 9)).startswith("cpu (fused in 16 tiles of queries) runs")
+    assert tfkern.explain(long, long, long, window=(9, 9)).startswith("cpu (fused in 16 tiles) runs")
     lengths = torch.full((1,), 9)
     assert tfkern.explain(long, long, long, key_lengths=lengths).startswith("cpu (fused, sequences of equal lengths together)")
     text = tfkern.explain(q, q, q, softcap=2.0)

@@ -111,7 +111,7 @@ def test_any_rows_of_a_call(name, step, fused_alone, monkeypatch):
     monkeypatch.setattr(cpu_calls, "STEPS", {step: 1.0})
     monkeypatch.setattr(cpu_calls, "ELEMENTS", 1)
     monkeypatch.setattr(cpu_calls, "BLOCK", step)
-    monkeypatch.setattr(cpu_calls, "CACHED", 10 * step**2)
+    monkeypatch.setattr(cpu_calls, "SLOPES_ELEMENTS", H * step**2)
     tfkern.call._problems.clear()  # which keep their calls
     q, k, v = qkv()
     found, wanted = (results(f, FUSED[name], q, k, v) for f in (tfkern.attention, reference.attention))

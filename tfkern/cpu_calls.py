@@ -22,22 +22,19 @@ from tfkern.problem import Problem, Tensors
 STEPS = {64: 1.45, 128: 1.3, 256: 1.2, 512: 1.1}
 ELEMENTS = 1 << 21  # of a mask that is made for a call
 KEPT = 1 << 12  # of a mask that is kept for the next
-BLOCK = 512  # rows of ALiBi that meet the keys near their diagonal
-CACHED = 1 << 18  # elements of ALiBi's mask, which stay in a cache while they are made and read
-ALL = slice(None)
+BLOCK = 512  # rows of ALiBi that meet the keys near their diagonal; half as many if causal
+SLOPES_ELEMENTS = 1 << 22  # of ALiBi's mask for such a block: 16 MiB
 
 
 class Call(NamedTuple):
-    """Slices of query rows, keys, heads and key heads. Either `causal`: the first row sees the first key, and each row one
-    more; or `cut`: a mask of the band has to be made; or every row sees all keys. `edge`: the place on one side of which are
-    all keys, and on the other all rows, for ALiBi."""
+    """Slices of query rows and of keys. Either `causal`: the first row sees the first key, and each row one more; or `cut`: a
+    mask of the band has to be made; or every row sees all keys within the band. `edge`: the place on one side of which are all
+    keys, and on the other all rows, for ALiBi."""
 
     rows: slice
     keys: slice
     causal: bool = False
     cut: bool = False
-    heads: slice = ALL
-    kv_heads: slice = ALL
     edge: int | None = None
 
 
@@ -98,7 +95,8 @@ def _calls(p: Problem) -> list[Call]:
         return []
     whole = _call(p, rows)
     if p.has_slopes and not whole.cut and all(x is None or x[2] == 1 for x in (p.mask, p.bias)):
-        return [call for i in range(rows.start, rows.stop, BLOCK) for call in _slopes_calls(p, i, min(i + BLOCK, rows.stop))]
+        step = max(1, min(BLOCK // 2 if p.right == 0 else BLOCK, math.isqrt(SLOPES_ELEMENTS // p.heads)))
+        return [call for i in range(rows.start, rows.stop, step) for call in _slopes_calls(p, i, min(i + step, rows.stop))]
     step = p.n_q
     if whole.cut:
         step = min(STEPS, key=lambda step: STEPS[step] * _seen(p, step))
@@ -132,7 +130,7 @@ def _made(p: Problem) -> bool:
 
 
 def _slopes_calls(p: Problem, start: int, stop: int) -> Iterator[Call]:
-    """Those of some rows: the keys to the left of their diagonal, those to the right, and the block between, by heads."""
+    """Those of some rows: the keys to the left of their diagonal, those to the right, and the block between."""
     first, last = start + shift_of(p), stop - 1 + shift_of(p)
     lo, hi = min(max(first, 0), p.n_k), min(max(last + 1, 0), p.n_k)
     rows = slice(start, stop)
@@ -141,11 +139,7 @@ def _slopes_calls(p: Problem, start: int, stop: int) -> Iterator[Call]:
     if hi < p.n_k and p.right != 0:  # any other right side hides nothing here
         yield Call(rows, slice(hi, p.n_k), edge=last)
     if lo < hi:
-        count = max(1, CACHED // ((stop - start) * (hi - lo) * p.group))  # key heads
-        for h in range(0, p.kv_heads, count):
-            kv_heads = slice(h, min(h + count, p.kv_heads))
-            heads = slice(kv_heads.start * p.group, kv_heads.stop * p.group)
-            yield Call(rows, slice(lo, hi), causal=p.right == 0, heads=heads, kv_heads=kv_heads)
+        yield Call(rows, slice(lo, hi), causal=p.right == 0)
 
 
 def shift_of(p: Problem) -> int:
@@ -164,10 +158,10 @@ def _call(p: Problem, rows: slice) -> Call:
     return Call(rows, slice(lo, hi), causal, (at_left or at_right) and not causal)
 
 
-def mask_of(p: Problem, t: Tensors, call: Call) -> Tensor | None:
-    """What is added to the scores of a call, (B or 1, H or 1, rows or 1, keys or 1), in a dtype that the op takes."""
-    bias, mask, slopes = (None if x is None else _of_heads(x, call) for x in (t.bias, t.mask, t.slopes))
-    bias, mask = (None if x is None else _tile(x, call) for x in (bias, mask))
+def mask_of(p: Problem, t: Tensors, call: Call, made: dict | None = None) -> Tensor | None:
+    """What is added to the scores of a call, (B or 1, H or 1, rows or 1, keys or 1), in a dtype that the op takes. `made` keeps
+    what other calls of the same problem can take, too."""
+    bias, mask = (None if x is None else _tile(x, call) for x in (t.bias, t.mask))
     total = None
     if bias is not None:
         total = bias if bias.dtype in (p.dtype, p.lse_dtype) else bias.to(p.dtype)
@@ -175,11 +169,19 @@ def mask_of(p: Problem, t: Tensors, call: Call) -> Tensor | None:
         total = _sum(total, _hidden(mask, p.dtype))
     if call.cut:
         total = _sum(total, _band_mask(p, call))
-    if slopes is not None:
-        i, j = _offsets(p, call)
-        i = i if call.edge is None else call.edge
-        total = _sum(total, slopes.to(p.lse_dtype)[:, :, None, None] * -(i - j).abs().to(p.lse_dtype))
+    if t.slopes is not None:
+        total = _sum(total, _slopes_mask(p, t.slopes, call, {} if made is None else made))
     return total
+
+
+def _slopes_mask(p: Problem, slopes: Tensor, call: Call, made: dict) -> Tensor:
+    """What ALiBi adds; the same for all calls of one shape that lie alike to the diagonal."""
+    i, j = _offsets(p, call)
+    i = i if call.edge is None else torch.full((1, 1), call.edge)
+    key = len(i), len(j), int(i[0]) - call.keys.start
+    if key not in made:
+        made[key] = slopes.to(p.lse_dtype)[:, :, None, None] * -(i - j).abs().to(p.lse_dtype)
+    return made[key]
 
 
 def beyond_the_edge(p: Problem, t: Tensors, call: Call) -> Tensor | None:
@@ -188,10 +190,6 @@ def beyond_the_edge(p: Problem, t: Tensors, call: Call) -> Tensor | None:
         return None
     i, _ = _offsets(p, call)
     return t.slopes.to(p.lse_dtype)[:, :, None] * -(i[:, 0] - call.edge).abs().to(p.lse_dtype)
-
-
-def _of_heads(x: Tensor, call: Call) -> Tensor:
-    return x if x.shape[1] == 1 or call.heads == ALL else x[:, call.heads]
 
 
 def _sum(x: Tensor | None, y: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tfkern import compat, layout
-from tfkern.cpu_calls import ALL, Call, Plan, beyond_the_edge, mask_of
+from tfkern.cpu_calls import Call, Plan, beyond_the_edge, mask_of
 from tfkern.problem import Gradients, Problem, Tensors
 
 
@@ -30,14 +30,15 @@ def forward(p: Problem, t: Tensors, plan: Plan) -> tuple[Tensor, Tensor] | None:
 
 def _forward(p: Problem, t: Tensors, plan: Plan, qkv) -> tuple[Tensor, Tensor]:
     if plan.whole:
-        return _forward_call(p, t, qkv, plan.calls[0])
+        return _forward_call(p, t, qkv, plan.calls[0], {})
     out = t.q.new_zeros(*t.q.shape[:3], p.v_head_dim)
     lse = torch.full(t.q.shape[:3], -math.inf, dtype=p.lse_dtype)
     if plan.joined and p.dtype != p.lse_dtype:
         out = out.to(p.lse_dtype)
+    made: dict = {}
     for call in plan.calls:
-        part, part_lse = _forward_call(p, t, qkv, call)
-        place = slice(None), call.heads, call.rows
+        part, part_lse = _forward_call(p, t, qkv, call, made)
+        place = slice(None), slice(None), call.rows
         if plan.joined:
             _join(out[place], lse[place], part, part_lse)
         else:
@@ -53,8 +54,8 @@ def _join(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     lse.copy_(both)
 
 
-def _forward_call(p: Problem, t: Tensors, qkv, call: Call) -> tuple[Tensor, Tensor]:
-    mask = mask_of(p, t, call)
+def _forward_call(p: Problem, t: Tensors, qkv, call: Call, made: dict) -> tuple[Tensor, Tensor]:
+    mask = mask_of(p, t, call, made)
     out, lse = compat.flash(*operands(p, qkv, call), 0.0, call.causal, attn_mask=mask, scale=p.scale)
     if p.v_head_dim < p.head_dim:
         out = out[..., : p.v_head_dim]
@@ -92,26 +93,24 @@ def _backward(p: Problem, t: Tensors, plan: Plan, qkv, do: Tensor, out: Tensor, 
     """Gradients of q, k and v; what several calls add to is added up in the wide dtype."""
     do, out = (_padded(x, max(p.head_dim, p.v_head_dim)) for x in (do, out))
     sums = None if plan.exact else [torch.zeros(x.shape, dtype=lse.dtype) for x in t[:3]]
+    made: dict = {}
     for call in plan.calls:
-        place = slice(None), call.heads, call.rows
+        place = slice(None), slice(None), call.rows
         more = beyond_the_edge(p, t, call)
         own_lse = lse[place] if more is None else lse[place] - more
         own = do[place], *operands(p, qkv, call), out[place], own_lse
-        found = compat.flash_backward(*own, 0.0, call.causal, attn_mask=mask_of(p, t, call), scale=p.scale)
+        found = compat.flash_backward(*own, 0.0, call.causal, attn_mask=mask_of(p, t, call, made), scale=p.scale)
         found = [x[..., : like.shape[-1]] for x, like in zip(found, t, strict=False)]
         if sums is None:
             return found
-        heads, rows = (call.heads, call.kv_heads, call.kv_heads), (call.rows, call.keys, call.keys)
-        for x, h, at, part in zip(sums, heads, rows, found, strict=True):
-            x[:, h, at] += part
+        for x, at, part in zip(sums, (call.rows, call.keys, call.keys), found, strict=True):
+            x[:, :, at] += part
     return sums
 
 
 def operands(p: Problem, qkv, call: Call) -> tuple[Tensor, ...]:
     """q, k and v of a call, as the op takes them: of one head dim, dense in it. (It reads past the end otherwise.)"""
     q, k, v = qkv
-    if call.heads != ALL:
-        q, k, v = q[:, call.heads], k[:, call.kv_heads], v[:, call.kv_heads]
     if call.rows != slice(0, p.n_q):
         q = q[:, :, call.rows]
     if call.keys != slice(0, p.n_k):

@@ -31,7 +31,7 @@ def how(problem: Problem) -> str:
         return f"in tiles of PyTorch's operations: {plan.refusal}"
     if problem.packed or (problem.has_key_lengths and not _maskable(problem)):
         return "fused, sequences of equal lengths together"
-    return "fused whole" if len(plan.calls) == 1 else f"fused in {len(plan.calls)} tiles of queries"
+    return "fused whole" if len(plan.calls) == 1 else f"fused in {len(plan.calls)} tiles"
 
 
 @groups.without_autocast
