@@ -36,6 +36,9 @@ FUSED = {
     "bias": dict(attn_mask=tensor(H, N, M)), "causal bias": dict(attn_mask=tensor(B, 1, N, M), is_causal=True), "bias, window": dict(attn_mask=tensor(N, M), window=(9, 40)),
     "slopes": dict(alibi_slopes=tensor(H).abs()), "slopes of each, causal": dict(alibi_slopes=tensor(B, H).abs(), is_causal=True),
     "slopes, lower right": dict(alibi_slopes=-tensor(H).abs(), causal_alignment="lower_right", attn_mask=seen(B, 1, 1, M)),
+    "slopes, right of the diagonal": dict(
+        alibi_slopes=tensor(H).abs(), window=(None, 9), causal_alignment="lower_right"
+    ),
     "slopes, all": dict(alibi_slopes=tensor(H).abs(), window=(1000, 1000)),
     "slopes, window": dict(alibi_slopes=tensor(H).abs(), window=(30, 10)),
     "slopes, bias": dict(alibi_slopes=tensor(H).abs(), attn_mask=tensor(1, H, 1, M)),

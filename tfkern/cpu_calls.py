@@ -94,7 +94,8 @@ def _calls(p: Problem) -> list[Call]:
     if rows.start == rows.stop or min(p.batch, p.heads) == 0:
         return []
     whole = _call(p, rows)
-    if p.has_slopes and not whole.cut and all(x is None or x[2] == 1 for x in (p.mask, p.bias)):
+    from_the_diagonal = p.right == 0 or not whole.causal
+    if p.has_slopes and not whole.cut and from_the_diagonal and all(x is None or x[2] == 1 for x in (p.mask, p.bias)):
         step = max(1, min(BLOCK // 2 if p.right == 0 else BLOCK, math.isqrt(SLOPES_ELEMENTS // p.heads)))
         return [call for i in range(rows.start, rows.stop, step) for call in _slopes_calls(p, i, min(i + step, rows.stop))]
     step = p.n_q
