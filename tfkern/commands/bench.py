@@ -115,7 +115,10 @@ def cpu(args) -> int:
     models = [] if args.cases else list(cpu_models.run(args.seconds))
     runner.save(path, rows + models)
     bench.draw(path, args.out / "cpu.png")
-    print(f"\n{bench.table(rows)}\n\n{cpu_models.table(models)}\nwrote {path} and {args.out / 'cpu.png'}")
+    print(f"\n{bench.table(rows)}\n")
+    if models:
+        print(f"{cpu_models.table(models)}\n")
+    print(f"wrote {path} and {args.out / 'cpu.png'}")
     return 1 if any("problem" in row for row in rows + models) else 0
 
 
