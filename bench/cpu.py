@@ -32,11 +32,10 @@ def run(cases, lengths, dtypes, threads, seconds: float) -> Iterator[dict]:
     try:
         for count, dtype, length, name in itertools.product(threads, dtypes, lengths, cases):
             torch.set_num_threads(count)
+            task = cpu_cases.task(name, length, DTYPES[dtype])
             for direction in DIRECTIONS:
                 about = dict(case=name, length=length, dtype=dtype, threads=count, direction=direction)
-                yield from (
-                    {**about, **row} for row in figures(cpu_cases.task(name, length, DTYPES[dtype]), direction, seconds)
-                )
+                yield from ({**about, **row} for row in figures(task, direction, seconds))
     finally:
         torch.set_num_threads(before)
 

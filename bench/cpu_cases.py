@@ -81,7 +81,7 @@ def task(name: str, length: int, dtype: torch.dtype) -> Task:
 
 def _packed(leaves: list[Tensor], lengths: Tensor, mask: Tensor) -> Task:
     """Sequences behind each other for tfkern; the others get them padded, with a mask of keys."""
-    ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    ends = F.pad(lengths.cumsum(0), (1, 0))
     seen = torch.arange(leaves[0].shape[2]) < lengths[:, None]
     own = [x.transpose(1, 2)[seen] for x in leaves]
 

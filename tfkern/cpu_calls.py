@@ -14,8 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tfkern import compat
-from tfkern.eager_tiles import alive
+from tfkern import band, compat
 from tfkern.problem import Problem, Tensors
 
 # Rows of a call, and what a score costs in it beside one of a call of all rows (measured with masks, D = 64).
@@ -90,7 +89,7 @@ def _refusal(p: Problem) -> str | None:
 
 
 def _calls(p: Problem) -> list[Call]:
-    rows = alive(p)
+    rows = band.alive(p)
     if rows.start == rows.stop or min(p.batch, p.heads) == 0:
         return []
     whole = _call(p, rows)
@@ -132,7 +131,7 @@ def _made(p: Problem) -> bool:
 
 def _slopes_calls(p: Problem, start: int, stop: int) -> Iterator[Call]:
     """Those of some rows: the keys to the left of their diagonal, those to the right, and the block between."""
-    first, last = start + shift_of(p), stop - 1 + shift_of(p)
+    first, last = start + band.shift_of(p), stop - 1 + band.shift_of(p)
     lo, hi = min(max(first, 0), p.n_k), min(max(last + 1, 0), p.n_k)
     rows = slice(start, stop)
     if lo > 0:
@@ -143,31 +142,24 @@ def _slopes_calls(p: Problem, start: int, stop: int) -> Iterator[Call]:
         yield Call(rows, slice(lo, hi), causal=p.right == 0)
 
 
-def shift_of(p: Problem) -> int:
-    """That of a dense problem."""
-    return p.n_k - p.n_q if p.lower_right else 0
-
-
 def _call(p: Problem, rows: slice) -> Call:
-    shift = shift_of(p)
+    shift, keys = band.shift_of(p), band.keys_of(p, rows)
     first, last = rows.start + shift, rows.stop - 1 + shift  # the diagonal of the first row and of the last
-    lo = 0 if p.left is None else min(max(first - p.left, 0), p.n_k)
-    hi = p.n_k if p.right is None else max(min(last + p.right + 1, p.n_k), lo)
-    at_left = p.left is not None and last - p.left > lo
-    at_right = p.right is not None and first + p.right < hi - 1
-    causal = at_right and not at_left and first + p.right == lo
-    return Call(rows, slice(lo, hi), causal, (at_left or at_right) and not causal)
+    at_left = p.left is not None and last - p.left > keys.start
+    at_right = p.right is not None and first + p.right < keys.stop - 1
+    causal = at_right and not at_left and first + p.right == keys.start
+    return Call(rows, keys, causal, (at_left or at_right) and not causal)
 
 
 def mask_of(p: Problem, t: Tensors, call: Call, made: dict | None = None) -> Tensor | None:
     """What is added to the scores of a call, (B or 1, H or 1, rows or 1, keys or 1), in a dtype that the op takes. `made` keeps
     what other calls of the same problem can take, too."""
-    bias, mask = (None if x is None else _tile(x, call) for x in (t.bias, t.mask))
+    bias, mask = (None if x is None else band.of_tile(x, call.rows, call.keys) for x in (t.bias, t.mask))
     total = None
     if bias is not None:
         total = bias if bias.dtype in (p.dtype, p.lse_dtype) else bias.to(p.dtype)
     if mask is not None:
-        total = _sum(total, _hidden(mask, p.dtype))
+        total = _sum(total, _added(mask, p.dtype))
     if call.cut:
         total = _sum(total, _band_mask(p, call))
     if t.slopes is not None:
@@ -177,7 +169,7 @@ def mask_of(p: Problem, t: Tensors, call: Call, made: dict | None = None) -> Ten
 
 def _slopes_mask(p: Problem, slopes: Tensor, call: Call, made: dict) -> Tensor:
     """What ALiBi adds; the same for all calls of one shape that lie alike to the diagonal."""
-    i, j = _offsets(p, call)
+    i, j = band.places(p, call.rows, call.keys)
     i = i if call.edge is None else torch.full((1, 1), call.edge)
     key = len(i), len(j), int(i[0]) - call.keys.start
     if key not in made:
@@ -189,7 +181,7 @@ def beyond_the_edge(p: Problem, t: Tensors, call: Call) -> Tensor | None:
     """What the logits of a call's rows (B or 1, H, rows) lack, None for nothing."""
     if call.edge is None:
         return None
-    i, _ = _offsets(p, call)
+    i, _ = band.places(p, call.rows, call.keys)
     return t.slopes.to(p.lse_dtype)[:, :, None] * -(i[:, 0] - call.edge).abs().to(p.lse_dtype)
 
 
@@ -197,37 +189,16 @@ def _sum(x: Tensor | None, y: Tensor) -> Tensor:
     return y if x is None else x + y
 
 
-def _hidden(seen: Tensor, dtype: torch.dtype) -> Tensor:
+def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where something is seen, else -inf. (1 - 1 / x: a quarter of the time of filling.)"""
     return seen.to(dtype).reciprocal_().neg_().add_(1.0)
-
-
-def _tile(x: Tensor, call: Call) -> Tensor:
-    rows, keys = (at if n > 1 else slice(None) for at, n in zip(call[:2], x.shape[2:], strict=True))
-    return x[:, :, rows, keys]
-
-
-def _offsets(p: Problem, call: Call) -> tuple[Tensor, Tensor]:
-    i = torch.arange(call.rows.start, call.rows.stop)[:, None] + shift_of(p)
-    return i, torch.arange(call.keys.start, call.keys.stop)
 
 
 def _band_mask(p: Problem, call: Call) -> Tensor:
     """What the band adds, (1, 1, rows, keys). The problem keeps small ones."""
     key = "band", call.rows.start
     if (mask := p.plans.get(key)) is None:
-        mask = _hidden(_band(p, call), p.dtype)
+        mask = _added(~band.hidden(p, call.rows, call.keys), p.dtype)
         if mask.numel() <= KEPT:
             p.plans[key] = mask
     return mask
-
-
-def _band(p: Problem, call: Call) -> Tensor:
-    """Where the band lets a row see a key, (1, 1, rows, keys)."""
-    i, j = _offsets(p, call)
-    seen = torch.ones((), dtype=torch.bool)
-    if p.left is not None:
-        seen = seen & (j >= i - p.left)
-    if p.right is not None:
-        seen = seen & (j <= i + p.right)
-    return seen[None, None]

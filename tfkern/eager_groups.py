@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tfkern import compat, dropout, layout
-from tfkern.eager_tiles import Tile, Tiles, alive, parts
+from tfkern import band, compat, dropout, layout
+from tfkern.eager_tiles import Tile, Tiles, parts
 from tfkern.groups import Group
 from tfkern.problem import Gradients
 
@@ -89,7 +89,7 @@ def backward_group(group: Group, do: Tensor, dlse: Tensor | None, needed) -> Gra
     sums = [torch.zeros_like(x, dtype=p.lse_dtype) if need else None for x, need in zip(t[3:6], needed[3:], strict=True)]
     grads = Gradients(*rows, *sums)
     if grads.sinks is not None and dlse is not None:  # rows that see no key have a weight of 1 for the sink
-        seeing = alive(p)
+        seeing = band.alive(p)
         for dead in (slice(0, seeing.start), slice(seeing.stop, None)):
             grads.sinks.add_(dlse[:, :, dead].sum((0, 2)))
     for part in parts(p, group.numbers):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tfkern import dropout
+from tfkern import band, dropout
 from tfkern.problem import Problem, Tensors
 from tfkern.score_mods import each_head
 
@@ -55,14 +55,6 @@ def parts(p: Problem, numbers: Sequence[int]) -> Iterator[Part]:
 
 def _elements(p: Problem) -> int:
     return CACHED * torch.get_num_threads() if p.device.type == "cpu" else ELEMENTS
-
-
-def alive(p: Problem) -> slice:
-    """The rows of a dense problem that see a key within the band. They lie side by side."""
-    shift = p.n_k - p.n_q if p.lower_right else 0
-    first = 0 if p.right is None else max(0, -shift - p.right)
-    stop = p.n_q if p.left is None else min(p.n_q, p.n_k - shift + p.left)
-    return slice(first, stop) if p.n_k and stop > first else slice(0, 0)
 
 
 def _seen(p: Problem, rows: int) -> int:
@@ -115,7 +107,7 @@ class Tiles:
         self.k, self.v = (x[part.batch, part.kv_heads].to(self.compute) for x in (t.k, t.v))
         self.sinks = None if t.sinks is None else t.sinks[part.heads, None].to(self.compute)
         self.seed, self.scale = t.seed, t.scale if p.scale is None else p.scale
-        self.shift = p.n_k - p.n_q if p.lower_right else 0
+        self.shift = band.shift_of(p)
         self.batch, self.heads = self.q.shape[:2]
         on_cpu = p.device.type == "cpu"
         rows = _elements(p) // max(1, self.batch * self.heads * _seen(p, ROWS))
@@ -129,10 +121,10 @@ class Tiles:
 
     def __iter__(self) -> Iterator[Tile]:
         """The tiles of the rows that may see a key."""
-        rows = alive(self.p)
+        rows = band.alive(self.p)
         for start in range(rows.start, rows.stop, self.step):
             stop = min(start + self.step, rows.stop)
-            rows_, keys = slice(start, stop), slice(*self._key_range(start, stop))
+            rows_, keys = slice(start, stop), band.keys_of(self.p, slice(start, stop))
             yield Tile(rows_, keys, self._hidden(rows_, keys))
 
     def rely_on(self, do: Tensor, dlse: Tensor | None) -> None:
@@ -171,14 +163,14 @@ class Tiles:
         if self.slopes is not None:
             s.addcmul_(self.slopes.to(s.dtype)[:, :, None, None], self.distance(tile), value=-1.0)
         if self.bias is not None:
-            s.add_(self._of_tile(self.bias, tile.rows, tile.keys))
+            s.add_(band.of_tile(self.bias, tile.rows, tile.keys))
         tile.slope = slope
         return tile.fill(s, -math.inf) if self.careful else tile.hide(s)
 
     def distance(self, tile: Tile) -> Tensor:
         """|i + shift - j|, (rows, keys)."""
-        i, j = self._offsets(tile)
-        return (i + self.shift - j).abs().to(self.compute)
+        i, j = band.places(self.p, tile.rows, tile.keys)
+        return (i - j).abs().to(self.compute)
 
     def kept(self, tile: Tile) -> Tensor | None:
         """1 where dropout keeps a weight, else 0."""
@@ -199,34 +191,28 @@ class Tiles:
 
     def add_dbias(self, dbias: Tensor, ds: Tensor, tile: Tile) -> None:
         """Add the tile's ds to the part's gradient of the bias, summed over the dims along which that broadcasts."""
-        part = self._of_tile(dbias, tile.rows, tile.keys)
+        part = band.of_tile(dbias, tile.rows, tile.keys)
         part += ds.sum_to_size(part.shape)
 
     def _all_false(self, tile: Tile) -> Tensor:
         shape = self.batch, self.heads, tile.rows.stop - tile.rows.start, tile.keys.stop - tile.keys.start
         return torch.zeros(shape, dtype=torch.bool, device=self.p.device)
 
-    def _of_tile(self, x: Tensor, rows: slice, keys: slice) -> Tensor:
-        return x[:, :, rows if x.shape[2] > 1 else slice(None), keys if x.shape[3] > 1 else slice(None)]
-
     def _offsets(self, tile: Tile) -> tuple[Tensor, Tensor]:
         rows, keys, device = tile.rows, tile.keys, self.p.device
         return torch.arange(rows.start, rows.stop, device=device)[:, None], torch.arange(keys.start, keys.stop, device=device)
 
-    def _key_range(self, start: int, stop: int) -> tuple[int, int]:
-        p = self.p
-        lo = 0 if p.left is None else min(max(start + self.shift - p.left, 0), p.n_k)
-        hi = p.n_k if p.right is None else min(max(stop + self.shift + p.right, lo), p.n_k)
-        return lo, hi
-
     def _hidden(self, rows: slice, keys: slice) -> list[tuple[slice, Tensor]]:
-        masks = [] if self.mask is None else [~self._of_tile(self.mask, rows, keys)]
+        masks = [] if self.mask is None else [~band.of_tile(self.mask, rows, keys)]
         if self.bias_hides:
-            masks.append(self._of_tile(self.bias, rows, keys) == -math.inf)
+            masks.append(band.of_tile(self.bias, rows, keys) == -math.inf)
         if not masks:
-            return [(slice(*cut), self._beyond(rows, keys, *cut)) for cut in self._cuts(rows, keys)]
+            return [
+                (slice(*cut), band.hidden(self.p, rows, slice(*(keys.start + x for x in cut))))
+                for cut in self._cuts(rows, keys)
+            ]
         if self._cuts(rows, keys):
-            masks.append(self._beyond(rows, keys, 0, keys.stop - keys.start))
+            masks.append(band.hidden(self.p, rows, keys))
         hidden = functools.reduce(torch.logical_or, masks)
         return [(slice(None), hidden.expand(-1, -1, rows.stop - rows.start, keys.stop - keys.start))]
 
@@ -239,15 +225,3 @@ class Tiles:
             return [(0, count)]
         cuts = [(0, min(left, count)), (max(right, 0), count)]
         return [(lo, hi) for lo, hi in cuts if lo < hi]
-
-    def _beyond(self, rows: slice, keys: slice, lo: int, hi: int) -> Tensor:
-        """Where the band hides columns [lo, hi) of a tile, (1, 1, rows, columns)."""
-        p, device = self.p, self.p.device
-        i = torch.arange(rows.start, rows.stop, device=device)[:, None] + self.shift
-        j = torch.arange(keys.start + lo, keys.start + hi, device=device)
-        hidden = torch.zeros((), dtype=torch.bool, device=device)
-        if p.left is not None:
-            hidden = hidden | (j < i - p.left)
-        if p.right is not None:
-            hidden = hidden | (j > i + p.right)
-        return hidden[None, None]

@@ -81,9 +81,12 @@ def _forward_group(group: Group) -> tuple[Tensor, Tensor]:
 
 def _maskable(p: Problem) -> bool:
     """Whether key lengths may as well be a mask."""
-    small = p.batch * p.heads * p.n_q * p.n_k <= SMALL
     shifted = p.lower_right and (p.left is not None or p.right is not None or p.has_slopes)  # by each length
-    return small and p.mask is None and not shifted
+    return _small(p) and p.mask is None and not shifted
+
+
+def _small(p: Problem) -> bool:
+    return p.batch * p.heads * p.n_q * p.n_k <= SMALL
 
 
 def _fitted(p: Problem, t: Tensors) -> tuple[Problem, Tensors]:
@@ -92,9 +95,9 @@ def _fitted(p: Problem, t: Tensors) -> tuple[Problem, Tensors]:
     if p.has_key_lengths and _maskable(p) and plan_of(p).refusal is None:
         masked, keys = _known(p, "masked", has_key_lengths=False, mask=(p.batch, 1, 1, p.n_k))
         return masked, t._replace(mask=(keys < t.key_lengths[:, None])[:, None, None], key_lengths=None)
-    if p.mask is None or p.mask[1:3] != (1, 1) or p.has_key_lengths or p.packed or p.lower_right or p.mask[3] == 1:
+    if p.mask is None or p.mask[1:3] != (1, 1) or p.mask[3] == 1 or _small(p):
         return p, t
-    if p.batch * p.heads * p.n_q * p.n_k <= SMALL:
+    if p.has_key_lengths or p.packed or p.lower_right:
         return p, t
     short, keys = _known(p, "short", has_key_lengths=True)
     seen = t.mask[:, 0, 0]

@@ -1,0 +1,50 @@
+"""The band of a dense problem: which keys rows of queries see, told for slices of rows and of keys."""
+
+import torch
+from torch import Tensor
+
+from tfkern.problem import Problem
+
+
+def shift_of(p: Problem) -> int:
+    """Query i stands at key i + shift."""
+    return p.n_k - p.n_q if p.lower_right else 0
+
+
+def alive(p: Problem) -> slice:
+    """The rows that see a key. They lie side by side."""
+    shift = shift_of(p)
+    first = 0 if p.right is None else max(0, -shift - p.right)
+    stop = p.n_q if p.left is None else min(p.n_q, p.n_k - shift + p.left)
+    return slice(first, stop) if p.n_k and stop > first else slice(0, 0)
+
+
+def keys_of(p: Problem, rows: slice) -> slice:
+    """The keys from the first to the last that one of the rows sees."""
+    shift = shift_of(p)
+    lo = 0 if p.left is None else min(max(rows.start + shift - p.left, 0), p.n_k)
+    hi = p.n_k if p.right is None else max(min(rows.stop + shift + p.right, p.n_k), lo)
+    return slice(lo, hi)
+
+
+def places(p: Problem, rows: slice, keys: slice) -> tuple[Tensor, Tensor]:
+    """i + shift (rows, 1) and j (keys,), whose difference is the distance."""
+    i = torch.arange(rows.start, rows.stop, device=p.device)[:, None] + shift_of(p)
+    return i, torch.arange(keys.start, keys.stop, device=p.device)
+
+
+def hidden(p: Problem, rows: slice, keys: slice) -> Tensor:
+    """Where the band hides keys from rows, (1, 1, rows, keys)."""
+    i, j = places(p, rows, keys)
+    found = torch.zeros((), dtype=torch.bool, device=p.device)
+    if p.left is not None:
+        found = found | (j < i - p.left)
+    if p.right is not None:
+        found = found | (j > i + p.right)
+    return found[None, None]
+
+
+def of_tile(x: Tensor, rows: slice, keys: slice) -> Tensor:
+    """The part of a mask or bias (B or 1, H or 1, Nq or 1, Nk or 1) for rows and keys."""
+    rows, keys = (at if n > 1 else slice(None) for at, n in zip((rows, keys), x.shape[2:], strict=True))
+    return x[:, :, rows, keys]
