@@ -27,6 +27,20 @@ def keys_of(p: Problem, rows: slice) -> slice:
     return slice(lo, hi)
 
 
+def seen(p: Problem, rows: int) -> float:
+    """Keys that so many neighbouring queries see, on average."""
+    if p.left is None and p.right is None:
+        return p.n_k
+    if p.left is None or p.right is None:
+        return (p.n_k + rows) / 2
+    return min(p.n_k, rows + p.left + p.right)
+
+
+def step(p: Problem, costs: dict[int, float]) -> int:
+    """Of numbers of rows that go together, and what a score costs in each, the one that costs least."""
+    return min(costs, key=lambda rows: costs[rows] * seen(p, rows))
+
+
 def places(p: Problem, rows: slice, keys: slice) -> tuple[Tensor, Tensor]:
     """i + shift (rows, 1) and j (keys,), whose difference is the distance."""
     i = torch.arange(rows.start, rows.stop, device=p.device)[:, None] + shift_of(p)

@@ -99,14 +99,24 @@ _flash = _private("torch:ops.aten._scaled_dot_product_flash_attention_for_cpu.de
 _flash_backward = _private("torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default")
 flash, flash_backward = (_flash, _flash_backward) if None not in (_flash, _flash_backward) else (None, None)
 
-# What autograd runs for a softmax along the last dim: y * (g - sum(y * g)), in one pass. Else: in three.
-_softmax_backward = _private("torch:_softmax_backward_data")
+# A softmax along the last dim into memory that is there, and what autograd runs for its gradient: y * (g - sum(y * g)), in one
+# pass. On a CPU both go row by row, and may write where they read. Else: into new memory, the gradient in three passes.
+_softmax_out = _private("torch:ops.aten._softmax.out")
+_softmax_backward_out = _private("torch:ops.aten._softmax_backward_data.out")
 
 
-def softmax_backward(grad: Tensor, output: Tensor) -> Tensor:
-    if _softmax_backward is None:
-        return output * (grad - (output * grad).sum(-1, keepdim=True))
-    return _softmax_backward(grad, output, -1, output.dtype)
+def softmax_(x: Tensor) -> Tensor:
+    """Along the last dim; x may be overwritten."""
+    if _softmax_out is None or x.device.type != "cpu":
+        return torch.softmax(x, -1)
+    return _softmax_out(x, -1, False, out=x)
+
+
+def softmax_backward_(grad: Tensor, output: Tensor) -> Tensor:
+    """The gradient of what a softmax was taken of, in place of that of its output."""
+    if _softmax_backward_out is None or grad.device.type != "cpu":
+        return grad.sub_((output * grad).sum(-1, keepdim=True)).mul_(output)
+    return _softmax_backward_out(grad, output, -1, output.dtype, grad_input=grad)
 
 
 # The number of the backend (torch.nn.attention.SDPBackend) that F.scaled_dot_product_attention takes. Else: nobody tells.

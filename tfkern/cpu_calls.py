@@ -99,22 +99,13 @@ def _calls(p: Problem) -> list[Call]:
         return [call for i in range(rows.start, rows.stop, step) for call in _slopes_calls(p, i, min(i + step, rows.stop))]
     step = p.n_q
     if whole.cut:
-        step = min(STEPS, key=lambda step: STEPS[step] * _seen(p, step))
+        step = band.step(p, STEPS)
     if whole.cut or _made(p):
-        masks = max(1, math.prod(_shape(p)[:2])) * _seen(p, step)
+        masks = max(1, math.prod(_shape(p)[:2])) * band.seen(p, step)
         step = max(min(STEPS), min(step, int(ELEMENTS // masks)))
     if step >= rows.stop - rows.start:
         return [whole]
     return [_call(p, slice(i, min(i + step, rows.stop))) for i in range(rows.start, rows.stop, step)]
-
-
-def _seen(p: Problem, rows: int) -> float:
-    """Keys that so many neighbouring queries see, on average."""
-    if p.left is None and p.right is None:
-        return p.n_k
-    if p.left is None or p.right is None:
-        return (p.n_k + rows) / 2
-    return min(p.n_k, rows + p.left + p.right)
 
 
 def _shape(p: Problem) -> tuple[int, int]:
@@ -124,9 +115,8 @@ def _shape(p: Problem) -> tuple[int, int]:
 
 
 def _made(p: Problem) -> bool:
-    """Whether a mask with a row for each query must be made, as one that is there is not what the op takes."""
-    from_mask = p.mask is not None and p.mask[2] > 1
-    return from_mask or p.has_slopes or (p.bias is not None and p.bias[2] > 1 and p.dtype != torch.float32)
+    """Whether a mask with a row for each query must be made of what is there. (A bias is taken as it is.)"""
+    return p.has_slopes or (p.mask is not None and p.mask[2] > 1)
 
 
 def _slopes_calls(p: Problem, start: int, stop: int) -> Iterator[Call]:

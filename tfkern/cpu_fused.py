@@ -15,6 +15,10 @@ from tfkern import compat, layout
 from tfkern.cpu_calls import Call, Plan, beyond_the_edge, mask_of
 from tfkern.problem import Gradients, Problem, Tensors
 
+# Keys of a call up to which the op's backward takes less time in float32, with all that has to be copied (measured: half at 128
+# keys on a CPU with instructions for bfloat16). For float16 it always did; the limit is there for the copies.
+WIDE = {torch.bfloat16: 256, torch.float16: 2048}
+
 
 def forward(p: Problem, t: Tensors, plan: Plan) -> tuple[Tensor, Tensor] | None:
     """out (B, H, Nq, Dv) in any memory order and lse (B, H, Nq), unless the op would be wrong."""
@@ -98,14 +102,28 @@ def _backward(p: Problem, t: Tensors, plan: Plan, qkv, do: Tensor, out: Tensor, 
         place = slice(None), slice(None), call.rows
         more = beyond_the_edge(p, t, call)
         own_lse = lse[place] if more is None else lse[place] - more
-        own = do[place], *operands(p, qkv, call), out[place], own_lse
-        found = compat.flash_backward(*own, 0.0, call.causal, attn_mask=mask_of(p, t, call, made), scale=p.scale)
+        own, mask = (do[place], *operands(p, qkv, call), out[place]), mask_of(p, t, call, made)
+        if call.keys.stop - call.keys.start <= WIDE.get(p.dtype, 0):
+            own, mask = (x.to(lse.dtype) for x in own), None if mask is None else mask.to(lse.dtype)
+        own, own_lse, mask = _heads_as_batch(p, (*own, own_lse), mask)
+        found = compat.flash_backward(*own, own_lse, 0.0, call.causal, attn_mask=mask, scale=p.scale)
+        found = [x.view(p.batch, -1, *x.shape[2:]) for x in found]
         found = [x[..., : like.shape[-1]] for x, like in zip(found, t, strict=False)]
         if sums is None:
             return found
         for x, at, part in zip(sums, (call.rows, call.keys, call.keys), found, strict=True):
             x[:, :, at] += part
     return sums
+
+
+def _heads_as_batch(p: Problem, rows, mask: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
+    """(do, q, k, v, out), lse and mask with one head in each of B * H sequences, where q has its heads so in memory: the op's
+    backward gives gradients whose heads lie within their rows, which would have to be copied."""
+    shared = mask is None or mask.shape[:2] == (1, 1)
+    if p.group == 1 and p.heads > 1 and rows[1].stride(1) > rows[1].stride(2) and (shared or p.batch == 1):
+        rows = [x.reshape(p.batch * p.heads, 1, *x.shape[2:]) for x in rows]
+        mask = mask if shared else mask.transpose(0, 1)
+    return tuple(rows[:5]), rows[5], mask
 
 
 def operands(p: Problem, qkv, call: Call) -> tuple[Tensor, ...]:

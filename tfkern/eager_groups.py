@@ -7,59 +7,85 @@ import torch
 from torch import Tensor
 
 from tfkern import band, compat, dropout, layout
-from tfkern.eager_tiles import Tile, Tiles, parts
+from tfkern.eager_tiles import Scratch, Tile, Tiles, care_for, parts
 from tfkern.groups import Group
-from tfkern.problem import Gradients
+from tfkern.problem import Gradients, Problem
 
 
 def forward_group(group: Group) -> tuple[Tensor, Tensor]:
     """out in q's memory order and lse (B, H, Nq) of a group."""
     p, t = group.problem, group.tensors
-    out = layout.empty_in_order_of(t.q, p.v_head_dim).zero_()
+    out = layout.empty_in_order_of(t.q, p.v_head_dim)
     lse = torch.full(t.q.shape[:3], -math.inf, dtype=p.lse_dtype, device=p.device)
+    if not _filled_by_tiles(p):
+        out.zero_()
     if t.sinks is not None:
         lse[:] = t.sinks[:, None]  # of rows that see no key; the others follow
+    care, scratch = care_for(p, t), Scratch(p)
     for part in parts(p, group.numbers):
-        tiles = Tiles(p, t, part)
+        tiles = Tiles(p, t, part, care, scratch)
         for tile in tiles:
             _forward_tile(tiles, tile, part.of(out)[:, :, tile.rows], part.of(lse)[:, :, tile.rows])
     return out, lse
 
 
+def _filled_by_tiles(p: Problem) -> bool:
+    """Whether every row of queries is in a tile."""
+    return band.alive(p) == slice(0, p.n_q) and min(p.batch, p.heads, p.n_q, p.n_k) > 0
+
+
 def _forward_tile(tiles: Tiles, tile: Tile, out: Tensor, lse: Tensor) -> None:
     """Fill out and lse of a tile."""
-    prob, rows = _softmax(tiles, tile, tiles.logits(tile, tiles.queries(tile)))
+    prob, rows = _softmax(tiles, tiles.logits(tile, tiles.queries(tile)), want_lse=True)
     lse.copy_(rows.lse.squeeze(-1))
-    kept = tiles.kept(tile)
+    kept, alpha = tiles.kept(tile), 1.0
     if kept is not None:
         prob.mul_(kept)
-    v = _hide_unseen(tiles, tile, tiles.v[:, :, tile.keys])
-    product = tiles.unfold(tiles.fold(prob) @ v)  # [rows, keys] @ [keys, Dv]
-    if kept is not None:
-        product.mul_(dropout.factor(tiles.p.dropout_p))
-    out.copy_(product if rows.share is None else product.mul_(rows.share))
+        alpha = dropout.factor(tiles.p.dropout_p)
+    v = _hide_unseen(tiles, tile, tiles.v[:, tile.keys])
+    _multiply(tiles.fold(prob), v, out, alpha)  # [rows, keys] @ [keys, Dv]
+    if rows.share is not None:
+        out.mul_(rows.share)
+
+
+def _multiply(x: Tensor, y: Tensor, into: Tensor, alpha: float = 1.0, add: bool = False) -> None:
+    """Write alpha * x @ y, of matrices, into a tensor (B, H, rows, columns) of any dtype, or add it there."""
+    try:
+        place = into.view(len(x), x.shape[1], y.shape[2]) if into.dtype == x.dtype else None
+    except RuntimeError:  # its matrices are not evenly apart
+        place = None
+    if place is not None:
+        place.baddbmm_(x, y, beta=float(add), alpha=alpha)
+        return
+    found = torch.baddbmm(x.new_zeros(()), x, y, beta=0.0, alpha=alpha).view(into.shape)
+    into.add_(found) if add else into.copy_(found)
 
 
 class _Rows(NamedTuple):
-    """Of rows of logits, each (B, H, rows, 1): their lse; where they see no key, None for nowhere; and where there are sinks,
-    the share of all weights that the keys have, and that of the sink."""
+    """Of rows of logits, each (B, H, rows, 1): their lse, if wanted; where they see no key, None for nowhere; and where there
+    are sinks, the share of all weights that the keys have, and that of the sink."""
 
-    lse: Tensor
+    lse: Tensor | None
     dead: Tensor | None
     share: Tensor | None = None
     sink: Tensor | None = None
 
 
-def _softmax(tiles: Tiles, tile: Tile, s: Tensor) -> tuple[Tensor, _Rows]:
+def _softmax(tiles: Tiles, s: Tensor, want_lse: bool) -> tuple[Tensor, _Rows]:
     """Weights of logits, which they overwrite, as if there were no sinks; 0 in rows that see no key."""
-    largest = s.amax(-1, keepdim=True)
-    dead = largest == -math.inf if tile.hidden else None
-    if dead is not None and tiles.p.device.type == "cpu" and not dead.any():
-        dead = None
-    prob = torch.softmax(s if dead is None else s.masked_fill_(dead, 0.0), -1)
-    total = prob.amax(-1, keepdim=True).reciprocal_()  # as the largest weight is 1 / total
+    want_lse = want_lse or tiles.sinks is not None
+    largest, dead = s.amax(-1, keepdim=True) if want_lse or tiles.masked else None, None
+    if tiles.masked:
+        dead = largest == -math.inf
+        if tiles.p.device.type == "cpu" and not dead.any():
+            dead = None
+    prob = compat.softmax_(s if dead is None else s.masked_fill_(dead, 0.0))
     if dead is not None:
         prob.masked_fill_(dead, 0.0)
+    if not want_lse:
+        return prob, _Rows(None, dead)
+    total = prob.amax(-1, keepdim=True).reciprocal_()  # as the largest weight is 1 / total
+    if dead is not None:
         total.masked_fill_(dead, 0.0)
         largest.masked_fill_(dead, 0.0)
     if tiles.sinks is None:
@@ -78,72 +104,94 @@ def _of(part: Tensor, whole: Tensor) -> Tensor:
 
 def _hide_unseen(tiles: Tiles, tile: Tile, x: Tensor) -> Tensor:
     """Keys or values with 0 where a mask hides them from all of the tile's queries: a weight of 0 times NaN would be NaN."""
-    unseen = tiles.unseen(tile) if tiles.careful else None
+    unseen = tiles.unseen(tile) if tiles.care.needed else None
     return x if unseen is None else x.masked_fill(unseen, 0.0)
 
 
 def backward_group(group: Group, do: Tensor, dlse: Tensor | None, needed) -> Gradients:
     """The needed gradients of a group; those of bias, slopes and sinks in the wide dtype."""
     p, t = group.problem, group.tensors
-    rows = [layout.zeros_in_order_of(x, x.dtype) if need else None for x, need in zip(t[:3], needed, strict=False)]
+    rows = [layout.empty_in_order_of(x, x.shape[-1]) if need else None for x, need in zip(t[:3], needed, strict=False)]
     sums = [torch.zeros_like(x, dtype=p.lse_dtype) if need else None for x, need in zip(t[3:6], needed[3:], strict=True)]
     grads = Gradients(*rows, *sums)
+    if grads.q is not None and not _filled_by_tiles(p):
+        grads.q.zero_()
+    for x in grads[1:3]:  # as tiles add to them
+        if x is not None:
+            x.zero_()
     if grads.sinks is not None and dlse is not None:  # rows that see no key have a weight of 1 for the sink
         seeing = band.alive(p)
         for dead in (slice(0, seeing.start), slice(seeing.stop, None)):
             grads.sinks.add_(dlse[:, :, dead].sum((0, 2)))
+    care, scratch = care_for(p, t, do, dlse), Scratch(p)
     for part in parts(p, group.numbers):
-        tiles = Tiles(p, t, part)
-        do_part, dlse_part = part.of(do), part.of(dlse)
-        tiles.rely_on(do_part, dlse_part)
-        dk, dv = (None if g is None else torch.zeros_like(x) for g, x in zip(grads[1:3], (tiles.k, tiles.v), strict=True))
         dsinks = None if grads.sinks is None else grads.sinks[part.heads]
+        dk, dv = (None if x is None else x[part.batch, part.kv_heads] for x in grads[1:3])
         own = Gradients(part.of(grads.q), dk, dv, part.of(grads.bias), part.of(grads.slopes), dsinks)
-        for tile in tiles:
-            _backward_tile(tiles, tile, do_part[:, :, tile.rows], _rows(dlse_part, tile.rows), own)
-        for whole, part_of_it in ((grads.k, dk), (grads.v, dv)):
-            if part_of_it is not None:
-                whole[part.batch, part.kv_heads] = part_of_it.to(whole.dtype)
+        _backward_part(Tiles(p, t, part, care, scratch), part.of(do), part.of(dlse), own)
     return grads
 
 
-def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
-    return None if x is None else x[:, :, rows]
+def _backward_part(tiles: Tiles, do: Tensor, dlse: Tensor | None, grads: Gradients) -> None:
+    """Add a part's gradients to its own of the group's."""
+    sums = [_in_wide(x, name, tiles) for x, name in zip(grads[1:3], ("dk", "dv"), strict=True)]
+    own = grads._replace(k=sums[0], v=sums[1])
+    for tile in tiles:
+        _backward_tile(tiles, tile, do[:, :, tile.rows], None if dlse is None else dlse[:, :, tile.rows], own)
+    for x, total in zip(grads[1:3], sums, strict=True):
+        if x is not total:
+            x.copy_(total)
+
+
+def _in_wide(x: Tensor | None, name: str, tiles: Tiles) -> Tensor | None:
+    """A gradient, 0 so far, or zeros like it that can be added to without loss."""
+    if x is None or x.dtype == tiles.p.lse_dtype:
+        return x
+    return tiles.scratch.take(name, *x.shape).zero_()
 
 
 def _backward_tile(tiles: Tiles, tile: Tile, do: Tensor, dlse: Tensor | None, grads: Gradients) -> None:
     """Fill the tile's dq and add to the other gradients of its part."""
-    q, do = tiles.queries(tile), tiles.fold(do.to(tiles.compute))
-    prob, rows = _softmax(tiles, tile, tiles.logits(tile, q, want_slope=True))
+    q, do = tiles.queries(tile), tiles.fold(do.to(tiles.p.lse_dtype))
+    want_scores = any(x is not None for x in (*grads[:2], *grads[3:]))
+    prob, rows = _softmax(tiles, tiles.logits(tile, q, want_slope=want_scores), want_lse=dlse is not None)
     if rows.share is not None:
         prob.mul_(rows.share)
-    if tiles.careful and rows.dead is not None:
+    if tiles.care.needed and rows.dead is not None:
         q, do = (x.masked_fill(tiles.fold(rows.dead), 0.0) for x in (q, do))
-    kept = tiles.kept(tile)
-    if kept is not None:
-        do = do * dropout.factor(tiles.p.dropout_p)
+    kept, factor = tiles.kept(tile), dropout.factor(tiles.p.dropout_p)
+    if want_scores:
+        ds = _of_scores(tiles, tile, (prob, rows, kept), do, dlse, grads.sinks)
+        _from_scores(tiles, tile, q, ds, grads)
     if grads.v is not None:
-        weights = prob if kept is None else prob * kept
-        grads.v[:, :, tile.keys] += tiles.fold(weights).mT @ do  # [keys, rows] @ [rows, Dv]
-    if all(x is None for x in (*grads[:2], *grads[3:])):
-        return
-    dp = tiles.unfold(do @ tiles.v[:, :, tile.keys].mT)  # [rows, Dv] @ [Dv, keys]
+        if kept is not None:
+            prob.mul_(kept)
+        _multiply(tiles.fold(prob).mT, do, grads.v[:, :, tile.keys], factor, add=True)  # [keys, rows] @ [rows, Dv]
+
+
+def _of_scores(tiles: Tiles, tile: Tile, weights, do: Tensor, dlse: Tensor | None, dsinks: Tensor | None) -> Tensor:
+    """The gradient of a tile's logits (B, H, rows, keys), and what it brings to that of sinks."""
+    prob, rows, kept = weights
+    dp = tiles.scores("gradients", tile)
+    factor = dropout.factor(tiles.p.dropout_p)
+    dp.baddbmm_(do, tiles.v[:, tile.keys].mT, beta=0.0, alpha=factor)  # [rows, Dv] @ [Dv, keys]
+    dp = tiles.unfold(dp)
     if kept is not None:
         dp.mul_(kept)
-    if tiles.careful:
+    if tiles.care.needed:
         tile.fill(dp, 0.0)
     if dlse is not None:
-        dlse = dlse.to(tiles.compute)[..., None].masked_fill(rows.lse == -math.inf, 0.0)
-    if grads.sinks is not None:
+        dlse = dlse.to(dp.dtype)[..., None].masked_fill(rows.lse == -math.inf, 0.0)
+    if dsinks is not None:
         delta = (prob * dp).sum(-1, keepdim=True)
-        grads.sinks.sub_((rows.sink * (delta if dlse is None else delta - dlse)).sum((0, 2, 3)))
-    ds = compat.softmax_backward(dp, prob)  # delta is sum P dP, and not that of O * dO, as O was rounded
+        dsinks.sub_((rows.sink * (delta if dlse is None else delta - dlse)).sum((0, 2, 3)))
+    ds = compat.softmax_backward_(dp, prob)  # delta is sum P dP, and not that of O * dO, as O was rounded
     if dlse is not None:  # d lse / d s = p
         ds.addcmul_(prob, dlse)
-    _from_logits(tiles, tile, q, tile.fill(ds, 0.0) if tiles.careful else ds, grads)
+    return tile.fill(ds, 0.0) if tiles.care.needed else ds
 
 
-def _from_logits(tiles: Tiles, tile: Tile, q: Tensor, ds: Tensor, grads: Gradients) -> None:
+def _from_scores(tiles: Tiles, tile: Tile, q: Tensor, ds: Tensor, grads: Gradients) -> None:
     """What the gradient of a tile's logits brings to those of what they are made of."""
     if grads.bias is not None:
         tiles.add_dbias(grads.bias, ds, tile)
@@ -152,10 +200,11 @@ def _from_logits(tiles: Tiles, tile: Tile, q: Tensor, ds: Tensor, grads: Gradien
         grads.slopes.sub_(by_distance.sum_to_size(grads.slopes.shape))
     if tile.slope is not None:
         ds.mul_(tile.slope)
-        ds = tile.fill(ds, 0.0) if tiles.careful else ds
+        ds = tile.fill(ds, 0.0) if tiles.care.needed else ds
     ds = tiles.fold(ds)
     if grads.q is not None:
-        k = _hide_unseen(tiles, tile, tiles.k[:, :, tile.keys])
-        grads.q[:, :, tile.rows] = tiles.unfold(ds @ k) * tiles.scale  # [rows, keys] @ [keys, D]
-    if grads.k is not None:
-        grads.k[:, :, tile.keys] += ds.mT @ q  # [keys, rows] @ [rows, D]; q has the scale
+        k = _hide_unseen(tiles, tile, tiles.k[:, tile.keys])
+        k = k if tiles.scale_tensor is None else k * tiles.scale_tensor
+        _multiply(ds, k, grads.q[:, :, tile.rows], tiles.scale)  # [rows, keys] @ [keys, D]
+    if grads.k is not None:  # q has the scale that is a tensor
+        _multiply(ds.mT, q, grads.k[:, :, tile.keys], tiles.scale, add=True)  # [keys, rows] @ [rows, D]

@@ -19,7 +19,9 @@ from tfkern.score_mods import each_head
 
 CACHED = 1 << 18  # scores of a tile on a CPU for each thread: 1 MiB of float32, which stays in its L2 cache
 ELEMENTS = 1 << 22  # scores of a tile elsewhere
-ROWS = 256  # of a tile at least, if there are as many, whatever its keys: else what happens once for each tile costs too much
+# Rows of a tile at least, if there are as many, and what a score costs in it (measured): what happens once for each tile costs
+# more where there are few, and where there are many they see more keys that the band hides from one of them.
+STEPS = {64: 1.3, 128: 1.12, 256: 1.06, 512: 1.0}
 LARGEST = 1e37  # products of less, added up, are finite in float32
 
 
@@ -44,7 +46,8 @@ def parts(p: Problem, numbers: Sequence[int]) -> Iterator[Part]:
         return
     batch, kv_heads = p.batch, p.kv_heads
     if p.device.type == "cpu":
-        fit = max(1, _elements(p) // (min(p.n_q, ROWS) * max(1, _seen(p, ROWS)) * p.group))  # key heads
+        rows = min(p.n_q, band.step(p, STEPS))
+        fit = max(1, _elements(p) // (rows * _most(p, rows) * p.group))  # key heads
         kv_heads, batch = min(fit, p.kv_heads), max(1, min(fit // p.kv_heads, p.batch))
     for b in range(0, p.batch, batch):
         for h in range(0, p.kv_heads, kv_heads):
@@ -57,11 +60,49 @@ def _elements(p: Problem) -> int:
     return CACHED * torch.get_num_threads() if p.device.type == "cpu" else ELEMENTS
 
 
-def _seen(p: Problem, rows: int) -> int:
+def _most(p: Problem, rows: int) -> int:
     """The most keys that so many neighbouring queries see."""
     if p.left is None or p.right is None:
         return p.n_k
     return min(p.n_k, rows + p.left + p.right)
+
+
+class Scratch:
+    """Memory that one tile after the other has its scores in, so that they find it in the cache, and no page is new to them."""
+
+    def __init__(self, p: Problem):
+        self.options = dict(dtype=p.lse_dtype, device=p.device)
+        self.flat: dict[str, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """Uninitialised, dense; the same memory each time for one name."""
+        size = math.prod(shape)
+        if name not in self.flat or self.flat[name].numel() < size:
+            self.flat[name] = torch.empty(size, **self.options)
+        return self.flat[name][:size].view(shape)
+
+
+class Care(NamedTuple):
+    """What is known of a group's numbers. `bias_hides`: some of its bias may be -inf. `needed`: there may be NaN or inf in what
+    is hidden, or a sum that overflows. Nobody asks a GPU, which would have to be waited for."""
+
+    bias_hides: bool
+    needed: bool
+
+
+def care_for(p: Problem, t: Tensors, do: Tensor | None = None, dlse: Tensor | None = None) -> Care:
+    """What a forward, or with gradients of results a backward, has to look out for."""
+    on_cpu = p.device.type == "cpu"
+    bias_hides = t.bias is not None and t.bias.numel() > 0 and not (on_cpu and t.bias.amin() > -math.inf)
+    if not (bias_hides or p.mask or p.left is not None or p.right is not None):  # nothing is hidden
+        return Care(False, False)
+    scale = t.scale if p.scale is None else p.scale
+    bounded = (
+        on_cpu and p.score_mod is None and _product(t.q, t.k, scale) < LARGEST and _largest(t.v) < LARGEST
+        and not (bias_hides and not t.bias.amax() < math.inf)
+        and (do is None or _product(do, t.v, 1.0) < LARGEST) and (dlse is None or _largest(dlse) < LARGEST)
+    )  # fmt: skip
+    return Care(bias_hides, not bounded)
 
 
 def _product(x: Tensor, y: Tensor, scale) -> float:
@@ -98,26 +139,23 @@ class Tile:
 
 
 class Tiles:
-    """A part of a dense problem, tile by tile. `careful` is whether there may be NaN or inf in what is hidden, or a sum that
-    overflows: whoever finds numbers only may say that there is none."""
+    """A part of a dense problem, tile by tile. q, k, v and whatever products are made of are matrices (B * Hkv, rows, columns),
+    the rows of a group's heads behind each other."""
 
-    def __init__(self, p: Problem, t: Tensors, part: Part):
-        self.p, self.part, self.compute = p, part, p.lse_dtype
+    def __init__(self, p: Problem, t: Tensors, part: Part, care: Care, scratch: Scratch):
+        self.p, self.part, self.care, self.scratch = p, part, care, scratch
         self.q, self.bias, self.mask, self.slopes = (part.of(x) for x in (t.q, t.bias, t.mask, t.slopes))
-        self.k, self.v = (x[part.batch, part.kv_heads].to(self.compute) for x in (t.k, t.v))
-        self.sinks = None if t.sinks is None else t.sinks[part.heads, None].to(self.compute)
-        self.seed, self.scale = t.seed, t.scale if p.scale is None else p.scale
-        self.shift = band.shift_of(p)
         self.batch, self.heads = self.q.shape[:2]
-        on_cpu = p.device.type == "cpu"
-        rows = _elements(p) // max(1, self.batch * self.heads * _seen(p, ROWS))
-        self.step = max(1, min(p.n_q, max(rows, ROWS if on_cpu else 1)))
-        # Nobody asks a GPU, which would have to be waited for.
-        self.bias_hides = self.bias is not None and not (on_cpu and self.bias.numel() and self.bias.amin() > -math.inf)
-        self.careful = not (
-            on_cpu and p.score_mod is None and _product(self.q, self.k, self.scale) < LARGEST and _largest(self.v) < LARGEST
-            and not (self.bias_hides and not self.bias.amax() < math.inf)
-        )  # fmt: skip
+        self.matrices = self.batch * (self.heads // p.group)
+        self.k, self.v = (x[part.batch, part.kv_heads].to(p.lse_dtype).flatten(0, 1) for x in (t.k, t.v))
+        self.sinks = None if t.sinks is None else t.sinks[part.heads, None].to(p.lse_dtype)
+        self.seed = t.seed
+        # A scale that is a tensor goes into q, as products take numbers.
+        self.scale, self.scale_tensor = (1.0, t.scale) if p.scale is None else (p.scale, None)
+        self.shift = band.shift_of(p)
+        least = band.step(p, STEPS)
+        fit = _elements(p) // max(1, self.batch * self.heads * _most(p, least))
+        self.step = max(1, min(p.n_q, max(fit, least if p.device.type == "cpu" else 1)))
 
     def __iter__(self) -> Iterator[Tile]:
         """The tiles of the rows that may see a key."""
@@ -127,31 +165,45 @@ class Tiles:
             rows_, keys = slice(start, stop), band.keys_of(self.p, slice(start, stop))
             yield Tile(rows_, keys, self._hidden(rows_, keys))
 
-    def rely_on(self, do: Tensor, dlse: Tensor | None) -> None:
-        """Be careful where these ask for it, too: gradients of a part's results."""
-        bounded = _product(do, self.v, 1.0) < LARGEST and (dlse is None or _largest(dlse) < LARGEST)
-        self.careful = self.careful or not bounded
-
     def fold(self, x: Tensor) -> Tensor:
-        """(B, H, rows, …) as (B, Hkv, group * rows, …)."""
-        return x.reshape(self.batch, self.k.shape[1], -1, x.shape[3]) if self.p.group > 1 else x
+        """(B, H, rows, …) as matrices; a view of `scores`."""
+        return x.reshape(self.matrices, self.p.group * x.shape[2], x.shape[3])
 
     def unfold(self, x: Tensor) -> Tensor:
-        """(B, Hkv, group * rows, …) as (B, H, rows, …)."""
-        return x.reshape(self.batch, self.heads, -1, x.shape[3]) if self.p.group > 1 else x
+        """Matrices of `scores` as (B, H, rows, keys), a view."""
+        return x.view(self.batch, self.heads, -1, x.shape[2])
+
+    def scores(self, name: str, tile: Tile) -> Tensor:
+        """Memory for a number for each query and key of the tile, as matrices."""
+        rows, keys = (at.stop - at.start for at in (tile.rows, tile.keys))
+        return self.scratch.take(name, self.matrices, self.p.group * rows, keys)
 
     def queries(self, tile: Tile) -> Tensor:
-        """The tile's queries times the scale, in the wide dtype, folded."""
-        return self.fold(self.q[:, :, tile.rows].to(self.compute) * self.scale)
+        """The tile's queries, times a scale that is no number."""
+        q = self.fold(self.q[:, :, tile.rows].to(self.p.lse_dtype))
+        return q if self.scale_tensor is None else q * self.scale_tensor
 
     def logits(self, tile: Tile, q: Tensor, want_slope: bool = False) -> Tensor:
         """(B, H, rows, keys) of `queries`, -inf where not seen, as kernels/score.py; sets the tile's slope if wanted."""
-        p = self.p
-        s = self.unfold(q @ self.k[:, :, tile.keys].mT)  # [rows, D] @ [D, keys]
-        slope = None
+        p, keys = self.p, self.k[:, tile.keys].mT
+        matrices = self.scores("scores", tile)
+        s = self.unfold(matrices)
+        if p.softcap is None and p.score_mod is None:
+            several = self._begin(s, tile)
+            matrices.baddbmm_(q, keys, beta=float(several), alpha=self.scale)  # [rows, D] @ [D, keys]
+        else:
+            matrices.baddbmm_(q, keys, beta=0.0, alpha=self.scale)  # [rows, D] @ [D, keys]
+            s = self._changed(s, tile, want_slope)
+            self._add(s, tile)
+        return tile.fill(s, -math.inf) if self.care.needed else tile.hide(s)
+
+    def _changed(self, s: Tensor, tile: Tile, want_slope: bool) -> Tensor:
+        """By softcap, which overwrites them, and score_mod."""
+        p, slope = self.p, None
         if p.softcap is not None:
             s.div_(p.softcap).tanh_()
-            slope = torch.addcmul(s.new_ones(()), s, s, value=-1.0) if want_slope else None
+            if want_slope:
+                slope = torch.addcmul(s.new_ones(()), s, s, value=-1.0, out=self.unfold(self.scores("slopes", tile)))
             s.mul_(p.softcap)
         if p.score_mod is not None:
             value, derivative = p.score_mod
@@ -160,17 +212,31 @@ class Tiles:
                 own = each_head(derivative, s, *place)
                 slope = own if slope is None else own.mul_(slope)
             s = each_head(value, s, *place)
-        if self.slopes is not None:
-            s.addcmul_(self.slopes.to(s.dtype)[:, :, None, None], self.distance(tile), value=-1.0)
+        tile.slope = slope
+        return s
+
+    def _begin(self, s: Tensor, tile: Tile) -> bool:
+        """Let s be what is added to the products, and tell whether that is anything."""
+        if self.bias is not None:
+            s.copy_(band.of_tile(self.bias, tile.rows, tile.keys))
+        elif self.slopes is not None:
+            s.zero_()
+        self._add_slopes(s, tile)
+        return self.bias is not None or self.slopes is not None
+
+    def _add(self, s: Tensor, tile: Tile) -> None:
         if self.bias is not None:
             s.add_(band.of_tile(self.bias, tile.rows, tile.keys))
-        tile.slope = slope
-        return tile.fill(s, -math.inf) if self.careful else tile.hide(s)
+        self._add_slopes(s, tile)
+
+    def _add_slopes(self, s: Tensor, tile: Tile) -> None:
+        if self.slopes is not None:
+            s.addcmul_(self.slopes.to(s.dtype)[:, :, None, None], self.distance(tile), value=-1.0)
 
     def distance(self, tile: Tile) -> Tensor:
         """|i + shift - j|, (rows, keys)."""
         i, j = band.places(self.p, tile.rows, tile.keys)
-        return (i - j).abs().to(self.compute)
+        return (i - j).abs().to(self.p.lse_dtype)
 
     def kept(self, tile: Tile) -> Tensor | None:
         """1 where dropout keeps a weight, else 0."""
@@ -180,14 +246,19 @@ class Tiles:
         b = torch.tensor(self.part.numbers, device=p.device)[:, None, None, None]
         h = torch.arange(self.part.heads.start, self.part.heads.stop, device=p.device)[:, None, None]
         rows = self._offsets(tile)[0]
-        return dropout.keep(self.seed, p.dropout_p, b * p.heads + h, rows, tile.keys.start, tile.keys.stop, self.compute)
+        return dropout.keep(self.seed, p.dropout_p, b * p.heads + h, rows, tile.keys.start, tile.keys.stop, self.p.lse_dtype)
 
     def unseen(self, tile: Tile) -> Tensor | None:
-        """Keys that a mask hides from all the tile's queries, (B, Hkv, keys, 1). (What the band hides is in no tile.)"""
-        if not (self.mask is not None or self.bias_hides):
+        """Keys that a mask hides from all the tile's queries, (B * Hkv, keys, 1). (What the band hides is in no tile.)"""
+        if not self.masked:
             return None
         hidden = tile.fill(self._all_false(tile), True).all(2)
-        return hidden.view(self.batch, self.k.shape[1], self.p.group, -1).all(2)[..., None]
+        return hidden.view(self.matrices, self.p.group, -1).all(1)[..., None]
+
+    @property
+    def masked(self) -> bool:
+        """Whether more than the band may hide something, so that a tile may have rows that see no key."""
+        return self.mask is not None or self.care.bias_hides
 
     def add_dbias(self, dbias: Tensor, ds: Tensor, tile: Tile) -> None:
         """Add the tile's ds to the part's gradient of the bias, summed over the dims along which that broadcasts."""
@@ -204,7 +275,7 @@ class Tiles:
 
     def _hidden(self, rows: slice, keys: slice) -> list[tuple[slice, Tensor]]:
         masks = [] if self.mask is None else [~band.of_tile(self.mask, rows, keys)]
-        if self.bias_hides:
+        if self.care.bias_hides:
             masks.append(band.of_tile(self.bias, rows, keys) == -math.inf)
         if not masks:
             return [

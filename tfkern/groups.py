@@ -1,15 +1,15 @@
-"""A problem as dense ones: packed sequences, or a batch with key lengths, as groups of equal lengths with just their own keys.
+"""A problem as dense ones: packed sequences, or a batch with key lengths, as groups of neighbours of equal lengths with just
+their own keys.
 
-The lengths are read, for which a GPU's stream is waited for. Groups are views where their sequences lie side by side in memory,
-and copies of short sequences that don't, so that many of those need few calls.
+The lengths are read, for which a GPU's stream is waited for. Groups are views. Where many short sequences of mixed lengths would
+be as many groups, they are copied once into another order, by length, and what comes of them is copied back.
 """
 
 import dataclasses
 import functools
 import itertools
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from tfkern import layout
 from tfkern.problem import Gradients, Problem, Tensors, stats_of
 
-FEW = 1 << 16  # scores of a run of sequences, beside which a call of their own costs little
+FEW = 1 << 16  # elements that are copied in the time that a call takes on a CPU, beside what it computes
 MANY_PLANS = 4096
 
 
@@ -26,12 +26,12 @@ class Rows(NamedTuple):
     """Where a group's rows lie in (B, H, N, …); or in (1, H, total, …), where `packed` tells how many sequences they are, and
     of how many rows."""
 
-    batch: slice | Tensor
-    rows: slice | Tensor
+    batch: slice
+    rows: slice
     packed: tuple[int, int] | None = None
 
     def of(self, x: Tensor | None) -> Tensor | None:
-        """x of the group, (S, H, n, …): a view where the rows lie side by side."""
+        """x of the group, (S, H, n, …), a view."""
         if x is None:
             return None
         if self.packed is None:
@@ -40,12 +40,15 @@ class Rows(NamedTuple):
 
     def put(self, x: Tensor, part: Tensor) -> None:
         """Write (S, H, n, …) into its place in x."""
-        if isinstance(self.batch, slice) and isinstance(self.rows, slice):
-            self.of(x).copy_(part)
-        elif self.packed is None:
-            x[self.batch, :, self.rows] = part.to(x.dtype)
-        else:
-            x[0, :, self.rows] = part.transpose(0, 1).flatten(1, 2).to(x.dtype)
+        self.of(x).copy_(part)
+
+    def whole(self, part: Tensor) -> Tensor:
+        """(S, H, n, …) of a group that has all rows, in their place."""
+        return part if self.packed is None else part.transpose(0, 1).flatten(1, 2)[None]
+
+    def count(self) -> int:
+        """Of rows: of each sequence, or packed of all."""
+        return self.rows.stop - self.rows.start
 
 
 class Group(NamedTuple):
@@ -54,86 +57,132 @@ class Group(NamedTuple):
 
     problem: Problem
     tensors: Tensors
-    numbers: list[int] | range
-    batch: slice | Tensor
+    numbers: Sequence[int]
+    batch: slice
     queries: Rows
     keys: Rows
 
     def of_each(self, x: Tensor | None) -> Tensor | None:
-        """The group's part of a bias, mask or slopes; a view unless its sequences are not neighbours."""
+        """The group's part of a bias, mask or slopes, a view."""
         if x is None:
             return None
         x = x if len(x) == 1 else x[self.batch]
         return x if x.dim() == 2 else x[:, :, : self.problem.n_q, : self.problem.n_k]
 
-    def add_each(self, x: Tensor, part: Tensor) -> None:
-        """Add what a group has for its part of a bias or slopes."""
-        if len(x) == 1 or isinstance(self.batch, slice):
-            self.of_each(x).add_(part)
-        else:
-            x[(self.batch, *(slice(n) for n in part.shape[1:]))] = part
+
+class Places(NamedTuple):
+    """Of each sequence, where its queries and keys start in packed memory, and how many there are of each; neighbours of equal
+    lengths that lie side by side; and whether all queries, and all keys, belong to a sequence. A batch without lengths is one
+    run of sequences."""
+
+    starts: list[tuple[int, int]] | None
+    sizes: list[tuple[int, int]]
+    runs: list[slice]
+    all_queries: bool = True
+    all_keys: bool = True
 
 
-def groups(p: Problem, t: Tensors) -> Iterator[Group]:
-    """Together they have every query that belongs to a sequence, each once."""
-    if not (p.packed or p.has_key_lengths):
-        whole = Rows(slice(None), slice(None))
-        yield Group(p, t, range(p.batch), slice(None), whole, whole)
-        return
-    starts, sizes = _places(p, t)
-    alike = defaultdict(list)
-    for b, size in enumerate(sizes):
-        alike[size].append(b)
-    for size, numbers in alike.items():
-        runs = _runs(numbers, size, starts)
-        if len(runs) > 1 and p.heads * size[0] * size[1] * len(numbers) < FEW * len(runs):
-            runs = [numbers]
-        yield from (_group(p, t, run, size, starts) for run in runs)
-
-
-def _places(p: Problem, t: Tensors) -> tuple[list[tuple[int, int]] | None, list[tuple[int, int]]]:
-    """Of each sequence, where its queries and keys start in packed memory, and how many there are of each. Whatever the values
-    are that nobody checked, these are within the tensors."""
+def places_of(p: Problem, t: Tensors) -> Places:
+    """Whatever the values are that nobody checked, these are within the tensors."""
+    if p.has_key_lengths:
+        sizes = [(p.n_q, n) for n in t.key_lengths.clamp(0, p.n_k).tolist()]
+        return Places(None, sizes, _runs(sizes), all_keys=False)
     if not p.packed:
-        return None, [(p.n_q, n) for n in t.key_lengths.clamp(0, p.n_k).tolist()]
-    cu_q, cu_k = t.cu_q.clamp(0, p.n_q).tolist(), t.cu_k.clamp(0, p.n_k).tolist()
-    sizes = [(max(q1 - q0, 0), max(k1 - k0, 0)) for q0, q1, k0, k1 in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False)]
-    return list(zip(cu_q, cu_k, strict=True)), sizes
+        return Places(None, [], [slice(0, p.batch)])
+    cu_q, cu_k = (x.clamp(0, n).cummax(0).values.tolist() for x, n in ((t.cu_q, p.n_q), (t.cu_k, p.n_k)))
+    starts = list(zip(cu_q, cu_k, strict=True))
+    sizes = [(q1 - q0, k1 - k0) for (q0, k0), (q1, k1) in itertools.pairwise(starts)]
+    all_of = (cu[0] == 0 and cu[-1] == n for cu, n in ((cu_q, p.n_q), (cu_k, p.n_k)))
+    return Places(starts, sizes, _runs(sizes), *all_of)
 
 
-def _runs(numbers: list[int], size: tuple[int, int], starts: list[tuple[int, int]] | None) -> list[list[int]]:
-    """The sequences as lists of neighbours, in the batch or in packed memory."""
-    runs = [[numbers[0]]]
-    for a, b in itertools.pairwise(numbers):
-        if b == a + 1 and (starts is None or all(starts[b][i] == starts[a][i] + size[i] for i in (0, 1))):
-            runs[-1].append(b)
-        else:
-            runs.append([b])
-    return runs
+def _runs(sizes: list[tuple[int, int]]) -> list[slice]:
+    """Neighbours of equal lengths."""
+    cuts = [0, *(b for b, (x, y) in enumerate(itertools.pairwise(sizes), 1) if x != y), len(sizes)]
+    return [slice(*pair) for pair in itertools.pairwise(cuts)] if sizes else []
 
 
-def _group(p: Problem, t: Tensors, numbers: list[int], size: tuple[int, int], starts: list[tuple[int, int]]) -> Group:
-    adjacent = len(_runs(numbers, size, starts)) == 1
-    batch = slice(numbers[0], numbers[-1] + 1) if adjacent else torch.tensor(numbers, device=p.device)
-    part = _of_sizes(p, len(numbers), *size)
-    if p.packed:
+class Order(NamedTuple):
+    """Another order of the sequences: their numbers; and packed the rows of queries and keys, and cu_q and cu_k in this order."""
+
+    numbers: Tensor
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+    ends: tuple[Tensor, Tensor] | None = None
+
+    def tensors(self, t: Tensors) -> Tensors:
+        """Those in this order."""
+        q, k, v = _taken(t.q, self.numbers, self.queries), *(_taken(x, self.numbers, self.keys) for x in (t.k, t.v))
+        each = {name: self.of_each(getattr(t, name)) for name in ("bias", "mask", "slopes", "key_lengths")}
+        cu_q, cu_k = self.ends or (None, None)
+        return t._replace(q=q, k=k, v=v, **each, cu_q=cu_q, cu_k=cu_k)
+
+    def of_each(self, x: Tensor | None) -> Tensor | None:
+        """What has one entry for each sequence, or one for all."""
+        return x if x is None or len(x) == 1 else x[self.numbers]
+
+    def of(self, x: Tensor | None) -> Tensor | None:
+        """What has rows of queries."""
+        return None if x is None else _taken(x, self.numbers, self.queries)
+
+    def back(self, x: Tensor | None, keys: bool = False) -> Tensor | None:
+        """What is in this order, as it was before; it has rows of queries, or of keys."""
+        rows = self.keys if keys else self.queries
+        return None if x is None else _taken(x, self.numbers.argsort(), rows if rows is None else rows.argsort())
+
+
+def _taken(x: Tensor, numbers: Tensor, rows: Tensor | None) -> Tensor:
+    """Those sequences of (B, H, …), or of (1, H, total, …) those rows. Whole rows are copied at once where heads lie within."""
+    if rows is None:
+        return x.index_select(0, numbers)
+    return x[0].transpose(0, 1).index_select(0, rows).transpose(0, 1)[None]
+
+
+def order_of(p: Problem, t: Tensors, places: Places) -> Order | None:
+    """The order by lengths, where the calls that it saves cost more than its copies."""
+    starts, sizes, runs, *_ = places
+    if not sizes or not (places.all_queries and (places.all_keys or not p.packed)):
+        return None
+    copied = sum(x.numel() for x in (t.q, t.k, t.v, t.v))
+    if copied >= FEW * (len(runs) - len(set(sizes))):
+        return None
+    numbers = sorted(range(len(sizes)), key=sizes.__getitem__)
+    tensor = torch.tensor(numbers, device=p.device)
+    if not p.packed:
+        return Order(tensor)
+    firsts, counts = (torch.tensor([x[b] for b in numbers], device=p.device).unbind(1) for x in (starts, sizes))
+    ends = tuple(torch.cat([n.new_zeros(1), n.cumsum(0)]) for n in counts)
+    rows = (  # start, start + 1, … of each, behind each other
+        torch.arange(total, device=p.device) + (first - end[:-1]).repeat_interleave(count, output_size=total)
+        for first, count, end, total in zip(firsts, counts, ends, (p.n_q, p.n_k), strict=True)
+    )
+    return Order(tensor, *rows, ends)
+
+
+def groups(p: Problem, t: Tensors, places: Places, numbers: Sequence[int]) -> Iterator[Group]:
+    """Together they have every query that belongs to a sequence, each once. `numbers` are those of the sequences."""
+    if not (p.packed or p.has_key_lengths):
+        whole = slice(0, p.batch)
+        yield Group(p, t, numbers, whole, Rows(whole, slice(0, p.n_q)), Rows(whole, slice(0, p.n_k)))
+        return
+    starts, sizes = places.starts, places.sizes
+    for batch in places.runs:
+        part = _of_sizes(p, batch.stop - batch.start, *sizes[batch.start])
         queries, keys = (
-            Rows(slice(None), _packed_rows([starts[b][i] for b in numbers], n, adjacent, p.device), (len(numbers), n))
-            for i, n in enumerate(size)
+            _rows(p, batch, n, None if starts is None else starts[batch.start][i]) for i, n in enumerate(sizes[batch.start])
         )
-    else:
-        queries, keys = Rows(batch, slice(None)), Rows(batch, slice(0, size[1]))
-    group = Group(part, t, numbers, batch, queries, keys)
-    each = {name: group.of_each(getattr(t, name)) for name in ("bias", "mask", "slopes")}
-    rows = dict(q=queries.of(t.q), k=keys.of(t.k), v=keys.of(t.v))
-    return group._replace(tensors=t._replace(**rows, **each, key_lengths=None, cu_q=None, cu_k=None))
+        group = Group(part, t, numbers[batch], batch, queries, keys)
+        each = {name: group.of_each(getattr(t, name)) for name in ("bias", "mask", "slopes")}
+        rows = dict(q=queries.of(t.q), k=keys.of(t.k), v=keys.of(t.v))
+        yield group._replace(tensors=t._replace(**rows, **each, key_lengths=None, cu_q=None, cu_k=None))
 
 
-def _packed_rows(starts: list[int], size: int, adjacent: bool, device: torch.device) -> slice | Tensor:
-    """The rows of sequences of one size."""
-    if adjacent:
-        return slice(starts[0], starts[0] + size * len(starts))
-    return (torch.tensor(starts, device=device)[:, None] + torch.arange(size, device=device)).flatten()
+def _rows(p: Problem, batch: slice, count: int, start: int | None) -> Rows:
+    """Of sequences with so many rows each, the first of which is at `start` if packed."""
+    if start is None:
+        return Rows(batch, slice(0, count))
+    sequences = batch.stop - batch.start
+    return Rows(slice(None), slice(start, start + count * sequences), (sequences, count))
 
 
 def _of_sizes(p: Problem, batch: int, n_q: int, n_k: int) -> Problem:
@@ -153,42 +202,77 @@ def _of_sizes(p: Problem, batch: int, n_q: int, n_k: int) -> Problem:
 
 def results(p: Problem, t: Tensors, of_group: Callable) -> tuple[Tensor, Tensor]:
     """out in q's memory order and stats (B, H, stats_rows, Nq). `of_group(group)` gives out and lse of a group."""
-    if not (p.packed or p.has_key_lengths):
-        (whole,) = groups(p, t)
-        out, lse = of_group(whole)
-        return layout.like_order(out, t.q), stats_of(lse, p.stats_rows)
-    out = layout.empty_in_order_of(t.q, p.v_head_dim).zero_()
-    lse = torch.full(t.q.shape[:3], -math.inf, dtype=p.lse_dtype, device=p.device)
-    for group in groups(p, t):
+    places = places_of(p, t)
+    order = order_of(p, t, places)
+    if order is None:
+        out, lse = _results(p, t, of_group, places, range(p.batch))
+    else:
+        ordered = order.tensors(t)
+        found = _results(p, ordered, of_group, places_of(p, ordered), order.numbers.tolist())
+        out, lse = map(order.back, found)
+    return layout.like_order(out, t.q), stats_of(lse, p.stats_rows)
+
+
+def _results(p: Problem, t: Tensors, of_group: Callable, places: Places, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """out in any memory order and lse (B, H, Nq)."""
+    parts = list(groups(p, t, places, numbers))
+    if len(parts) == 1 and places.all_queries:
+        return tuple(map(parts[0].queries.whole, of_group(parts[0])))
+    out = layout.empty_in_order_of(t.q, p.v_head_dim)
+    lse = torch.empty(t.q.shape[:3], dtype=p.lse_dtype, device=p.device)
+    if not places.all_queries:
+        out.zero_(), lse.fill_(-math.inf)
+    for group in parts:
         for x, part in zip((out, lse), of_group(group), strict=True):
             group.queries.put(x, part)
-    return out, stats_of(lse, p.stats_rows)
+    return out, lse
 
 
-def gradients(p: Problem, t: Tensors, needed, into, of_group: Callable) -> Gradients:
-    """The needed gradients. `of_group(group)` gives those of a group, those of q, k and v in any dtype."""
-    into = into or (None,) * 3
-    if not (p.packed or p.has_key_lengths):
-        (whole,) = groups(p, t)
-        found = of_group(whole)
-        rows = [None if g is None else layout.deliver(g, x, i) for g, x, i in zip(found[:3], t[:3], into, strict=True)]
-        return Gradients(*rows, *(None if g is None else g.to(x.dtype) for g, x in zip(found[3:], t[3:6], strict=True)))
-    rows = [
-        None if not need else layout.zeros_in_order_of(x, x.dtype) if place is None else place.zero_()
-        for x, place, need in zip(t[:3], into, needed, strict=False)
+def gradients(p: Problem, t: Tensors, needed, into, of_group: Callable, *rows: Tensor | None) -> Gradients:
+    """The needed gradients. `of_group(group, *rows)` gives those of a group, those of q, k and v in any dtype; `rows` have the
+    queries in their dim 2, and it gets their parts."""
+    places = places_of(p, t)
+    order = order_of(p, t, places)
+    if order is None:
+        found = _gradients(p, t, needed, of_group, rows, places, range(p.batch))
+    else:
+        ordered = order.tensors(t)
+        which = places_of(p, ordered), order.numbers.tolist()
+        found = _gradients(p, ordered, needed, of_group, [order.of(x) for x in rows], *which)
+        own = order.back(found.q), order.back(found.k, keys=True), order.back(found.v, keys=True)
+        each = (x if x is None or len(x) == 1 else x[order.numbers.argsort()] for x in found[3:5])
+        found = Gradients(*own, *each, found.sinks)
+    own = [
+        None if g is None else layout.deliver(g, x, place)
+        for g, x, place in zip(found[:3], t[:3], into or (None,) * 3, strict=True)
     ]
+    return Gradients(*own, *(None if g is None else g.to(x.dtype) for g, x in zip(found[3:], t[3:6], strict=True)))
+
+
+def _gradients(p: Problem, t: Tensors, needed, of_group: Callable, rows, places: Places, numbers: Sequence[int]) -> Gradients:
+    """Those of q, k and v in any memory order, the others in the wide dtype."""
+    parts = list(groups(p, t, places, numbers))
+    if len(parts) == 1 and places.all_queries and places.all_keys:
+        group = parts[0]
+        found = of_group(group, *map(group.queries.of, rows))
+        at = group.queries, group.keys, group.keys
+        return Gradients(*(None if g is None else at_.whole(g) for at_, g in zip(at, found[:3], strict=True)), *found[3:])
+    own = [layout.empty_in_order_of(x, x.shape[-1]) if need else None for x, need in zip(t[:3], needed, strict=False)]
+    for x, whole in zip(own, (places.all_queries, places.all_keys, places.all_keys), strict=True):
+        if x is not None and not whole:
+            x.zero_()
     sums = [torch.zeros_like(x, dtype=p.lse_dtype) if need else None for x, need in zip(t[3:6], needed[3:], strict=True)]
-    for group in groups(p, t):
-        found = of_group(group)
-        for place, x, part in zip((group.queries, group.keys, group.keys), rows, found, strict=False):
+    for group in parts:
+        found = of_group(group, *map(group.queries.of, rows))
+        for at_, x, part in zip((group.queries, group.keys, group.keys), own, found, strict=False):
             if x is not None:
-                place.put(x, part)
+                at_.put(x, part)
         for x, part in zip(sums[:2], found[3:5], strict=True):
             if x is not None:
-                group.add_each(x, part)
+                group.of_each(x).add_(part)
         if sums[2] is not None:
             sums[2].add_(found.sinks)
-    return Gradients(*rows, *(None if g is None else g.to(x.dtype) for g, x in zip(sums, t[3:6], strict=True)))
+    return Gradients(*own, *sums)
 
 
 def without_autocast(function):

@@ -63,14 +63,13 @@ def backward(problem: Problem, t: Tensors, out, stats, do, dlse, needed, into=No
     three tensors given."""
     problem, t = _fitted(problem, t)
 
-    def of_group(group: Group) -> Gradients:
-        rows, plan, found = group.queries, plan_of(group.problem), None
+    def of_group(group: Group, do: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> Gradients:
+        plan, found = plan_of(group.problem), None
         if plan.refusal is None and dlse is None and not (needed[3] or needed[4]):
-            mine = (rows.of(x) for x in (out, stats.select(2, 1), do))
-            found = cpu_fused.backward(group.problem, group.tensors, plan, *mine, needed)
-        return backward_group(group, rows.of(do), rows.of(dlse), needed) if found is None else found
+            found = cpu_fused.backward(group.problem, group.tensors, plan, out, lse, do, needed)
+        return backward_group(group, do, dlse, needed) if found is None else found
 
-    return groups.gradients(problem, t, needed, into, of_group)
+    return groups.gradients(problem, t, needed, into, of_group, do, dlse, out, stats.select(2, 1))
 
 
 def _forward_group(group: Group) -> tuple[Tensor, Tensor]:

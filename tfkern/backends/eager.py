@@ -30,7 +30,7 @@ def backward(problem: Problem, t: Tensors, out, stats, do, dlse, needed, into=No
     """The needed gradients, those of q, k and v in the memory order of what they are the gradients of, or written into the
     three tensors given."""
 
-    def of_group(group: Group) -> Gradients:
-        return backward_group(group, group.queries.of(do), group.queries.of(dlse), needed)
+    def of_group(group: Group, do: Tensor, dlse: Tensor | None) -> Gradients:
+        return backward_group(group, do, dlse, needed)
 
-    return groups.gradients(problem, t, needed, into, of_group)
+    return groups.gradients(problem, t, needed, into, of_group, do, dlse)
