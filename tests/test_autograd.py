@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tfkern
-from tfkern import ops, reference
+from tfkern import call, ops, reference
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def behind_each_other(q, k, v):
 
 
 def by_the_op(q, k, v):
-    return torch.ops.tfkern.attention(*ops.op_arguments(None, None, q, k, v))
+    return torch.ops.tfkern.attention(*ops.op_arguments(None, None, *call.given(q, k, v)))
 
 
 @pytest.mark.parametrize("f", [turned, last_dim_apart, together, behind_each_other, by_the_op], ids=lambda f: f.__name__)

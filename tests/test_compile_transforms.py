@@ -7,7 +7,7 @@ import torch
 from torch.autograd import forward_ad
 
 import tfkern
-from tfkern import ops
+from tfkern import call, ops
 from tfkern.testing.cases import CASES, FEATURE_CASES
 from tfkern.testing.inputs import make_inputs
 
@@ -36,7 +36,7 @@ looked_at = pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo a
 def test_opcheck(case, device):
     inputs = make_inputs(case, torch.float32, device)
     clean = {name: x.requires_grad_() for name, x in inputs.clean.items()}
-    arguments = ops.op_arguments(None, None, **clean, **inputs.options, enable_gqa=True)
+    arguments = ops.op_arguments(None, None, *call.given(**clean, **inputs.options, enable_gqa=True))
     arguments = tuple(x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in arguments)
     torch.library.opcheck(torch.ops.tfkern.attention.default, arguments)
 
@@ -45,7 +45,7 @@ def test_opcheck(case, device):
 def test_opcheck_one_tensor():
     qkv = torch.randn(2, 10, 3, 2, 8)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    arguments = ops.op_arguments(None, qkv.requires_grad_(), q, k, v, is_causal=True)
+    arguments = ops.op_arguments(None, qkv.requires_grad_(), *call.given(q, k, v, is_causal=True))
     torch.library.opcheck(torch.ops.tfkern.attention.default, arguments)
 
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import tfkern
-from tfkern import cpu_calls, cpu_fused, eager_groups, layout, reference
+from tfkern import cpu_calls, cpu_fused, eager_groups, groups, layout, reference
 from tfkern.backends import cpu
 
 pytestmark = pytest.mark.cpu
 N, M, B, H = 330, 290, 3, 4
+ORDERED = groups.Order.tensors
 
 
 def tensor(*shape, seed=0):
@@ -218,6 +219,81 @@ def test_lengths_are_looked_at_in_every_call():
     for wrong in ([0, 9, 5], [1, 5, 9], [0, 5, 10**4]):
         with pytest.raises(ValueError, match="cu_seqlens_k must rise from 0"):
             tfkern.attention_varlen(*packed, ends, torch.tensor(wrong))
+
+
+@pytest.mark.parametrize("features", ["plain", "biased", "dropout"])
+@pytest.mark.parametrize("kind", ["packed", "padded"])
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_sequences_sorted_by_length(backend, kind, features, monkeypatch):
+    """Copied into that order or not, each has its own bias, slopes and bits of dropout."""
+    lengths, most = [5, 90, 5, 0, 90, 17, 5], 90
+    count = len(lengths)
+    options = {"biased": dict(is_causal=True, sinks=tensor(H)), "dropout": dict(dropout_p=0.5, window=(30, 30))}.get(
+        features, {}
+    )
+    leaves = [tensor(count, H, most, 16, seed=i) for i in range(3)]
+    if features == "biased":
+        options |= dict(attn_mask=tensor(count, 1, most, most), alibi_slopes=tensor(count, H).abs())
+    function = tfkern.attention
+    if kind == "packed":
+        function, of_keys = tfkern.attention_varlen, [7, 88, 7, 0, 88, 3, 7]
+        for i, own in enumerate((lengths, of_keys, of_keys)):
+            leaves[i] = leaves[i].transpose(1, 2)[torch.arange(most) < torch.tensor(own)[:, None]]
+        ends, ends_of_keys = (torch.tensor([0, *itertools.accumulate(x)]) for x in (lengths, of_keys))
+        options |= dict(cu_seqlens_q=ends, cu_seqlens_k=ends_of_keys)
+    else:
+        options |= dict(key_lengths=torch.tensor(lengths))
+    found, ordered = [], []
+    monkeypatch.setattr(groups.Order, "tensors", lambda *a: ordered.append(a) or ORDERED(*a))
+    for few in (0, 10**9):
+        assert not ordered
+        monkeypatch.setattr(groups, "FEW", few)
+        monkeypatch.setattr(cpu, "SMALL", 0)
+        torch.manual_seed(0)
+        tfkern.call._problems.clear()
+        differentiable = {
+            n: x.clone().requires_grad_() for n, x in options.items() if n in ("attn_mask", "alibi_slopes", "sinks")
+        }
+        own = [x.clone().requires_grad_() for x in leaves]
+        out, lse = function(*own, **options | differentiable, backend=backend, return_lse=True)
+        wanted = [*own, *differentiable.values()]
+        found.append([out, lse, *torch.autograd.grad((out.square().sum() + lse[lse > -1e9].sin().sum()), wanted)])
+    assert ordered
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+    if features != "dropout":
+        with torch.no_grad():
+            wanted = (reference.attention_varlen if kind == "packed" else reference.attention)(*leaves, **options)
+        torch.testing.assert_close(found[1][0], wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("options", ["window", "ALiBi", "lengths", "mask", "dropout", "packed"])
+def test_another_default_device_is_none_of_its_business(options):
+    """Nor is inference mode, in which masks are made that the next calls find."""
+    q, k, v = qkv()
+    function, given = tfkern.attention, {
+        "window": dict(window=(2, 3)),
+        "ALiBi": dict(alibi_slopes=torch.rand(H)),
+        "lengths": dict(key_lengths=torch.tensor([3, 290, 0])),
+        "mask": dict(attn_mask=torch.rand(M) < 0.5, window=(9, 9)),
+        "dropout": dict(dropout_p=0.5),
+        "packed": dict(cu_seqlens_q=torch.tensor([0, 5, 9, 12]), cu_seqlens_k=torch.tensor([0, 5, 9, 12])),
+    }[options]  # fmt: skip
+    if options == "packed":
+        function, (q, k, v) = tfkern.attention_varlen, (x[0, :, :12].transpose(0, 1).contiguous() for x in (q, k, v))
+    tfkern.call._problems.clear(), cpu_calls._band.cache_clear(), cpu_calls._nearness.cache_clear()
+    with torch.device("meta"), torch.inference_mode():
+        torch.manual_seed(0)
+        first = function(q, k, v, **given)
+    found = []
+    for device in ("meta", "cpu"):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        gradient = torch.ones_like(first)
+        with torch.device(device):
+            torch.manual_seed(0)
+            out = function(*leaves, **given)
+            found.append([out, *torch.autograd.grad(out, leaves, gradient)])
+    assert torch.equal(first, found[0][0])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_a_row_of_large_logits_goes_by_tiles(monkeypatch):

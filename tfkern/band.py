@@ -60,5 +60,6 @@ def hidden(p: Problem, rows: slice, keys: slice) -> Tensor:
 
 def of_tile(x: Tensor, rows: slice, keys: slice) -> Tensor:
     """The part of a mask or bias (B or 1, H or 1, Nq or 1, Nk or 1) for rows and keys."""
-    rows, keys = (at if n > 1 else slice(None) for at, n in zip((rows, keys), x.shape[2:], strict=True))
-    return x[:, :, rows, keys]
+    if x.shape[2] > 1:
+        x = x[:, :, rows]
+    return x[..., keys] if x.shape[3] > 1 else x

@@ -13,20 +13,31 @@ MANY_PROBLEMS = 4096
 AUTOCAST = frozenset(x for x in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu") if torch.amp.is_autocast_available(x))
 
 
-def build(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *,
-    cu_seqlens_q=None, cu_seqlens_k=None, causal_alignment="upper_left", window=None, key_lengths=None, softcap=None,
-    alibi_slopes=None, sinks=None, score_mod=None, precise_delta=False,
-) -> tuple[Problem, Tensors]:  # fmt: skip
+def build(*args, **kwargs) -> tuple[Problem, Tensors]:
     """Check the arguments of tfkern.attention, or with cu_seqlens those of attention_varlen, and describe the call.
 
     Raises TypeError or ValueError. The seed of dropout is not drawn yet: the call may still fail.
     """
-    query, key, value, attn_mask, alibi_slopes, sinks = autocast(query, key, value, attn_mask, alibi_slopes, sinks)
-    tensors = query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k
-    options = dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap, score_mod, precise_delta
-    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    return describe(tensors, options), collect(packed, *tensors, scale)
+    return prepare(*given(*args, **kwargs))
+
+
+def given(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *,
+    cu_seqlens_q=None, cu_seqlens_k=None, causal_alignment="upper_left", window=None, key_lengths=None, softcap=None,
+    alibi_slopes=None, sinks=None, score_mod=None, precise_delta=False,
+) -> tuple[tuple, tuple]:  # fmt: skip
+    """(tensors, options) as describe takes them."""
+    return (
+        (query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k),
+        (dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap, score_mod, precise_delta),
+    )
+
+
+def prepare(tensors: tuple, options: tuple) -> tuple[Problem, Tensors]:
+    """build, of what describe takes, before autocast."""
+    tensors = autocast(*tensors[:6]) + tensors[6:]
+    packed = tensors[7] is not None or tensors[8] is not None
+    return describe(tensors, options), collect(packed, *tensors, options[2])
 
 
 def describe(tensors: tuple, options: tuple) -> Problem:

@@ -7,8 +7,9 @@ mask of that block. The keys beyond are all on one side of an edge, and the rows
 are joined by their lse.
 """
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,8 @@ from tfkern.problem import Problem, Tensors
 # Rows of a call, and what a score costs in it beside one of a call of all rows (measured with masks, D = 64).
 STEPS = {64: 1.45, 128: 1.3, 256: 1.2, 512: 1.1}
 ELEMENTS = 1 << 21  # of a mask that is made for a call
-KEPT = 1 << 12  # of a mask that is kept for the next
+KEPT = 1 << 18  # of a mask that is kept for the next calls, of which there are MANY_KEPT: 16 MiB in all
+MANY_KEPT = 16
 BLOCK = 512  # rows of ALiBi that meet the keys near their diagonal; half as many if causal
 SLOPES_ELEMENTS = 1 << 22  # of ALiBi's mask for such a block: 16 MiB
 
@@ -144,8 +146,9 @@ def _call(p: Problem, rows: slice) -> Call:
 def mask_of(p: Problem, t: Tensors, call: Call, made: dict | None = None) -> Tensor | None:
     """What is added to the scores of a call, (B or 1, H or 1, rows or 1, keys or 1), in a dtype that the op takes. `made` keeps
     what other calls of the same problem can take, too."""
-    bias, mask = (None if x is None else band.of_tile(x, call.rows, call.keys) for x in (t.bias, t.mask))
-    total = None
+    bias, mask, total = t.bias, t.mask, None
+    if call.rows != slice(0, p.n_q) or call.keys != slice(0, p.n_k):
+        bias, mask = (None if x is None else band.of_tile(x, call.rows, call.keys) for x in (bias, mask))
     if bias is not None:
         total = bias if bias.dtype in (p.dtype, p.lse_dtype) else bias.to(p.dtype)
     if mask is not None:
@@ -159,12 +162,34 @@ def mask_of(p: Problem, t: Tensors, call: Call, made: dict | None = None) -> Ten
 
 def _slopes_mask(p: Problem, slopes: Tensor, call: Call, made: dict) -> Tensor:
     """What ALiBi adds; the same for all calls of one shape that lie alike to the diagonal."""
-    i, j = band.places(p, call.rows, call.keys)
-    i = i if call.edge is None else torch.full((1, 1), call.edge)
-    key = len(i), len(j), int(i[0]) - call.keys.start
-    if key not in made:
-        made[key] = slopes.to(p.lse_dtype)[:, :, None, None] * -(i - j).abs().to(p.lse_dtype)
+    rows, keys, first = _shape_of(p, call)
+    if call.edge is not None:
+        rows, first = 1, call.edge - call.keys.start
+    if (key := (rows, keys, first)) not in made:
+        made[key] = slopes.to(p.lse_dtype)[:, :, None, None] * _kept(_nearness, *key, p.lse_dtype)
     return made[key]
+
+
+def _shape_of(p: Problem, call: Call) -> tuple[int, int, int]:
+    """Rows and keys of a call, and which of the keys the first row stands at."""
+    rows, keys = call.rows, call.keys
+    return rows.stop - rows.start, keys.stop - keys.start, rows.start + band.shift_of(p) - keys.start
+
+
+def _kept(make: Callable, rows: int, keys: int, *more) -> Tensor:
+    """What a cached function makes, but anew where that is large."""
+    return (make if rows * keys <= KEPT else make.__wrapped__)(rows, keys, *more)
+
+
+@functools.lru_cache(maxsize=MANY_KEPT)
+def _nearness(rows: int, keys: int, first: int, dtype: torch.dtype) -> Tensor:
+    """-|i - j|."""
+    return _between(rows, keys, first).abs_().neg_().to(dtype)
+
+
+def _between(rows: int, keys: int, first: int) -> Tensor:
+    """i - j, (rows, keys)."""
+    return torch.arange(first, first + rows, device="cpu")[:, None] - torch.arange(keys, device="cpu")
 
 
 def beyond_the_edge(p: Problem, t: Tensors, call: Call) -> Tensor | None:
@@ -185,10 +210,16 @@ def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _band_mask(p: Problem, call: Call) -> Tensor:
-    """What the band adds, (1, 1, rows, keys). The problem keeps small ones."""
-    key = "band", call.rows.start
-    if (mask := p.plans.get(key)) is None:
-        mask = _added(~band.hidden(p, call.rows, call.keys), p.dtype)
-        if mask.numel() <= KEPT:
-            p.plans[key] = mask
-    return mask
+    """What the band adds, (1, 1, rows, keys)."""
+    return _kept(_band, *_shape_of(p, call), p.left, p.right, p.dtype)
+
+
+@functools.lru_cache(maxsize=MANY_KEPT)
+def _band(rows: int, keys: int, first: int, left: int | None, right: int | None, dtype: torch.dtype) -> Tensor:
+    distance = _between(rows, keys, first)
+    seen = torch.ones_like(distance, dtype=torch.bool)
+    if left is not None:
+        seen &= distance <= left
+    if right is not None:
+        seen &= distance >= -right
+    return _added(seen, dtype)[None, None]

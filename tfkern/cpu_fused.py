@@ -35,8 +35,8 @@ def forward(p: Problem, t: Tensors, plan: Plan) -> tuple[Tensor, Tensor] | None:
 def _forward(p: Problem, t: Tensors, plan: Plan, qkv) -> tuple[Tensor, Tensor]:
     if plan.whole:
         return _forward_call(p, t, qkv, plan.calls[0], {})
-    out = t.q.new_zeros(*t.q.shape[:3], p.v_head_dim)
-    lse = torch.full(t.q.shape[:3], -math.inf, dtype=p.lse_dtype)
+    out = layout.empty_in_order_of(t.q, p.v_head_dim).zero_()
+    lse = torch.full(t.q.shape[:3], -math.inf, dtype=p.lse_dtype, device="cpu")
     if plan.joined and p.dtype != p.lse_dtype:
         out = out.to(p.lse_dtype)
     made: dict = {}
@@ -96,7 +96,7 @@ def backward(p: Problem, t: Tensors, plan: Plan, out: Tensor, lse: Tensor, do: T
 def _backward(p: Problem, t: Tensors, plan: Plan, qkv, do: Tensor, out: Tensor, lse: Tensor) -> list[Tensor]:
     """Gradients of q, k and v; what several calls add to is added up in the wide dtype."""
     do, out = (_padded(x, max(p.head_dim, p.v_head_dim)) for x in (do, out))
-    sums = None if plan.exact else [torch.zeros(x.shape, dtype=lse.dtype) for x in t[:3]]
+    sums = None if plan.exact else [torch.zeros_like(x, dtype=lse.dtype) for x in t[:3]]
     made: dict = {}
     for call in plan.calls:
         place = slice(None), slice(None), call.rows
@@ -158,7 +158,7 @@ def _without_unseen(p: Problem, t: Tensors) -> tuple[Tensor, Tensor, Tensor] | N
 
 def _seen(p: Problem, t: Tensors) -> Tensor:
     """Where mask and bias let a query see a key, (B or 1, H or 1, Nq or 1, Nk)."""
-    seen = torch.ones(1, 1, 1, p.n_k, dtype=torch.bool)
+    seen = torch.ones(1, 1, 1, p.n_k, dtype=torch.bool, device="cpu")
     seen = seen if t.mask is None else seen & t.mask
     return seen if t.bias is None else seen & (t.bias != -math.inf)
 
@@ -178,6 +178,6 @@ def exact_enough(lse: Tensor, dtype: torch.dtype) -> bool:
 def _beside_sinks(sinks: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor] | None:
     """out and lse with the sinks' share; None where lse, or theirs, is too large to tell it."""
     both = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-    if not (exact_enough(lse, out.dtype) and exact_enough(both, out.dtype)):
+    if not exact_enough(both, out.dtype):  # (an lse far below that is nothing beside it)
         return None
     return out.mul_((lse - both).masked_fill_(both == -math.inf, 0.0).exp_()[..., None]), both

@@ -10,7 +10,6 @@ from tfkern.dynamo import uncompiled
 from tfkern.problem import lse_of
 
 Pair = tuple[Callable, Callable]  # as a tfkern.ScoreMod is
-_TENSORS = ("key_lengths", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")  # arguments given by name
 
 
 def attention(
@@ -79,11 +78,9 @@ def attention(
             alibi_slopes=alibi_slopes, sinks=sinks, score_mod=score_mod, precise_delta=precise_delta, return_lse=return_lse,
             backend=backend,
         )  # fmt: skip
-    return _run(
-        return_lse, backend, None, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-        causal_alignment=causal_alignment, window=window, key_lengths=key_lengths, softcap=softcap, alibi_slopes=alibi_slopes,
-        sinks=sinks, score_mod=score_mod, precise_delta=precise_delta,
-    )  # fmt: skip
+    tensors = query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, None, None
+    options = dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap, score_mod, precise_delta
+    return _run(tensors, options, return_lse, backend)
 
 
 def attention_varlen(
@@ -117,11 +114,9 @@ def attention_varlen(
 
     Raises: as attention.
     """
-    return _run(
-        return_lse, backend, None, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, causal_alignment=causal_alignment, window=window, softcap=softcap,
-        alibi_slopes=alibi_slopes, sinks=sinks, score_mod=score_mod, precise_delta=precise_delta,
-    )  # fmt: skip
+    tensors = query, key, value, attn_mask, alibi_slopes, sinks, None, cu_seqlens_q, cu_seqlens_k
+    options = dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap, score_mod, precise_delta
+    return _run(tensors, options, return_lse, backend)
 
 
 def attention_packed(
@@ -149,14 +144,11 @@ def attention_packed(
     checks.packed_qkv(qkv, cu_seqlens is not None)
     qkv = call.autocast(qkv)[0]
     query, key, value = call.unpack(qkv.detach())
-    options = dict(
-        causal_alignment=causal_alignment, window=window, key_lengths=key_lengths, softcap=softcap,
-        alibi_slopes=alibi_slopes, sinks=sinks, score_mod=score_mod, precise_delta=precise_delta,
-    )  # fmt: skip
     if cu_seqlens is not None:
         query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-        options |= dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
-    out = _run(return_lse, backend, qkv, query, key, value, attn_mask, dropout_p, is_causal, scale, **options)
+    tensors = query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, cu_seqlens, cu_seqlens
+    options = dropout_p, is_causal, scale, False, causal_alignment, window, softcap, score_mod, precise_delta
+    out = _run(tensors, options, return_lse, backend, qkv)
     if cu_seqlens is not None:
         return out
     return (out[0].transpose(1, 2), out[1]) if return_lse else out.transpose(1, 2)
@@ -170,24 +162,24 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *args, return_lse=False, 
     return backends.explain(problem, backend)
 
 
-def _run(return_lse: bool, backend: str | None, qkv: Tensor | None, *arguments, **options):
-    """What call.build takes, attended; with qkv, of which query, key and value are views, its gradient is one tensor."""
-    tracing.refuse("tfkern.attention", *arguments[:4], *(options.get(name) for name in _TENSORS))
+def _run(tensors: tuple, options: tuple, return_lse: bool, backend: str | None, qkv: Tensor | None = None):
+    """What call.describe takes, attended; with qkv, of which query, key and value are views, its gradient is one tensor."""
+    tracing.refuse("tfkern.attention", *tensors)
     traced = torch.compiler.is_compiling() or tracing.make_fx()
     if not traced:
-        problem, tensors = call.build(*arguments, **options)
-        traced = checks.shapes_only(tensors.q)
+        problem, given = call.prepare(tensors, options)
+        traced = checks.shapes_only(given.q)
         if traced:
             backends.known(backend)
     if traced:
-        out, stats, unit = ops.attention(backend, qkv, *arguments, **options)
+        out, stats, unit = ops.attention(backend, qkv, tensors, options)
     else:
         chosen = backends.choose(problem, backend)
         if problem.dropout_p:
-            tensors = tensors._replace(seed=dropout.draw_seed(problem.device))
-        out, stats = autograd.attention(problem, chosen, tensors, qkv, return_lse)
-        unit = problem.unit(tensors)
+            given = given._replace(seed=dropout.draw_seed(problem.device))
+        out, stats = autograd.attention(problem, chosen, given, qkv, return_lse)
+        unit = problem.unit(given) if return_lse else None
     lse = lse_of(stats, unit) if return_lse else None
-    if options.get("cu_seqlens_q") is not None:
+    if tensors[7] is not None:
         out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0) if return_lse else None
     return (out, lse) if return_lse else out

@@ -1,8 +1,8 @@
 """A problem as dense ones: packed sequences, or a batch with key lengths, as groups of neighbours of equal lengths with just
 their own keys.
 
-The lengths are read, for which a GPU's stream is waited for. Groups are views. Where many short sequences of mixed lengths would
-be as many groups, they are copied once into another order, by length, and what comes of them is copied back.
+The lengths are read, for which a GPU's stream is waited for. Groups are views. Many short sequences of mixed lengths would be
+as many groups: they are copied once into another order, by length, and what comes of them is copied back.
 """
 
 import dataclasses
@@ -36,7 +36,9 @@ class Rows(NamedTuple):
             return None
         if self.packed is None:
             return x[self.batch, :, self.rows]
-        return x[0, :, self.rows].unflatten(1, self.packed).transpose(0, 1)
+        (sequences, count), (_, head, row, *more) = self.packed, x.stride()
+        strides = count * row, head, row, *more
+        return x.as_strided((sequences, x.shape[1], count, *x.shape[3:]), strides, x.storage_offset() + self.rows.start * row)
 
     def put(self, x: Tensor, part: Tensor) -> None:
         """Write (S, H, n, …) into its place in x."""
@@ -72,8 +74,7 @@ class Group(NamedTuple):
 
 class Places(NamedTuple):
     """Of each sequence, where its queries and keys start in packed memory, and how many there are of each; neighbours of equal
-    lengths that lie side by side; and whether all queries, and all keys, belong to a sequence. A batch without lengths is one
-    run of sequences."""
+    lengths that lie side by side; and whether all queries, and all keys, belong to a sequence."""
 
     starts: list[tuple[int, int]] | None
     sizes: list[tuple[int, int]]
@@ -87,8 +88,6 @@ def places_of(p: Problem, t: Tensors) -> Places:
     if p.has_key_lengths:
         sizes = [(p.n_q, n) for n in t.key_lengths.clamp(0, p.n_k).tolist()]
         return Places(None, sizes, _runs(sizes), all_keys=False)
-    if not p.packed:
-        return Places(None, [], [slice(0, p.batch)])
     cu_q, cu_k = (x.clamp(0, n).cummax(0).values.tolist() for x, n in ((t.cu_q, p.n_q), (t.cu_k, p.n_k)))
     starts = list(zip(cu_q, cu_k, strict=True))
     sizes = [(q1 - q0, k1 - k0) for (q0, k0), (q1, k1) in itertools.pairwise(starts)]
@@ -103,7 +102,8 @@ def _runs(sizes: list[tuple[int, int]]) -> list[slice]:
 
 
 class Order(NamedTuple):
-    """Another order of the sequences: their numbers; and packed the rows of queries and keys, and cu_q and cu_k in this order."""
+    """Another order of the sequences: their numbers; and if packed the rows of queries and of keys, and cu_q and cu_k, in this
+    order."""
 
     numbers: Tensor
     queries: Tensor | None = None
@@ -141,7 +141,7 @@ def _taken(x: Tensor, numbers: Tensor, rows: Tensor | None) -> Tensor:
 def order_of(p: Problem, t: Tensors, places: Places) -> Order | None:
     """The order by lengths, where the calls that it saves cost more than its copies."""
     starts, sizes, runs, *_ = places
-    if not sizes or not (places.all_queries and (places.all_keys or not p.packed)):
+    if not (places.all_queries and (places.all_keys or not p.packed)):
         return None
     copied = sum(x.numel() for x in (t.q, t.k, t.v, t.v))
     if copied >= FEW * (len(runs) - len(set(sizes))):
@@ -159,12 +159,16 @@ def order_of(p: Problem, t: Tensors, places: Places) -> Order | None:
     return Order(tensor, *rows, ends)
 
 
+def dense(p: Problem, t: Tensors) -> Group | None:
+    """All of a problem without lengths."""
+    if p.packed or p.has_key_lengths:
+        return None
+    whole = slice(0, p.batch)
+    return Group(p, t, range(p.batch), whole, Rows(whole, slice(0, p.n_q)), Rows(whole, slice(0, p.n_k)))
+
+
 def groups(p: Problem, t: Tensors, places: Places, numbers: Sequence[int]) -> Iterator[Group]:
     """Together they have every query that belongs to a sequence, each once. `numbers` are those of the sequences."""
-    if not (p.packed or p.has_key_lengths):
-        whole = slice(0, p.batch)
-        yield Group(p, t, numbers, whole, Rows(whole, slice(0, p.n_q)), Rows(whole, slice(0, p.n_k)))
-        return
     starts, sizes = places.starts, places.sizes
     for batch in places.runs:
         part = _of_sizes(p, batch.stop - batch.start, *sizes[batch.start])
@@ -202,15 +206,20 @@ def _of_sizes(p: Problem, batch: int, n_q: int, n_k: int) -> Problem:
 
 def results(p: Problem, t: Tensors, of_group: Callable) -> tuple[Tensor, Tensor]:
     """out in q's memory order and stats (B, H, stats_rows, Nq). `of_group(group)` gives out and lse of a group."""
-    places = places_of(p, t)
-    order = order_of(p, t, places)
-    if order is None:
-        out, lse = _results(p, t, of_group, places, range(p.batch))
-    else:
-        ordered = order.tensors(t)
-        found = _results(p, ordered, of_group, places_of(p, ordered), order.numbers.tolist())
-        out, lse = map(order.back, found)
+    out, lse = joined(p, t, of_group)
     return layout.like_order(out, t.q), stats_of(lse, p.stats_rows)
+
+
+def joined(p: Problem, t: Tensors, of_group: Callable) -> tuple[Tensor, Tensor]:
+    """out in any memory order and lse (B, H, Nq)."""
+    if (group := dense(p, t)) is not None:
+        return of_group(group)
+    places = places_of(p, t)
+    if (order := order_of(p, t, places)) is None:
+        return _results(p, t, of_group, places, range(p.batch))
+    ordered = order.tensors(t)
+    found = _results(p, ordered, of_group, places_of(p, ordered), order.numbers.tolist())
+    return tuple(map(order.back, found))
 
 
 def _results(p: Problem, t: Tensors, of_group: Callable, places: Places, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -231,22 +240,26 @@ def _results(p: Problem, t: Tensors, of_group: Callable, places: Places, numbers
 def gradients(p: Problem, t: Tensors, needed, into, of_group: Callable, *rows: Tensor | None) -> Gradients:
     """The needed gradients. `of_group(group, *rows)` gives those of a group, those of q, k and v in any dtype; `rows` have the
     queries in their dim 2, and it gets their parts."""
-    places = places_of(p, t)
-    order = order_of(p, t, places)
-    if order is None:
-        found = _gradients(p, t, needed, of_group, rows, places, range(p.batch))
-    else:
-        ordered = order.tensors(t)
-        which = places_of(p, ordered), order.numbers.tolist()
-        found = _gradients(p, ordered, needed, of_group, [order.of(x) for x in rows], *which)
-        own = order.back(found.q), order.back(found.k, keys=True), order.back(found.v, keys=True)
-        each = (x if x is None or len(x) == 1 else x[order.numbers.argsort()] for x in found[3:5])
-        found = Gradients(*own, *each, found.sinks)
+    group = dense(p, t)
+    found = _added(p, t, needed, of_group, rows) if group is None else of_group(group, *rows)
     own = [
         None if g is None else layout.deliver(g, x, place)
         for g, x, place in zip(found[:3], t[:3], into or (None,) * 3, strict=True)
     ]
     return Gradients(*own, *(None if g is None else g.to(x.dtype) for g, x in zip(found[3:], t[3:6], strict=True)))
+
+
+def _added(p: Problem, t: Tensors, needed, of_group: Callable, rows) -> Gradients:
+    """Those of q, k and v in any memory order, the others in the wide dtype."""
+    places = places_of(p, t)
+    if (order := order_of(p, t, places)) is None:
+        return _gradients(p, t, needed, of_group, rows, places, range(p.batch))
+    ordered = order.tensors(t)
+    which = places_of(p, ordered), order.numbers.tolist()
+    found = _gradients(p, ordered, needed, of_group, [order.of(x) for x in rows], *which)
+    own = order.back(found.q), order.back(found.k, keys=True), order.back(found.v, keys=True)
+    each = (x if x is None or len(x) == 1 else x[order.numbers.argsort()] for x in found[3:5])
+    return Gradients(*own, *each, found.sinks)
 
 
 def _gradients(p: Problem, t: Tensors, needed, of_group: Callable, rows, places: Places, numbers: Sequence[int]) -> Gradients:
@@ -275,13 +288,16 @@ def _gradients(p: Problem, t: Tensors, needed, of_group: Callable, rows, places:
     return Gradients(*own, *sums)
 
 
+_has_autocast = functools.cache(torch.amp.is_autocast_available)
+
+
 def without_autocast(function):
     """Keep autocast, which may be on around a backend's forward or backward, from narrowing its products."""
 
     @functools.wraps(function)
     def wrapped(problem, *args, **kwargs):
         kind = problem.device.type
-        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        if not _has_autocast(kind) or not torch.is_autocast_enabled(kind):
             return function(problem, *args, **kwargs)
         with torch.autocast(kind, enabled=False):
             return function(problem, *args, **kwargs)

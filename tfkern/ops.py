@@ -40,18 +40,16 @@ _library.define(
 _library.define("draw_seed(Device device) -> Tensor", tags=torch.Tag.nondeterministic_seeded)
 
 
-def attention(*arguments, **options) -> tuple[Tensor, Tensor]:
-    """(out, stats, their unit) by `tfkern::attention`, of what op_arguments takes; for Dynamo to trace."""
-    given = op_arguments(*arguments, **options)
+def attention(backend: str | None, qkv: Tensor | None, tensors: tuple, options: tuple) -> tuple[Tensor, Tensor]:
+    """(out, stats, their unit) by `tfkern::attention`, of what call.describe takes; for Dynamo to trace."""
+    given = op_arguments(backend, qkv, tensors, options)
     return *torch.ops.tfkern.attention(*given), _unit(Tensors(*given[:_COUNT]), *given[_COUNT:])
 
 
-def op_arguments(
-    backend: str | None, qkv: Tensor | None, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
-    enable_gqa=False, *, cu_seqlens_q=None, cu_seqlens_k=None, causal_alignment="upper_left", window=None, key_lengths=None,
-    softcap=None, alibi_slopes=None, sinks=None, score_mod=None, precise_delta=False,
-) -> tuple:  # fmt: skip
-    """What the op takes, of what call.build takes."""
+def op_arguments(backend: str | None, qkv: Tensor | None, tensors: tuple, options: tuple) -> tuple:
+    """What the op takes, of what call.describe takes, before autocast."""
+    query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k = tensors
+    dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap, score_mod, precise_delta = options
     query, key, value, attn_mask, alibi_slopes, sinks = call.autocast(query, key, value, attn_mask, alibi_slopes, sinks)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     call.fit(query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k, enable_gqa)

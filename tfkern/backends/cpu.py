@@ -47,14 +47,14 @@ def output(problem: Problem, t: Tensors) -> Tensor:
     plan = plan_of(problem)
     if plan.plain:
         call = plan.calls[0]
-        mask = t.mask if plan.boolean else mask_of(problem, t, call)
+        mask = None if not plan.masked else t.mask if plan.boolean else mask_of(problem, t, call)
         q, k, v = cpu_fused.operands(problem, t[:3], call)
         if mask is not None and mask.requires_grad:  # else PyTorch would not take its fused op
             mask = mask.detach()
         out = compat.sdpa(q, k, v, mask, 0.0, call.causal, scale=problem.scale)
         if mask is None or cpu_fused.finite(out):
             return layout.like_order(out, t.q)
-    return groups.results(problem, t, _forward_group)[0]
+    return layout.like_order(groups.joined(problem, t, _forward_group)[0], t.q)
 
 
 @groups.without_autocast
@@ -112,5 +112,5 @@ def _fitted(p: Problem, t: Tensors) -> tuple[Problem, Tensors]:
 def _known(p: Problem, name: str, **changes) -> tuple[Problem, Tensor]:
     """The problem with changes, which it keeps, and the numbers of its keys."""
     if name not in p.plans:
-        p.plans[name] = dataclasses.replace(p, **changes, plans={}), torch.arange(p.n_k)
+        p.plans[name] = dataclasses.replace(p, **changes, plans={}), torch.arange(p.n_k, device="cpu")
     return p.plans[name]
