@@ -18,6 +18,8 @@ import tfkern
 from tfkern import reference
 
 HEADS, DIM, WINDOW, CAP, DROPPED = 12, 64, 64, 20.0, 0.1
+GROUP = 3  # query heads of a key head in the case "grouped heads"
+SHORT = 16  # tokens of a sequence in the case "short, packed"
 NAIVE_BYTES = 3 * 2**30  # of scores
 TOO_LARGE = "its scores would take more than 3 GiB"
 
@@ -46,6 +48,11 @@ class Task:
     rows: Tensor | None = None
     exact: bool = True
 
+    @property
+    def group(self) -> int:
+        """Query heads of a key head."""
+        return self.leaves[0].shape[1] // self.leaves[1].shape[1]
+
 
 def batch_of(length: int) -> int:
     return 2 if length <= 2048 else 1
@@ -55,22 +62,27 @@ def task(name: str, length: int, dtype: torch.dtype) -> Task:
     """The case of that name."""
     generator = torch.Generator().manual_seed(0)
     shape = batch_of(length), HEADS, length, DIM
+    if name == "short, packed":
+        shape = max(1, shape[0] * length // SHORT), HEADS, SHORT, DIM
     leaves = [torch.randn(shape, generator=generator).to(dtype) for _ in range(3)]
+    if name == "grouped heads":
+        leaves[1:] = (x[:, : HEADS // GROUP].contiguous() for x in leaves[1:])
     own, mask = CASES[name](length, dtype, generator)
     if name == "packed":
         return _packed(leaves, _lengths(length), mask)
+    if name == "short, packed":
+        return _packed(leaves, torch.full((shape[0],), SHORT), None)
     more = {key: own[key] for key in ("softcap", "sinks", "dropout_p") if key in own}
     if name == "bias with gradient":
         leaves, own, mask = [*leaves, mask], {}, None
     functions: dict[str, Callable | str] = {"tfkern": functools.partial(tfkern.attention, **own)}
-    functions["sdpa"] = functools.partial(
-        F.scaled_dot_product_attention,
-        **(dict(is_causal=True) if name == "causal" else dict(attn_mask=mask) if own else {}),
-        **more,
-    )
+    options = dict(is_causal=True) if name == "causal" else dict(enable_gqa=True) if name == "grouped heads" else {}
+    if mask is not None and not options:
+        options = dict(attn_mask=mask)
+    functions["sdpa"] = functools.partial(F.scaled_dot_product_attention, **options, **more)
     if "softcap" in own or "sinks" in own:
         functions["sdpa"] = f"F.scaled_dot_product_attention has no {next(iter(more))}"
-    functions["naive"] = functools.partial(naive, **(dict(mask=mask) if own else {}), **more)
+    functions["naive"] = functools.partial(naive, **({} if mask is None else dict(mask=mask)), **more)
     if shape[0] * HEADS * length**2 * dtype.itemsize > NAIVE_BYTES:
         functions["naive"] = TOO_LARGE
     functions["flex"] = flex(name, length, own)
@@ -80,7 +92,7 @@ def task(name: str, length: int, dtype: torch.dtype) -> Task:
 
 
 def _packed(leaves: list[Tensor], lengths: Tensor, mask: Tensor) -> Task:
-    """Sequences behind each other for tfkern; the others get them padded, with a mask of keys."""
+    """Sequences behind each other for tfkern; the others get them padded, with a mask of keys if there is padding."""
     ends = F.pad(lengths.cumsum(0), (1, 0))
     seen = torch.arange(leaves[0].shape[2]) < lengths[:, None]
     own = [x.transpose(1, 2)[seen] for x in leaves]
@@ -104,6 +116,7 @@ def _packed(leaves: list[Tensor], lengths: Tensor, mask: Tensor) -> Task:
 
 def naive(q: Tensor, k: Tensor, v: Tensor, mask=None, softcap=None, sinks=None, dropout_p=0.0) -> Tensor:
     """The formula as one writes it, in the dtype of q."""
+    k, v = (x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     s = q @ k.mT * (1 / math.sqrt(q.shape[-1]))
     if softcap is not None:
         s = torch.tanh(s / softcap) * softcap
@@ -167,6 +180,10 @@ def _softcap(length, dtype, generator):
     return dict(softcap=CAP), None
 
 
+def _grouped(length, dtype, generator):
+    return dict(enable_gqa=True), None
+
+
 def _dropout(length, dtype, generator):
     return dict(dropout_p=DROPPED), None
 
@@ -177,7 +194,7 @@ def _sinks(length, dtype, generator):
 
 CASES = {
     "full": _full, "causal": _causal, "padding": _padding, "padding mask": _mask, "packed": _padding,
-    "window": _window, "bias": _bias,
+    "short, packed": _full, "grouped heads": _grouped, "window": _window, "bias": _bias,
     "bias with gradient": _bias, "ALiBi": _alibi, "softcap": _softcap, "dropout": _dropout, "sinks": _sinks,
 }  # fmt: skip
 
@@ -186,7 +203,7 @@ def flex(name: str, length: int, own: dict) -> Callable | str:
     """Compiled FlexAttention, or why there is none."""
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         return "no C++ compiler was found"
-    if name in ("padding mask", "bias", "bias with gradient", "dropout", "sinks", "padding", "packed"):
+    if name in ("padding mask", "bias", "bias with gradient", "dropout", "sinks", "padding", "packed", "grouped heads"):
         return "not written for FlexAttention here"
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 

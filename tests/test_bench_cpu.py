@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tfkern import cli
-from tfkern.bench import cpu, cpu_cases, cpu_models
+from tfkern.bench import cpu, cpu_cases, cpu_memory, cpu_models
 
 pytestmark = pytest.mark.cpu
 
@@ -86,6 +86,17 @@ def test_command(tmp_path, capsys):
     assert "| window |" in capsys.readouterr().out
     assert cli.main(["bench", "cpu", "--cases", "fulll", "--out", str(tmp_path)]) == 2
     assert "--cases has ['fulll']; the cases are ['full'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_memory():
+    rows = list(cpu_memory.run([256, 2048]))
+    assert not any("problem" in row for row in rows)
+    naive = {row["memory"]: row["bytes"] for row in rows if (row["provider"], row["length"]) == ("naive", 2048)}
+    assert min(naive.values()) > 2 * 4 * 2048**2
+    lines = cpu_memory.table(rows).splitlines()
+    assert lines[0] == "| MiB at N = | 256 | 2048 |"
+    assert f"{naive['dropout'] / 2**20:.0f} |" in next(line for line in lines if line.startswith("| dropout, naive"))
 
 
 @pytest.mark.slow

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import tfkern
-from tfkern import cpu_calls, cpu_fused, eager_groups, groups, layout, reference
+from tfkern import cpu_calls, cpu_fused, eager_groups, layout, reference, sequences
 from tfkern.backends import cpu
 
 pytestmark = pytest.mark.cpu
 N, M, B, H = 330, 290, 3, 4
-ORDERED = groups.Order.tensors
+ORDERED = sequences.Order.tensors
 
 
 def tensor(*shape, seed=0):
@@ -244,10 +244,10 @@ def test_sequences_sorted_by_length(backend, kind, features, monkeypatch):
     else:
         options |= dict(key_lengths=torch.tensor(lengths))
     found, ordered = [], []
-    monkeypatch.setattr(groups.Order, "tensors", lambda *a: ordered.append(a) or ORDERED(*a))
+    monkeypatch.setattr(sequences.Order, "tensors", lambda *a: ordered.append(a) or ORDERED(*a))
     for few in (0, 10**9):
         assert not ordered
-        monkeypatch.setattr(groups, "FEW", few)
+        monkeypatch.setattr(sequences, "FEW", few)
         monkeypatch.setattr(cpu, "SMALL", 0)
         torch.manual_seed(0)
         tfkern.call._problems.clear()

@@ -30,7 +30,7 @@ LAYERS = [
     ],
     ["tfkern.cpu_fused", "tfkern.eager_groups"],
     ["tfkern.cpu_calls", "tfkern.eager_tiles", "tfkern.groups"],
-    ["tfkern.band"],
+    ["tfkern.band", "tfkern.sequences"],
     ["tfkern.reference"],
     ["tfkern.features"],
     ["tfkern.problem", "tfkern.launch", "tfkern.dropout", "tfkern.score_mods"],

@@ -1,4 +1,4 @@
-"""eager never allocates N x N: peak memory of a process at N = 16,384, where one head's scores alone would be 1 GiB."""
+"""The backend cpu never allocates N x N: peak memory of a process at N = 16,384, where one head's scores alone would be 1 GiB."""
 
 import json
 import subprocess
@@ -27,11 +27,11 @@ print(json.dumps(peak() - before))
 
 OPTIONS = {
     "fused": {}, "window": {"window": (100, 100)}, "tiled-all-keys": {"key_lengths": 1},
-    "features": {"alibi_slopes": 1, "softcap": 5.0, "is_causal": True},
+    "dropout": {"dropout_p": 0.1, "is_causal": True}, "features": {"alibi_slopes": 1, "softcap": 5.0, "is_causal": True},
 }  # fmt: skip
 
 
-MORE = {"tiled-all-keys", "features"}  # slow tests
+MORE = {"tiled-all-keys", "features", "dropout"}  # slow tests
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def speed(args) -> int:
 
 def cpu(args) -> int:
     from tfkern.bench import cpu as bench
-    from tfkern.bench import cpu_cases, cpu_models, runner
+    from tfkern.bench import cpu_cases, cpu_memory, cpu_models, runner
 
     cases = args.cases or list(cpu_cases.CASES)
     if unknown := [name for name in cases if name not in cpu_cases.CASES]:
@@ -112,14 +112,14 @@ def cpu(args) -> int:
             flush=True,
         )
         runner.save(path, rows)
-    models = [] if args.cases else list(cpu_models.run(args.seconds))
-    runner.save(path, rows + models)
+    models, memory = ([] if args.cases else list(more) for more in (cpu_models.run(args.seconds), cpu_memory.run()))
+    runner.save(path, rows + models + memory)
     bench.draw(path, args.out / "cpu.png")
     print(f"\n{bench.table(rows)}\n")
     if models:
-        print(f"{cpu_models.table(models)}\n")
+        print(f"{cpu_models.table(models)}\n\n{cpu_memory.table(memory)}\n")
     print(f"wrote {path} and {args.out / 'cpu.png'}")
-    return 1 if any("problem" in row for row in rows + models) else 0
+    return 1 if any("problem" in row for row in rows + models + memory) else 0
 
 
 def report(args) -> int:
