@@ -46,7 +46,7 @@ def parts(p: Problem, numbers: Sequence[int]) -> Iterator[Part]:
         return
     batch, kv_heads = p.batch, p.kv_heads
     if p.device.type == "cpu":
-        rows = min(p.n_q, band.step(p, STEPS))
+        rows = _least(p)
         fit = max(1, _elements(p) // (rows * _most(p, rows) * p.group))  # key heads
         kv_heads, batch = min(fit, p.kv_heads), max(1, min(fit // p.kv_heads, p.batch))
     for b in range(0, p.batch, batch):
@@ -58,6 +58,12 @@ def parts(p: Problem, numbers: Sequence[int]) -> Iterator[Part]:
 
 def _elements(p: Problem) -> int:
     return CACHED * torch.get_num_threads() if p.device.type == "cpu" else ELEMENTS
+
+
+def _least(p: Problem) -> int:
+    """Rows of a tile on a CPU at least."""
+    rows = band.step(p, STEPS)
+    return min(p.n_q, rows, max(min(STEPS), ELEMENTS // (2 * _most(p, rows))))
 
 
 def _most(p: Problem, rows: int) -> int:
@@ -153,7 +159,7 @@ class Tiles:
         # A scale that is a tensor goes into q, as products take numbers.
         self.scale, self.scale_tensor = (1.0, t.scale) if p.scale is None else (p.scale, None)
         self.shift = band.shift_of(p)
-        least = band.step(p, STEPS)
+        least = _least(p)
         fit = _elements(p) // max(1, self.batch * self.heads * _most(p, least))
         self.step = max(1, min(p.n_q, max(fit, least if p.device.type == "cpu" else 1)))
 

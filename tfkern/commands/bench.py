@@ -116,8 +116,9 @@ def cpu(args) -> int:
     runner.save(path, rows + models + memory)
     bench.draw(path, args.out / "cpu.png")
     print(f"\n{bench.table(rows)}\n")
-    if models:
-        print(f"{cpu_models.table(models)}\n\n{cpu_memory.table(memory)}\n")
+    for found, table in ((models, cpu_models.table), (memory, cpu_memory.table)):
+        if found:
+            print(f"{table(found)}\n")
     print(f"wrote {path} and {args.out / 'cpu.png'}")
     return 1 if any("problem" in row for row in rows + models + memory) else 0
 
