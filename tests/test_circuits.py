@@ -181,6 +181,19 @@ def test_fused_is_naive(layers):
     assert runs.apart(runs.Run(dataclasses.replace(SMALL, layers=layers), fused.float())) < 1e-5
 
 
+def test_ideals():
+    """Against their rules, one token at a time."""
+    ids, periods = SMALL.held_out()
+    any_seen, looked_up = [], []
+    for row, period in zip(ids.tolist(), periods.tolist(), strict=True):
+        for t in range(period, N - 1):
+            after = [row[j] for j in range(1, t + 1) if row[j - 1] == row[t]]
+            any_seen.append(-math.log(row[: t + 1].count(row[t + 1]) / (t + 1)))
+            looked_up.append(-math.log(after.count(row[t + 1]) / len(after)))
+    expected = sum(any_seen) / len(any_seen), sum(looked_up) / len(looked_up)
+    assert runs.ideals(SMALL) == pytest.approx(expected, abs=1e-5)
+
+
 def test_sequences():
     ids, periods = SMALL.batch(torch.Generator().manual_seed(0), 300)
     assert ids.shape == (300, N)

@@ -54,11 +54,13 @@ def text(done: list[runs.Run], computed_by: str) -> str:
     """All tables."""
     task, two = done[-1].task, done[-1]
     kinds, guessing = task.vocab_size, math.log(task.vocab_size)
+    any_seen, looked_up = runs.ideals(task)
     periods = f"periods {task.shortest} to {task.longest}"
     return f"""{computed_by}
 
 {task.steps} steps of {task.rows} sequences of {task.context} tokens of {kinds} kinds, {periods}.
-Losses in nats a token; guessing is ln {kinds} = {guessing:.3f}. The induction score is the highest prefix-matching score
+Losses in nats a token. In the repeat, guessing among all kinds has ln {kinds} = {guessing:.3f}, predicting any token seen
+so far {any_seen:.3f}, and a perfect induction head {looked_up:.3f}. The induction score is the highest prefix-matching score
 of all heads; looking everywhere alike has {report.chance(two):.3f}, {runs.FORMED} or more makes an induction head.
 
 {table(report.MODELS, report.models(done), 1, width())}

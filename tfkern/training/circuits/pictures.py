@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tfkern.training.circuits import heads
 from tfkern.training.circuits.report import named
-from tfkern.training.circuits.runs import Run, ablated, token_losses
+from tfkern.training.circuits.runs import Run, ablated, ideals, token_losses
 
 COLOURS = ("tab:gray", "tab:orange", "tab:blue")  # of models with 0, 1 and 2 layers
 TOKENS = ("key's token", "query's token")
@@ -35,6 +35,9 @@ def loss(runs: list[Run]):
     figure = _figure(11, 6.4)
     inside, outside, difference, by_position = figure.subplots(2, 2).flat
     guessing = math.log(runs[0].task.vocab_size)
+    any_seen, looked_up = ideals(runs[0].task)
+    inside.axhline(any_seen, color="black", linestyle="-.", linewidth=1, label="any token seen so far")
+    inside.axhline(looked_up, color="black", linestyle="--", linewidth=1, label="perfect induction head")
     for axes, title, what in ((inside, "inside the repeat", "inside"), (outside, "elsewhere", "outside")):
         for run, colour in zip(runs, COLOURS, strict=True):
             axes.plot(_steps(run), [getattr(p, what) for p in run.points], color=colour, label=_layers(run))

@@ -9,7 +9,7 @@ from torch import Tensor
 import tfkern
 from tfkern.training.circuits import heads
 from tfkern.training.circuits.heads import Head
-from tfkern.training.circuits.runs import FORMED, Run, ablated, apart
+from tfkern.training.circuits.runs import FORMED, Run, ablated, apart, ideals
 
 
 def provenance(run: Run, seed: int) -> str:
@@ -101,8 +101,10 @@ def shortcomings(runs: list[Run]) -> list[str]:
 def figures(runs: list[Run], computed_by: str) -> dict:
     """Everything that was measured, for JSON."""
     two = runs[-1]
+    any_seen, looked_up = ideals(two.task)
     told = dict(
-        computed_by=computed_by, task=asdict(two.task), guessing=math.log(two.task.vocab_size), chance=chance(two),
+        computed_by=computed_by, task=asdict(two.task), chance=chance(two),
+        guessing=math.log(two.task.vocab_size), any_seen=any_seen, looked_up=looked_up,
         models=[dict(zip(_unique(MODELS), row, strict=True)) for row in models(runs)],
         heads=[dict(zip(_unique(HEADS), row, strict=True)) for row in each_head(runs)],
     )  # fmt: skip

@@ -87,6 +87,18 @@ def measured(model: AttentionOnly, task: LearnRepeats, step: int, seconds: float
     )  # fmt: skip
 
 
+def ideals(task: LearnRepeats) -> tuple[float, float]:
+    """Losses in the repeat, in nats, of two rules on held-out sequences: predict any token seen so far, as often as it was
+    seen; and predict what came after the earlier copies of the current token, which is what a perfect induction head does."""
+    ids, periods = task.held_out()
+    n, inside = ids.shape[1] - 1, predictable(ids, periods)
+    right = ids[:, 1:, None] == ids[:, None, :-1]  # (B, N - 1, N - 1): the key holds what comes after the query
+    seen = torch.ones(n, n).tril().bool().expand_as(right)
+    shares = ((right & keys).sum(-1) / keys.sum(-1).clamp_min(1) for keys in (seen, heads.after_the_same(ids[:, :-1])))
+    any_seen, looked_up = (-x[inside].log().mean().item() for x in shares)
+    return any_seen, looked_up
+
+
 @torch.no_grad()
 def ablated(run: Run) -> Tensor:
     """(layers, H): by how many nats the loss in the repeat grows where one head writes nothing."""
