@@ -215,7 +215,7 @@ def test_refused():
     with pytest.raises(ValueError, match=r"ids must be .* 1 to 24 positions, the context, but has shape \(1, 25\); cut"):
         random_model()(torch.zeros(1, 25, dtype=torch.int64))
     with pytest.raises(
-        ValueError, match="shortest and longest must go up from 1 and stay below context, 64, but they are 9 and 64"
+        ValueError, match="shortest and longest must go up from 1 and stay below context, 48, but they are 9 and 64"
     ):
         LearnRepeats(shortest=9, longest=64)
     with pytest.raises(ValueError, match=r"head must be .* of a model of 2 layers of 2 heads, but is \(2, 0\)"):

@@ -40,7 +40,9 @@ class Heads(nn.Module):
         super().__init__()
         self.attention = attention
         into, out_of = (c.heads, c.width, c.width // c.heads), (c.heads, c.width // c.heads, c.width)
-        self.W_Q, self.W_K, self.W_V = (nn.Parameter(torch.randn(into) / math.sqrt(c.width)) for _ in range(3))
+        # Small queries and keys: at the start each head looks nearly everywhere alike, and has everything to learn from.
+        self.W_Q, self.W_K = (nn.Parameter(0.3 * torch.randn(into) / math.sqrt(c.width)) for _ in range(2))
+        self.W_V = nn.Parameter(torch.randn(into) / math.sqrt(c.width))
         self.W_O = nn.Parameter(torch.randn(out_of) / math.sqrt(c.width * max(1, 2 * c.layers)))
 
     def queries_and_keys(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

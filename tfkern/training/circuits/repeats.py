@@ -20,16 +20,16 @@ class LearnRepeats:
     """An attention-only transformer learns to continue sequences of `context` tokens, of periods from shortest to longest."""
 
     name: str = "repeats"
-    steps: int = 1000
-    learning_rate: float = 5e-3
-    rows: int = 64
+    steps: int = 1500
+    learning_rate: float = 0.01
+    rows: int = 16
     layers: int = 2
     vocab_size: int = 64
-    context: int = 64
+    context: int = 48
     heads: int = 4
     width: int = 64
-    shortest: int = 12
-    longest: int = 32
+    shortest: int = 8
+    longest: int = 24
 
     def __post_init__(self):
         if not 1 <= self.shortest <= self.longest < self.context:
