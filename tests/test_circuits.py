@@ -54,6 +54,12 @@ def distinct(period: int = 9, rows: int = 5) -> tuple[torch.Tensor, torch.Tensor
     return block[:, torch.arange(N) % period], torch.full((rows,), period)
 
 
+def read(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What models read of held-out sequences, and the periods."""
+    ids, periods = SMALL.held_out(rows)
+    return ids[:, :-1], periods
+
+
 def random_model(layers: int = 2, **sizes) -> AttentionOnly:
     torch.manual_seed(0)
     return AttentionOnly(
@@ -109,7 +115,7 @@ def test_copying_is_that_of_the_whole_circuit():
 
 def test_prefix_matching_counts_what_comes_after_the_same_token():
     """Against its definition, one query and key at a time, on sequences with tokens that come twice in a period."""
-    ids, periods = SMALL.held_out(3)
+    ids, periods = read(3)
     weights = heads.patterns(random_model().float(), ids)
     found, alike = torch.zeros(2, 2), 0.0
     queries = [(b, i) for b in range(3) for i in range(periods[b], N)]
@@ -123,7 +129,7 @@ def test_prefix_matching_counts_what_comes_after_the_same_token():
 
 
 def test_a_random_model_matches_by_chance():
-    ids, periods = SMALL.held_out(256)
+    ids, periods = read(256)
     model = random_model().float()
     with torch.no_grad():
         model.layers[0].W_Q.zero_()  # looks everywhere alike
@@ -135,7 +141,7 @@ def test_a_random_model_matches_by_chance():
 
 def test_logits_are_a_sum_of_paths():
     """Those of one layer: from the embedding straight on, and through the OV circuit of each head."""
-    model, (ids, _) = random_model(1), SMALL.held_out(3)
+    model, (ids, _) = random_model(1), read(3)
     paths = (model.W_E @ model.W_U)[ids]
     for number, weights in enumerate(heads.patterns(model, ids)[0].transpose(0, 1)):
         paths = paths + weights @ heads.token_ov(model, (0, number))[ids]  # (B, N, N) @ (B, N, V)
@@ -144,7 +150,7 @@ def test_logits_are_a_sum_of_paths():
 
 def test_scores_of_the_second_layer_are_a_sum_of_circuits():
     """What comes from a query's own token: from keys as they are, and from what each head of the first layer brought to them."""
-    model, (ids, _) = random_model(), SMALL.held_out(2)
+    model, (ids, _) = random_model(), read(2)
     with torch.no_grad():
         model.W_P.zero_()
         x = model.W_E[ids]
@@ -159,7 +165,7 @@ def test_scores_of_the_second_layer_are_a_sum_of_circuits():
 
 
 def test_positions_only_reach_queries_and_keys():
-    model, (ids, _) = random_model(1), SMALL.held_out(2)
+    model, (ids, _) = random_model(1), read(2)
     with torch.no_grad():
         before = model(ids)
         model.layers[0].W_Q.zero_()
@@ -186,7 +192,7 @@ def test_ideals():
     ids, periods = SMALL.held_out()
     any_seen, looked_up = [], []
     for row, period in zip(ids.tolist(), periods.tolist(), strict=True):
-        for t in range(period, N - 1):
+        for t in range(period, N):
             after = [row[j] for j in range(1, t + 1) if row[j - 1] == row[t]]
             any_seen.append(-math.log(row[: t + 1].count(row[t + 1]) / (t + 1)))
             looked_up.append(-math.log(after.count(row[t + 1]) / len(after)))
@@ -196,13 +202,13 @@ def test_ideals():
 
 def test_sequences():
     ids, periods = SMALL.batch(torch.Generator().manual_seed(0), 300)
-    assert ids.shape == (300, N)
+    assert ids.shape == (300, N + 1)
     assert set(periods.tolist()) == set(range(SMALL.shortest, SMALL.longest + 1))
     assert set(ids.flatten().tolist()) == set(range(V))
     for row, period in zip(ids, periods.tolist(), strict=True):
         assert torch.equal(row[period:], row[:-period])
     inside = predictable(ids, periods)
-    assert inside.shape == (300, N - 1)
+    assert inside.shape == (300, N)
     assert inside[0].nonzero()[0] == periods[0]  # whose target is the second token of the second time
     assert torch.equal(SMALL.held_out()[0], SMALL.held_out()[0])
 

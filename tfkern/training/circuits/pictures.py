@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tfkern.training.circuits import heads
-from tfkern.training.circuits.report import named
+from tfkern.training.circuits.report import chance, named
 from tfkern.training.circuits.runs import Run, ablated, ideals, token_losses
 
 COLOURS = ("tab:gray", "tab:orange", "tab:blue")  # of models with 0, 1 and 2 layers
@@ -35,6 +35,7 @@ def loss(runs: list[Run]):
     figure = _figure(11, 6.4)
     inside, outside, difference, by_position = figure.subplots(2, 2).flat
     guessing = math.log(runs[0].task.vocab_size)
+    highest = 1.05 * max(max(p.inside, p.outside) for run in runs for p in run.points)
     any_seen, looked_up = ideals(runs[0].task)
     inside.axhline(any_seen, color="black", linestyle="-.", linewidth=1, label="any token seen so far")
     inside.axhline(looked_up, color="black", linestyle="--", linewidth=1, label="perfect induction head")
@@ -42,10 +43,8 @@ def loss(runs: list[Run]):
         for run, colour in zip(runs, COLOURS, strict=True):
             axes.plot(_steps(run), [getattr(p, what) for p in run.points], color=colour, label=_layers(run))
         axes.axhline(guessing, color="black", linestyle=":", linewidth=1, label=f"guessing, ln {runs[0].task.vocab_size}")
-        axes.set(
-            title=f"held-out loss {title}", xlabel="training step", ylabel="loss, nats per token", ylim=(0, 1.15 * guessing)
-        )
-        axes.legend(fontsize=8)
+        axes.set(title=f"held-out loss {title}", xlabel="training step", ylabel="loss, nats per token", ylim=(0, highest))
+        axes.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.3))
     _, one, two = runs
     apart = [abs(a.inside - b.inside) for a, b in zip(one.points, two.points, strict=True)]
     difference.semilogy(_steps(two), apart, color="black")
@@ -56,7 +55,7 @@ def loss(runs: list[Run]):
     )
     period = sum((two.task.shortest, two.task.longest)) // 2
     for run, colour in zip(runs, COLOURS, strict=True):
-        by_position.plot(range(1, two.task.context), _by_position(run, period), color=colour, label=_layers(run))
+        by_position.plot(range(1, two.task.context + 1), _by_position(run, period), color=colour, label=_layers(run))
     by_position.axvline(period, color="black", linestyle=":", linewidth=1, label="the repeat begins")
     by_position.set(title=f"by position, period {period}, after training", xlabel="position of the token predicted")
     by_position.set(ylabel="loss, nats per token", ylim=(0, None))
@@ -65,11 +64,11 @@ def loss(runs: list[Run]):
 
 
 def _by_position(run: Run, period: int, rows: int = 512) -> Tensor:
-    """(N - 1,) mean losses of held-out sequences of one period."""
+    """(N,) mean losses of held-out sequences of one period."""
     task = run.task
     block = torch.randint(task.vocab_size, (rows, period), generator=torch.Generator().manual_seed(-2))
     with torch.no_grad():
-        return token_losses(run.model, block[:, torch.arange(task.context) % period]).mean(0)
+        return token_losses(run.model, block[:, torch.arange(task.context + 1) % period]).mean(0)
 
 
 def scores(one: Run, two: Run):
@@ -77,7 +76,6 @@ def scores(one: Run, two: Run):
     figure = _figure(11, 8)
     grid = figure.subplots(3, 3, sharex=True, sharey="row")
     columns = ((one, 0, "1 layer (control)"), (two, 0, "2 layers: the first"), (two, 1, "2 layers: the second"))
-    chance = heads.chance(*two.task.held_out())
     rows = (
         ("previous", "previous-token score,\nshare of attention", (0, 1)),
         ("prefix", "prefix-matching score,\nshare of attention", (0, 1)),
@@ -93,9 +91,10 @@ def scores(one: Run, two: Run):
             axes.axhline(0, color="black", linewidth=0.5)
             if score == "previous":
                 axes.set_title(title)
+                axes.legend(fontsize=8, loc="upper left")
             if score == "prefix":
-                axes.axhline(chance, color="black", linestyle=":", linewidth=1, label="looking everywhere alike")
-            axes.legend(fontsize=7, loc="center right")
+                alike = axes.axhline(chance(two), color="black", linestyle=":", linewidth=1)
+                axes.legend([alike], ["looking everywhere alike"], fontsize=8, loc="upper left")
         line[0].set_ylabel(label)
     for axes in grid[-1]:
         axes.set_xlabel("training step")
@@ -114,7 +113,7 @@ def patterns(one: Run, two: Run):
     figure = _figure(12, 4.4)
     grid = figure.subplots(1, 3)
     for axes, (run, head, title) in zip(grid, shown, strict=True):
-        weights = heads.patterns(run.model, ids[row : row + 1])[head[0], 0, head[1]]
+        weights = heads.patterns(run.model, ids[row : row + 1, :-1])[head[0], 0, head[1]]
         image = axes.imshow(weights.numpy(), cmap="magma", vmin=0, vmax=1)
         axes.set(title=title.format(named(head)), xlabel="position of the key")
     grid[0].set_ylabel("position of the query")
@@ -124,31 +123,45 @@ def patterns(one: Run, two: Run):
 
 
 def circuits(one: Run, two: Run):
-    """QK and OV circuits of the composed heads, and the control's; one scale a row."""
+    """QK and OV circuits of the composed heads, and the control's OV; maps over tokens of one kind share a scale."""
     model, second, first, control = two.model, two.inducing, two.looking_back, one.inducing
     s, f, c = named(second), named(first), named(control)
-    through = (f"token that {f} brought to the key", TOKENS[1])
-    positions, written = ("key's position", "query's position"), ("token predicted", "token attended to")
-    lines = (
-        (
-            (f"QK of head {f}, by position", heads.position_qk(model, first), positions),
-            (f"QK of head {s}, keys as they come", heads.token_qk(model, second), TOKENS),
-            (f"QK of head {s}, keys through head {f}", heads.composed_qk(model, second, first), through),
-        ),
-        (
-            (f"OV of head {f}", heads.token_ov(model, first), written),
-            (f"OV of head {s}", heads.token_ov(model, second), written),
-            (f"control (1 layer): OV of head {c}", heads.token_ov(one.model, control), written),
-        ),
-    )
-    figure = _figure(13, 8.6)
-    for line, maps, unit in zip(figure.subplots(2, 3), lines, ("score, nats", "logit, nats"), strict=True):
-        most = max(x.abs().max().item() for _, x, _ in maps)
-        for axes, (title, x, (across, down)) in zip(line, maps, strict=True):
-            image = axes.imshow(x.numpy(), cmap="RdBu_r", vmin=-most, vmax=most)
-            axes.set(title=title, xlabel=across, ylabel=down)
-        figure.colorbar(image, ax=line, label=unit, shrink=0.85)
+    through, written = (f"token that {f} brought to the key", TOKENS[1]), ("token predicted", "token attended to")
+    by_position = [
+        (f"QK of head {f}, by position", _seen(heads.position_qk(model, first)), ("key's position", "query's position"))
+    ]
+    by_token = [
+        (f"QK of head {s}, keys as they come", heads.token_qk(model, second), TOKENS),
+        (f"QK of head {s}, keys through head {f}", heads.composed_qk(model, second, first), through),
+    ]
+    outputs = [
+        (f"OV of head {f}", heads.token_ov(model, first), written),
+        (f"OV of head {s}", heads.token_ov(model, second), written),
+        (f"control (1 layer): OV of head {c}", heads.token_ov(one.model, control), written),
+    ]
+    figure = _figure(14.5, 8.6)
+    top, bottom = figure.subplots(2, 3)
+    _maps(figure, top[:1], by_position, "score less the row's mean, nats")
+    _maps(figure, top[1:], by_token, "score, nats")
+    _maps(figure, bottom, outputs, "logit, nats")
     return figure
+
+
+def _maps(figure, line, maps, unit: str) -> None:
+    """(title, matrix, axes' names) beside each other, on one scale, at whose ends the outermost thousandth is cut."""
+    everything = torch.cat([x[~x.isnan()].abs() for _, x, _ in maps])
+    most = everything.quantile(0.999).item()
+    for axes, (title, x, (across, down)) in zip(line, maps, strict=True):
+        image = axes.imshow(x.numpy(), cmap="RdBu_r", vmin=-most, vmax=most)
+        axes.set(title=title, xlabel=across, ylabel=down)
+    figure.colorbar(image, ax=line, label=unit, shrink=0.85, extend="both")
+
+
+def _seen(scores: Tensor) -> Tensor:
+    """(N, N) scores less the mean of what each query sees, NaN where it does not see: only differences in a row matter."""
+    seen = torch.ones_like(scores).tril()
+    mean = (scores * seen).sum(-1, keepdim=True) / seen.sum(-1, keepdim=True)
+    return (scores - mean).masked_fill(seen == 0, math.nan)
 
 
 def composition(two: Run):
@@ -161,7 +174,15 @@ def composition(two: Run):
     for axes, (kind, x) in zip(line, grids.items(), strict=True):
         image = axes.imshow(x.numpy(), cmap="RdBu_r", vmin=-most, vmax=most)
         for (row, column), value in ((at, x[at].item()) for at in ((r, c) for r in range(len(x)) for c in range(len(x)))):
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color="black")
+            axes.text(
+                column,
+                row,
+                f"{value:.2f}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if abs(value) > 0.6 * most else "black",
+            )
         axes.set_xticks(range(len(x)), names[0])
         axes.set_yticks(range(len(x)), names[1])
         axes.set(title=f"{kind}-composition", xlabel="head of layer 1, which writes")
@@ -181,7 +202,7 @@ def ablation(one: Run, two: Run):
             bars = axes.bar(names, row, color=("tab:blue", "tab:red")[layer], label=f"layer {layer + 1}")
             axes.bar_label(bars, fmt="%.2f", fontsize=8)
         axes.axhline(0, color="black", linewidth=0.5)
-        axes.set(title=f"{title}, loss with all heads: {run.points[-1].inside:.2f}", xlabel="head that writes nothing")
+        axes.set(title=f"{title}\nloss with all heads {run.points[-1].inside:.2f} nats", xlabel="head that writes nothing")
         axes.legend(fontsize=8)
         axes.margins(y=0.15)
     line[0].set_ylabel("the loss in the repeat grows by, nats")

@@ -17,7 +17,7 @@ from tfkern.training.tasks import Score
 
 @dataclass(frozen=True)
 class LearnRepeats:
-    """An attention-only transformer learns to continue sequences of `context` tokens, of periods from shortest to longest."""
+    """An attention-only transformer reads `context` tokens and predicts each next one; periods go from shortest to longest."""
 
     name: str = "repeats"
     steps: int = 1500
@@ -43,11 +43,11 @@ class LearnRepeats:
         return AttentionOnly(size, attention)
 
     def batch(self, generator: torch.Generator, rows: int | None = None) -> tuple[Tensor, Tensor]:
-        """(ids (rows, context), periods (rows,)): ids[t] = ids[t - period], and the first `period` of them independent."""
+        """(ids (rows, context + 1), periods (rows,)): ids[t] = ids[t - period], the first `period` of them independent."""
         rows = rows or self.rows
         periods = torch.randint(self.shortest, self.longest + 1, (rows,), generator=generator)
         block = torch.randint(self.vocab_size, (rows, self.longest), generator=generator)
-        return block.gather(1, torch.arange(self.context) % periods[:, None]), periods
+        return block.gather(1, torch.arange(self.context + 1) % periods[:, None]), periods
 
     def loss(self, model: AttentionOnly, batch: tuple[Tensor, Tensor]) -> Tensor:
         return token_losses(model, batch[0]).mean()
@@ -58,15 +58,16 @@ class LearnRepeats:
         return Score("loss in the repeat", token_losses(model, ids)[predictable(ids, periods)].mean().item(), " nats")
 
     def held_out(self, rows: int = 128) -> tuple[Tensor, Tensor]:
-        """Sequences for measuring, the same each time. No training draws them: their generator's seed is negative."""
+        """A batch for measuring, the same each time. No training draws them: their generator's seed is negative."""
         return self.batch(torch.Generator().manual_seed(-1), rows)
 
 
 def token_losses(model: AttentionOnly, ids: Tensor) -> Tensor:
-    """(B, N - 1) cross-entropies in nats: entry t is that of token t + 1, given those up to t."""
+    """ids (B, N + 1) -> (B, N) cross-entropies in nats: entry t is that of token t + 1, given those up to t."""
     return F.cross_entropy(model(ids[:, :-1]).transpose(1, 2), ids[:, 1:], reduction="none")
 
 
 def predictable(ids: Tensor, periods: Tensor) -> Tensor:
-    """(B, N - 1) bool, True where token t + 1 is inside the repeat: token t has been seen before, and what came after it."""
+    """ids (B, N + 1) -> (B, N) bool, True where token t + 1 is inside the repeat: token t has come a
+    period before, and token t + 1 after it."""
     return torch.arange(ids.shape[1] - 1, device=ids.device) >= periods[:, None]

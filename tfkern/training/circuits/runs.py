@@ -80,10 +80,11 @@ def trained(task: LearnRepeats, seed: int = 0, points: int = 50, show: Callable[
 def measured(model: AttentionOnly, task: LearnRepeats, step: int, seconds: float) -> Point:
     ids, periods = task.held_out()
     losses, inside = token_losses(model, ids), predictable(ids, periods)
-    weights = heads.patterns(model, ids)
+    read = ids[:, :-1]
+    weights = heads.patterns(model, read)
     return Point(
         step, seconds, losses[inside].mean().item(), losses[~inside].mean().item(), heads.previous_token(weights),
-        heads.prefix_matching(weights, ids, periods), heads.copying(model),
+        heads.prefix_matching(weights, read, periods), heads.copying(model),
     )  # fmt: skip
 
 
@@ -92,7 +93,7 @@ def ideals(task: LearnRepeats) -> tuple[float, float]:
     seen; and predict what came after the earlier copies of the current token, which is what a perfect induction head does."""
     ids, periods = task.held_out()
     n, inside = ids.shape[1] - 1, predictable(ids, periods)
-    right = ids[:, 1:, None] == ids[:, None, :-1]  # (B, N - 1, N - 1): the key holds what comes after the query
+    right = ids[:, 1:, None] == ids[:, None, :-1]  # (B, N, N): the key holds what comes after the query
     seen = torch.ones(n, n).tril().bool().expand_as(right)
     shares = ((right & keys).sum(-1) / keys.sum(-1).clamp_min(1) for keys in (seen, heads.after_the_same(ids[:, :-1])))
     any_seen, looked_up = (-x[inside].log().mean().item() for x in shares)
@@ -116,7 +117,7 @@ def ablated(run: Run) -> Tensor:
 @torch.no_grad()
 def apart(run: Run) -> float:
     """The largest difference of the model's logits from those that tfkern.reference gives in float64, on held-out sequences."""
-    ids, _ = run.task.held_out()
+    ids = run.task.held_out()[0][:, :-1]
     exact = run.task.build(reference.attention).double()
     exact.load_state_dict(run.model.state_dict())
     return (exact(ids) - run.model(ids)).abs().max().item()
