@@ -44,7 +44,7 @@ def loss(runs: list[Run]):
             axes.plot(_steps(run), [getattr(p, what) for p in run.points], color=colour, label=_layers(run))
         axes.axhline(guessing, color="black", linestyle=":", linewidth=1, label=f"guessing, ln {runs[0].task.vocab_size}")
         axes.set(title=f"held-out loss {title}", xlabel="training step", ylabel="loss, nats per token", ylim=(0, highest))
-        axes.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.3))
+        axes.legend(fontsize=7, loc="center right", bbox_to_anchor=(1, 0.28))
     _, one, two = runs
     apart = [abs(a.inside - b.inside) for a, b in zip(one.points, two.points, strict=True)]
     difference.semilogy(_steps(two), apart, color="black")
@@ -94,7 +94,7 @@ def scores(one: Run, two: Run):
                 axes.legend(fontsize=8, loc="upper left")
             if score == "prefix":
                 alike = axes.axhline(chance(two), color="black", linestyle=":", linewidth=1)
-                axes.legend([alike], ["looking everywhere alike"], fontsize=8, loc="upper left")
+                axes.legend([alike], ["looking everywhere alike"], fontsize=8, loc="center right")
         line[0].set_ylabel(label)
     for axes in grid[-1]:
         axes.set_xlabel("training step")

@@ -68,6 +68,6 @@ def token_losses(model: AttentionOnly, ids: Tensor) -> Tensor:
 
 
 def predictable(ids: Tensor, periods: Tensor) -> Tensor:
-    """ids (B, N + 1) -> (B, N) bool, True where token t + 1 is inside the repeat: token t has come a
-    period before, and token t + 1 after it."""
+    """ids (B, N + 1) -> (B, N) bool, True where token t + 1 is inside the repeat: a period before, it came after
+    token t."""
     return torch.arange(ids.shape[1] - 1, device=ids.device) >= periods[:, None]

@@ -31,7 +31,7 @@ def named(head: Head) -> str:
 
 MODELS = (
     "layers", "parameters", "loss in the repeat, before", "after", "elsewhere, after", "induction score, before", "after",
-    "by head", "induction head after",
+    "by head", "induction head after", "trained in",
 )  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def models(runs: list[Run]) -> list[tuple[str, ...]]:
         rows.append((
             str(run.task.layers), f"{sum(x.numel() for x in run.model.parameters()):,}", f"{first.inside:.3f}",
             f"{last.inside:.3f}", f"{last.outside:.3f}", *scores,
-            f"{formed.step} steps, {formed.seconds:.0f} s" if formed else "never",
+            f"{formed.step} steps, {formed.seconds:.0f} s" if formed else "never", f"{last.seconds:.0f} s",
         ))  # fmt: skip
     return rows
 
@@ -75,6 +75,7 @@ def circuits(two: Run) -> list[tuple[str, ...]]:
         ("QK, keys as they come", named(second)): heads.token_qk(model, second),
         ("QK, keys through head " + named(first), named(second)): heads.composed_qk(model, second, first),
         ("OV", named(second)): heads.token_ov(model, second),
+        ("OV, all heads of its layer", "together"): sum(heads.token_ov(model, (second[0], h)) for h in range(two.task.heads)),
     }
     return [(*name, *_diagonal(x)) for name, x in matrices.items()]
 
