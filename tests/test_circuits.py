@@ -128,6 +128,16 @@ def test_prefix_matching_counts_what_comes_after_the_same_token():
     assert heads.chance(ids, periods) == pytest.approx(alike, abs=1e-6)
 
 
+def test_attention_drawn_by_each_token():
+    ids, _ = read(3)
+    weights, expected, places = heads.patterns(random_model().float(), ids), torch.zeros(2, 2, V), torch.zeros(V)
+    for b in range(3):
+        for j in range(N):
+            places[ids[b, j]] += 1
+            expected[:, :, ids[b, j]] += weights[:, b, :, :, j].sum(-1)
+    assert torch.allclose(heads.drawn(weights, ids, V), expected / places, atol=1e-5)
+
+
 def test_a_random_model_matches_by_chance():
     ids, periods = read(256)
     model = random_model().float()

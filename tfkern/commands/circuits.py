@@ -72,4 +72,6 @@ of all heads; looking everywhere alike has {report.chance(two):.3f}, {runs.FORME
 
 {table(report.CIRCUITS, report.circuits(two), 2, width())}
 
+{table(report.SHARES, report.shares(done[1]), 1, width())}
+
 The logits differ from those by tfkern.reference in float64 by at most {max(map(runs.apart, done)):.1e}."""

@@ -64,6 +64,16 @@ def previous_token(weights: Tensor) -> Tensor:
     return weights.diagonal(-1, -2, -1).mean((1, 3))
 
 
+def drawn(weights: Tensor, ids: Tensor, kinds: int) -> Tensor:
+    """(layers, H, kinds): the attention that a token of each kind draws, summed over queries and averaged over its places.
+
+    weights (layers, B, H, N, N) of `patterns`, ids (B, N).
+    """
+    by_key = weights.sum(-2).transpose(1, 2).flatten(2)  # (layers, H, B N)
+    total = by_key.new_zeros(*by_key.shape[:2], kinds).index_add_(2, ids.flatten(), by_key)
+    return total / torch.bincount(ids.flatten(), minlength=kinds).clamp_min(1)
+
+
 def copying(model: AttentionOnly) -> Tensor:
     """(layers, H): the sum of the eigenvalues of a head's OV circuit over the sum of their sizes, from -1 to 1.
 

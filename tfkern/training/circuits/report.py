@@ -80,6 +80,20 @@ def circuits(two: Run) -> list[tuple[str, ...]]:
     return [(*name, *_diagonal(x)) for name, x in matrices.items()]
 
 
+SHARES = ("control's head", "tokens that it raises most of all heads", "correlation with the attention that they draw")
+
+
+def shares(one: Run) -> list[tuple[str, ...]]:
+    """A row a head of the model of one layer, under SHARES: how the heads divide the tokens among them, by the diagonals of
+    their OV circuits, and whether they look at those that they raise."""
+    number, read = range(one.task.heads), one.task.held_out()[0][:, :-1]
+    raised = torch.stack([heads.token_ov(one.model, (0, h)).diagonal() for h in number])  # (H, V)
+    attention = heads.drawn(heads.patterns(one.model, read), read, one.task.vocab_size)[0]
+    counts = torch.bincount(raised.argmax(0), minlength=len(number))
+    alike = [torch.corrcoef(torch.stack(pair))[0, 1].item() for pair in zip(raised, attention, strict=True)]
+    return [(named((0, h)), f"{counts[h]} of {raised.shape[1]}", f"{r:.3f}") for h, r in zip(number, alike, strict=True)]
+
+
 def _diagonal(x: Tensor) -> tuple[str, ...]:
     on = torch.eye(len(x), dtype=torch.bool)
     highest = (x.argmax(-1) == torch.arange(len(x))).sum().item()
