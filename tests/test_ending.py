@@ -94,6 +94,7 @@ def test_streams_that_are_closed_and_characters_that_do_not_fit(monkeypatch):
 
 COMMANDS = [
     ["verify"], ["demo", "--out", "demo"], ["train", "gpt"], ["generate", "--checkpoint", "gpt.safetensors", "--count", "1000000"],
+    ["circuits"],
     ["bench", "--seconds", "9"], ["bench", "compile"], ["bench", "sweep"], ["bench", "model"], ["bench", "overhead"],
 ]  # fmt: skip
 
