@@ -23,7 +23,7 @@ class InnerProduct(nn.Module):
     @classmethod
     def of(cls, query: nn.Linear, key: nn.Linear) -> "InnerProduct":
         """The layer whose scores are those of queries and keys: W = Wq Wkᵀ. Both map width to the same head dim, no bias."""
-        layer = cls(query.in_features)
+        layer = cls(query.in_features).to(query.weight)
         with torch.no_grad():
             layer.weight.copy_(query.weight.T @ key.weight)  # (C, D) @ (D, C); a Linear holds its matrix transposed
         return layer
@@ -39,7 +39,7 @@ class InnerProduct(nn.Module):
 
 def fold(value: nn.Linear, following: nn.Linear) -> nn.Linear:
     """One linear layer in place of two: following(value(x)) for every x. value has no bias; following's stays."""
-    folded = nn.Linear(value.in_features, following.out_features, bias=following.bias is not None)
+    folded = nn.Linear(value.in_features, following.out_features, bias=following.bias is not None).to(value.weight)
     with torch.no_grad():
         folded.weight.copy_(following.weight @ value.weight)  # (out, D) @ (D, C)
         if following.bias is not None:

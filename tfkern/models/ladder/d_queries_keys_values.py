@@ -1,8 +1,11 @@
 """Rung d: f(X) = 1/√D (X Wq) (X Wk)ᵀ (X Wv). Queries ask, keys answer, values are what is passed on.
 
-Why 1/√D: a score is a sum of D products of numbers with standard deviation 1, so its own is √D. Dividing by √D keeps the scores
-at 1 and the output at √T for T tokens, at any D. With 1 or 1/T both grow as √D, with 1/D both shrink as 1/√D
-(`measures.deviations` measures it). Vaswani et al., "Attention Is All You Need" (2017), section 3.2.1.
+Why 1/√D: a score is a sum of D products of numbers with standard deviation 1, so its own is √D. Divided by √D it is 1 at any
+D: what comes next, the softmax of rung e, sees scores of the same size whatever the width. With 1 or 1/T they grow as √D, with
+1/D they shrink as 1/√D (`measures.deviations` measures it). Vaswani et al., "Attention Is All You Need" (2017), section 3.2.1.
+
+The output's is scale √(T² + T D) for T tokens: T D as if scores and values were drawn apart, and T² because k_j and v_j come
+from the same x_j. No scale keeps that at every D. Under the softmax of rung e, 1/√D does: √(e/T) for any large D.
 """
 
 import math

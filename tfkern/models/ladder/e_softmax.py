@@ -1,7 +1,7 @@
 """Rung e: f(X) = softmax(Q Kᵀ / √D) V. The scores of a token become weights: positive, with the sum 1.
 
-The output is now an average of values. It doesn't grow with the number of tokens, one large score can't drown everything, and the
-weights can be read. From here on the fused kernels compute it: `tfkern.attention` never stores the N x N matrix.
+The output is now an average of values. It doesn't grow with the number of tokens, one large score can't drown everything, and
+the weights can be read. From here on the fused kernels compute it: `tfkern.attention` never stores the N x N matrix.
 """
 
 from collections.abc import Callable

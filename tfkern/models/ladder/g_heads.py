@@ -28,7 +28,12 @@ class Heads(nn.Module):
     """
 
     def __init__(
-        self, width: int, heads: int, dropout: float = 0.0, bias: bool = True, attention: Callable[..., Tensor] = fused_attention
+        self,
+        width: int,
+        heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        attention: Callable[..., Tensor] = fused_attention,
     ):
         super().__init__()
         if heads < 1 or width % heads:
@@ -42,11 +47,11 @@ class Heads(nn.Module):
     def of(cls, heads: Sequence[Head]) -> "Heads":
         """Heads of rung f side by side, projected by the identity. Their dims are equal and add up to their width."""
         width = heads[0].query.in_features
-        layer = cls(width, len(heads), bias=False, attention=heads[0].attention)
         parts = [torch.cat([getattr(head, name).weight for head in heads]) for name in ("query", "key", "value")]
         if any(part.shape != (width, width) for part in parts):
             dims = [head.query.out_features for head in heads]
             raise ValueError(f"heads must have dims that add up to their width {width}, but they are {dims}; add heads")
+        layer = cls(width, len(heads), bias=False, attention=heads[0].attention).to(parts[0])
         with torch.no_grad():
             layer.qkv.weight.copy_(torch.cat(parts))  # (3 C, C)
             layer.proj.weight.copy_(torch.eye(width))

@@ -3,9 +3,9 @@
     x ← x + heads(norm(x))      3 C² weights of queries, keys and values, C² of the projection
     x ← x + mlp(norm(x))        8 C² weights: C to 4 C and back
 
-At C = 768 these are 12 · 768² = 7,077,888 weights, and with 6,912 biases and two norms of 1,536 the block has 7,087,872 parameters.
-Twelve of them are the 85 million of BERT-base, GPT-2 small and ViT-B/16. Skip connections by He et al., "Deep Residual Learning"
-(2016); norms inside the branches as in GPT-2 and ViT.
+At C = 768 these are 12 · 768² = 7,077,888 weights. With 6,912 biases and two norms of 1,536 the block has 7,087,872 parameters.
+Twelve of them are the 85 million of BERT-base, GPT-2 small and ViT-B/16. Skip connections are by He et al., "Deep Residual
+Learning for Image Recognition" (2016); the norms stand inside the branches as in GPT-2 and ViT.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,8 @@
 """Short sentences with a sentiment, written for the ladder: is what they say good or bad?
 
-Half of each list is good. "not" stands in both kinds, and so does every subject: only an adjective tells the sentiment, and "not"
-turns it. Every word of the held-out sentences is in others that are trained on, and so is every adjective both with "not" and without.
+Half of each list is good. "not" stands in both kinds, and so does every subject: only an adjective tells the sentiment, and
+"not" turns it. Every word of the held-out sentences is in others that are trained on, and so is every adjective both with
+"not" and without.
 """
 
 GOOD = """

@@ -1,7 +1,7 @@
 """A classifier of sentences around any rung: embeddings, the rung, and a linear readout of each token, averaged.
 
-Readout and average are linear, so the logit is the sum of what the tokens contribute: the pictures show these. There are no positions:
-in sentences this short the words tell, whatever their order.
+Readout and average are linear, so the logit is the sum of what the tokens contribute: the pictures show these. There are no
+positions: in sentences this short the words tell, whatever their order.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,11 @@ from torch.nn import functional as F
 
 from tfkern.models.ladder import sentences
 
+WEIGHT_DECAY = 1.0
+
 
 def encode(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """(ids (B, N) int64, padded with 0, lengths (B,) int64) of sentences; ValueError for a word that no sentence of ours has."""
+    """(ids (B, N) int64, padded with 0, lengths (B,) int64) of sentences made of the words of ours; ValueError otherwise."""
     words = [text.split() for text in texts]
     if unknown := sorted({w for row in words for w in row} - set(sentences.WORDS)):
         raise ValueError(f"texts must be made of the words of tfkern.models.ladder.sentences, but have {unknown}; replace them")
@@ -71,7 +73,7 @@ def judged(logits: Tensor, truth: Sequence[float]) -> tuple[float, float]:
     return F.binary_cross_entropy_with_logits(logits, wanted).item(), ((logits > 0) == (wanted > 0)).float().mean().item()
 
 
-def train(model: Sentiment, steps: int = 100, learning_rate: float = 1e-2, weight_decay: float = 2.0) -> Fit:
+def train(model: Sentiment, steps: int = 100, learning_rate: float = 1e-2, weight_decay: float = WEIGHT_DECAY) -> Fit:
     """Train on all sentences at once by AdamW, and judge. The model is left as in evaluation, without dropout."""
     (texts, truth), (held_out, held_out_truth) = sentences.TRAIN, sentences.HELD_OUT
     (ids, lengths), wanted = encode(texts), torch.tensor(truth)
