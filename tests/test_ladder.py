@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 import tfkern
 from tfkern import reference
 from tfkern.models import ladder, vit
-from tfkern.models.ladder import looking, measures, sentences, sentiment, tables
+from tfkern.models.ladder import looking, measures, pictures, sentences, sentiment, tables
 from tfkern.models.ladder.b_inner_product import fold
 from tfkern.models.ladder.e_softmax import weights
 
@@ -318,3 +319,42 @@ def test_looking(block):
     assert model.layer.attn.attention is tfkern.attention
     with pytest.raises(ValueError, match=r"but have \['bad'\]; leave them out"):
         looking.logit_hiding(model, text, [("bad", "not")])
+
+
+def test_tables_are_put_into_their_places(tmp_path):
+    text = tmp_path / "text.md"
+    text.write_text("before\n<!-- counts -->\nold\n<!-- /counts -->\nafter\n", "utf-8")
+    pictures.main(["--only", "counts", "--text", str(text), "--out", str(tmp_path)])
+    found = text.read_text("utf-8")
+    assert "| block | 7,087,872 |" in found
+    assert "old" not in found
+    assert (found[:7], found[-6:]) == ("before\n", "after\n")
+    pictures.main(["--only", "counts", "--text", str(text), "--out", str(tmp_path)])
+    assert text.read_text("utf-8") == found
+    with pytest.raises(ValueError, match=r"text must have one place for the table 'scale', but .* has 0; mark it"):
+        tables.fill(text, {"scale": "a table"})
+
+
+def test_the_text_has_what_the_models_count():
+    text = (Path(__file__).resolve().parent.parent / "docs" / "ladder.md").read_text("utf-8")
+    assert tables.counts().partition("\n\n")[0] in text
+    for name in ("scale", "rungs", "heads"):
+        assert re.search(rf"<!-- {name} -->\n\|.*\|\n\n[^\n]*computed by .*\n<!-- /{name} -->", text, re.S), name
+
+
+@pytest.mark.parametrize("name", ["a", "b", "h", "sentiment"])
+def test_pictures_say_what_computed_them(name, tmp_path):
+    plt = pytest.importorskip("matplotlib.figure")
+    figure = {"a": pictures.a_products, "b": pictures.b_inner_product, "h": pictures.h_block}.get(
+        name, pictures.sentiment_block
+    )()
+    assert isinstance(figure, plt.Figure)
+    by = figure.get_supxlabel()
+    assert by.startswith("computed by tfkern's backend cpu" if name == "sentiment" else "computed by plain PyTorch")
+    assert all(at.get_xlabel() or at.get_ylabel() for at in figure.axes)
+
+
+def test_unknown_pictures_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        pictures.main(["--only", "z"])
+    assert "--only takes names of a, b, c" in capsys.readouterr().err

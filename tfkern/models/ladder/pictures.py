@@ -93,11 +93,10 @@ def d_scale():
     by = f"{PLAIN} (scores, rung d), {measures.backend()} (rung e)"
     title = f"Rung d: what the scale does to x of standard deviation 1, T = {TOKENS} tokens; dotted: the formula above"
     figure, axes = plot(3, (12, 4), title, by)
-    deviation = "standard deviation of the "
-    drawing.over_head_dims(axes[0], "scores", f"{deviation}scores", lambda scale, d: scale * d**0.5)
-    summed = f"{deviation}output of rung d"
+    drawing.over_head_dims(axes[0], "scores", "scores, standard deviation", lambda scale, d: scale * d**0.5)
+    summed = "output of d, standard deviation"
     drawing.over_head_dims(axes[1], "summed", summed, lambda scale, d: scale * (TOKENS * (TOKENS + d)) ** 0.5)
-    drawing.over_head_dims(axes[2], "averaged", f"{deviation}output of rung e")
+    drawing.over_head_dims(axes[2], "averaged", "output of e, standard deviation")
     axes[2].axhline((math.e / TOKENS) ** 0.5, color="black", linestyle=":", linewidth=1)
     for at, law in zip(axes, ("scale · √D", "scale · √(T² + T D)", "√(e / T), for 1/√D and large D"), strict=True):
         at.set_title(law, fontsize=9)
@@ -150,15 +149,16 @@ def g_heads(seeds: int):
     figure.colorbar(image, ax=list(axes[:HEADS]), label="weight", shrink=0.8)
     last, names = axes[HEADS], ("f", "f, full width", "g", "g, dropout")
     found = [measures.overfitting(name, seeds, 0.0) for name in names]
-    bars = {
+    points = {
         "trained on": ([r.loss for r, _ in found], "tab:gray"),
         "held out": ([r.held_out_loss for r, _ in found], "tab:orange"),
         f"held out, mean logit of {seeds}": ([together[0] for _, together in found], "tab:green"),
     }
-    for k, (label, (values, colour)) in enumerate(bars.items()):
-        last.barh([i + 0.27 * (k - 1) for i in range(len(names))], values, 0.25, label=label, color=colour)
+    for label, (values, colour) in points.items():
+        last.plot(values, range(len(names)), "o", label=label, color=colour)
     last.set_yticks(range(len(names)), [tables.FORMULAS[name] for name in names], fontsize=8)
-    last.invert_yaxis()
+    last.set_ylim(len(names) - 0.5, -0.5)
+    last.grid(axis="y", linestyle=":")
     last.set_xscale("log")
     last.set_xlabel("loss, nats")
     last.set_title(f"means over {seeds} seeds, no weight decay", fontsize=9)
@@ -203,7 +203,7 @@ def sentiment_block():
     drawing.contributions(axes[:2], "h", [PLAINER, SENTENCE])
     name = f"head {head + 1}: of all, most weight from “shabby” to “not”"
     image = drawing.weights(axes[2], maps[head], name, maps.max().item())
-    figure.colorbar(image, ax=axes[2], label="weight (to the largest of all heads)", shrink=0.8)
+    figure.colorbar(image, ax=axes[2], label="weight", shrink=0.8)
     cuts = {
         "all see all": [],
         "“shabby” can't see “not”": [("shabby", "not")],

@@ -78,7 +78,7 @@ def heads(seeds: int) -> str:
 def counts() -> str:
     """Parameters, counted from the models."""
     rows = [[name, f"{count:,}"] for name, count in measures.counts().items()]
-    return markdown(["", "parameters"], rows, "Counted from `tfkern.models`.")
+    return markdown(["", "parameters"], rows, f"Elements of the parameters of `tfkern.models`, counted by {PLAIN}.")
 
 
 def fill(path: Path, tables: dict[str, str]) -> None:
