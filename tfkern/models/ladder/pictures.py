@@ -224,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="The pictures and tables of docs/ladder.md.")
     parser.add_argument("--out", type=Path, default=Path("docs/ladder"), help="folder of the pictures")
     parser.add_argument("--text", type=Path, help="a text with places for the tables, such as docs/ladder.md")
-    parser.add_argument("--seeds", type=int, default=10, help="trainings of each layer that measured tables average over")
+    parser.add_argument("--seeds", type=int, default=5, help="trainings of each layer that measured tables average over")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="names of pictures and tables")
     args = parser.parse_args(arguments)
     pictures: dict[str, Callable] = {

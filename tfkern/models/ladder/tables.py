@@ -32,7 +32,7 @@ def scale(rows: Sequence[measures.Deviation]) -> str:
     parts = {"scores": "scores", "output of d": "summed", "output of e": "averaged"}
     headings = ["D", *(f"{part}, {name}" for part in parts for name in measures.SCALES)]
     cells = [
-        [str(d), *(f"{short(getattr(found[d, name], part))}" for part in parts.values() for name in measures.SCALES)]
+        [str(d), *(short(getattr(found[d, name], part)) for part in parts.values() for name in measures.SCALES)]
         for d in dict.fromkeys(r.head_dim for r in rows)
     ]
     note = f"Root mean squares at T = {TOKENS} tokens, 16 draws; scores and d computed by {PLAIN}, e by {measures.backend()}."
@@ -44,12 +44,14 @@ def rungs(seeds: int) -> str:
     rows = []
     for name in ("each token", *"abcdefgh"):
         r, _ = measures.overfitting(name, seeds, WEIGHT_DECAY)
-        right = f"{r.held_out_right:.1%} ± {r.deviation:.1%}"
-        rows.append(
-            [name, FORMULAS[name], f"{r.parameters:,}", f"{r.loss:.3f}", f"{r.right:.1%}", f"{r.held_out_loss:.3f}", right]
-        )
-    headings = ["rung", "", "parameters", "loss", "right", "held-out loss", "held-out right"]
-    note = f"Means over {seeds} seeds (± standard deviation); a to d computed by {PLAIN}, e to h by {measures.backend()}."
+        rows.append([
+            name, FORMULAS[name], f"{r.parameters:,}", f"{r.loss:.3f}", f"{r.right:.1%}", f"{r.held_out_loss:.3f}",
+            f"{r.held_out_right:.1%} ± {r.deviation:.1%}",
+        ])  # fmt: skip
+    headings = ["rung", "f(X)", "parameters", "loss", "right", "held-out loss", "held-out right"]
+    note = (
+        f"Means over {seeds} seeds (± standard deviation); the first five computed by {PLAIN}, e to h by {measures.backend()}."
+    )
     return markdown(headings, rows, note)
 
 
@@ -62,16 +64,8 @@ def heads(seeds: int) -> str:
             f"{decay:g}", FORMULAS[name], f"{r.loss:.3f}", f"{r.right:.1%}", f"{r.held_out_loss:.3f}",
             f"{r.held_out_right:.1%} ± {r.deviation:.1%}", f"{loss:.3f}", f"{right:.1%}",
         ])  # fmt: skip
-    headings = [
-        "weight decay",
-        "layer",
-        "loss",
-        "right",
-        "held-out loss",
-        "held-out right",
-        f"{seeds} together: held-out loss",
-        "right",
-    ]
+    alone = ["weight decay", "layer", "loss", "right", "held-out loss", "held-out right"]
+    headings = [*alone, f"{seeds} together: held-out loss", "held-out right"]
     return markdown(headings, rows, f"Means over {seeds} seeds; computed by {measures.backend()}.")
 
 
@@ -85,8 +79,8 @@ def fill(path: Path, tables: dict[str, str]) -> None:
     """Put each table between its two marks, <!-- name --> and <!-- /name -->, in a text."""
     text = path.read_text("utf-8")
     for name, table in tables.items():
-        marks = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
-        text, found = re.subn(marks, lambda m, t=table: m[1] + t + m[2], text, flags=re.S)
+        marks = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text, found = re.subn(marks, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S)
         if found != 1:
             raise ValueError(f"text must have one place for the table {name!r}, but {path} has {found}; mark it")
     path.write_text(text, "utf-8")
