@@ -112,7 +112,7 @@ def e_softmax():
     with torch.no_grad():
         scores = model.layer.scores(model.words(sentiment.encode([SENTENCE])[0]))[0]
     title = "Rung e: softmax. Left: the classifier of sentences with this rung; right: random input, as for rung d"
-    figure, axes = plot(4, (15, 3.9), title, measures.backend(), width_ratios=[1.1, 1.1, 1, 1])
+    figure, axes = plot(4, (15, 4.3), title, measures.backend(), width_ratios=[1.1, 1.1, 1, 1])
     most = scores.abs().max().item()
     image = heat(axes[0], scores, "scores Q Kᵀ / √D", "+.1f", cmap="RdBu_r", vmin=-most, vmax=most)
     axes[0].set(xlabel="key: the word looked at", ylabel="query: the word that looks")
