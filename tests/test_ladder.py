@@ -295,7 +295,7 @@ def block():
 def test_the_block_learns_what_not_does(block):
     model, fit = block
     assert fit.right == 1.0
-    assert fit.held_out_right > 0.9
+    assert fit.held_out_right > 0.8
     shabby, not_shabby = model.logits(["attention is shabby", "attention is not too shabby"])
     assert shabby < 0 < not_shabby
 
