@@ -1,5 +1,7 @@
 """The ladder: each rung is its formula, and with its new part taken out it is the rung before."""
 
+import functools
+import importlib.util
 import itertools
 import math
 import re
@@ -253,6 +255,24 @@ def test_softmax_runs_on_the_fused_kernels(x, name):
         close(grad, p.grad)
     attending = layer.attn if name == "h" else layer
     assert attending.attention is tfkern.attention
+
+
+@pytest.mark.needs("Triton", importlib.util.find_spec("triton") is not None)
+@pytest.mark.parametrize("name", "efgh")
+def test_softmax_runs_on_the_triton_kernels(x, name):
+    """In Triton's interpreter, forward and backward."""
+    layer, x = rungs()[name].float(), x.float()
+
+    def run(attention):
+        layer.zero_grad()
+        with looking.attending_by(layer, lambda _: attention):
+            out = layer(x, LENGTHS)
+        out.square().sum().backward()
+        return [out, *(p.grad for p in layer.parameters())]
+
+    torch.testing.assert_close(
+        run(functools.partial(tfkern.attention, backend="portable")), run(reference.attention), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", "bcdefgh")
