@@ -159,6 +159,8 @@ def test_e_is_its_formula_and_d_when_the_softmax_is_undone(x):
     _, lse = tfkern.attention(q, k, values[:, None], return_lse=True)
     scores = (weights(q, k).log() + lse[..., None])[:, 0]  # the weights are exp(scores - lse)
     close(scores @ values, before(x))
+    layer.scale = before.scale = 2.0
+    close(layer(x), torch.softmax(before.scores(x), -1) @ values)
 
 
 def test_the_weights_are_the_kernels(x):
@@ -305,6 +307,20 @@ def test_the_sentences_are_balanced():
         sentiment.encode(["attention is cold"])
     with pytest.raises(ValueError, match=r"have \[3, 0\] words; leave out the empty"):
         sentiment.encode(["attention is great", ""])
+
+
+def test_hiding_is_one_way():
+    """Hidden from "shabby", "not" still sees "shabby"."""
+    torch.manual_seed(0)
+    model = sentiment.Sentiment(ladder.SoftmaxAttention(C), C)
+    nn.init.normal_(model.words.weight)
+    text = "attention is not shabby"
+    x = model.words(sentiment.encode([text])[0])
+    scores = model.layer.scores(x)
+    scores[0, 3, 2] = -math.inf
+    expected = model.readout(torch.softmax(scores, -1) @ model.layer.value(x)).mean()
+    assert looking.logit_hiding(model, text, [("shabby", "not")]) == pytest.approx(expected.item(), rel=1e-4)
+    assert looking.logit_hiding(model, text, []) != pytest.approx(expected.item(), rel=1e-3)
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def heads(seeds: int) -> str:
             f"{r.held_out_right:.1%} ± {r.deviation:.1%}", f"{loss:.3f}", f"{right:.1%}",
         ])  # fmt: skip
     alone = ["weight decay", "layer", "loss", "right", "held-out loss", "held-out right"]
-    headings = [*alone, f"{seeds} together: held-out loss", "held-out right"]
+    headings = [*alone, f"{seeds} together: held-out loss", f"{seeds} together: held-out right"]
     return markdown(headings, rows, f"Means over {seeds} seeds; computed by {measures.backend()}.")
 
 
