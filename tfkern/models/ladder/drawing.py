@@ -65,7 +65,7 @@ def over_head_dims(axes, what: str, label: str, law: Callable[[float, int], floa
 
 def logits(axes, names: Sequence[str], values: Sequence[float], colours: Sequence[str]):
     """Bars of logits, each with its number."""
-    bars = axes.barh(range(len(values)), values, color=colours)
+    bars = axes.barh(range(len(values)), [float(v) for v in values], color=colours)
     axes.bar_label(bars, [f"{value:+.2f}" for value in values], fontsize=8, padding=3)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.margins(x=0.25)
@@ -77,7 +77,7 @@ def contributions(axes, name: str, texts: Sequence[str]):
     found = [looking.contributions(trained(name), text) for text in texts]
     most = 1.1 * max(values.abs().max().item() for values in found)
     for at, text, values in zip(axes, texts, found, strict=True):
-        at.barh(range(len(values)), values, color=[GOOD if v > 0 else BAD for v in values])
+        at.barh(range(len(values)), [float(v) for v in values], color=[GOOD if v > 0 else BAD for v in values])
         at.axvline(0, color="black", linewidth=0.8)
         at.set_xlim(-most, most)
         at.set_yticks(range(len(values)), text.split(), fontsize=9)
