@@ -59,14 +59,17 @@ def figures(task: Task, direction: str, seconds: float) -> Iterator[dict]:
 
 
 def in_turn(calls: dict[str, Callable], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of each call, round after round, for about so many seconds."""
+    """Milliseconds of each call, round after round, for about so many seconds. Every second round goes backwards: a call pays
+    for what the one before it did to caches and memory."""
     times: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls.items())
     start = time.perf_counter()
     while calls and (time.perf_counter() - start < seconds or len(next(iter(times.values()))) < ROUNDS):
-        for name, call in calls.items():
+        for name, call in order:
             before = time.perf_counter()
             call()
             times[name].append((time.perf_counter() - before) * 1e3)
+        order.reverse()
     return times
 
 
@@ -155,17 +158,25 @@ def draw(results: Path, picture: Path) -> None:
     loaded = json.loads(results.read_text())
     found = ratios(loaded["rows"])
     panels = sorted(set(map(_panel, found)))
-    figure = Figure(figsize=(13, 4.2 * -(-len(panels) // 2)))
+    figure = Figure(figsize=(13, 4.6 * -(-len(panels) // 2)))
+    looks = dict(zip(cpu_cases.CASES, itertools.product("-:", (f"C{i}" for i in range(7))), strict=False))
+    first = None
     for place, panel in enumerate(panels):
-        axes = figure.add_subplot(-(-len(panels) // 2), 2, place + 1)
+        axes = figure.add_subplot(-(-len(panels) // 2), 2, place + 1, sharey=first)
+        first = first or axes
         group = [row for row in found if _panel(row) == panel]
         for case in dict.fromkeys(row["case"] for row in group):
             points = sorted((row["length"], row["ratio"]) for row in group if row["case"] == case)
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=case)
+            style, colour = looks[case]
+            axes.plot(*zip(*points, strict=True), linestyle=style, color=colour, marker="o", markersize=3, label=case)
         axes.axhline(1.0, color="black", linewidth=0.8)
         axes.set(xscale="log", yscale="log", xlabel="N", ylabel="time / the faster of sdpa and naive")
+        lengths = sorted({row["length"] for row in group})
+        axes.set_xticks(lengths, lengths, fontsize=8)
+        axes.minorticks_off()
+        axes.set_yticks((0.1, 0.2, 0.5, 1, 2, 5), ("0.1", "0.2", "0.5", "1", "2", "5"))
         axes.set_title(f"{panel[0]} thread{'s' * (panel[0] > 1)}, {panel[1]}, {panel[2]}", fontsize=9)
-    axes.legend(fontsize=6, ncols=2)
+    figure.axes[-1].legend(fontsize=7, ncols=3, loc="upper right")
     about = loaded["machine"]
     computed = f"backend cpu of tfkern {about['tfkern']}, torch {about['torch']}, {about['date'][:10]}"
     figure.suptitle(f"Attention on a CPU: {computed}; below 1 tfkern is faster")
