@@ -296,6 +296,19 @@ def test_another_default_device_is_none_of_its_business(options):
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_gradients_are_dense_beside_padding(name):
+    """V's head dim is half of Q's: the op gets V padded, and what it gives is cut. A V that is cut from such memory itself has
+    the strides of that, and no gradient may."""
+    q, k, v = (tensor(B, H, N, 16, seed=i) for i in range(3))
+    leaves = dict(q=q, k=k, v=v[..., :8])
+    leaves[name].requires_grad_()
+    out = tfkern.attention(*leaves.values())
+    (gradient,) = torch.autograd.grad(out.sum(), leaves[name])
+    assert out.is_contiguous()
+    assert gradient.is_contiguous()
+
+
 def test_a_row_of_large_logits_goes_by_tiles(monkeypatch):
     """Beside 1e5 the log of a sum is lost in float32, so that the op's backward would have other weights than its forward."""
     asked = []

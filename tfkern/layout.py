@@ -108,10 +108,8 @@ def last_dim_dense(x: Tensor) -> Tensor:
 
 def like_order(x: Tensor, like: Tensor) -> Tensor:
     """x in the memory order of `like`, copied only if it isn't."""
-    if x.numel() == 0 or (x.stride() == like.stride() and x.shape == like.shape):
-        return x
     wanted = strides_in_order_of(like, x.shape[-1])
-    if x.stride() == wanted:
+    if x.numel() == 0 or x.stride() == wanted:
         return x
     if all(a == b for a, b, n in zip(x.stride(), wanted, x.shape, strict=True) if n > 1):
         return x.as_strided(x.shape, wanted)  # a dim of size 1 is never stepped along
