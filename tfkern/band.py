@@ -50,12 +50,17 @@ def places(p: Problem, rows: slice, keys: slice) -> tuple[Tensor, Tensor]:
 def hidden(p: Problem, rows: slice, keys: slice) -> Tensor:
     """Where the band hides keys from rows, (1, 1, rows, keys)."""
     i, j = places(p, rows, keys)
-    found = torch.zeros((), dtype=torch.bool, device=p.device)
-    if p.left is not None:
-        found = found | (j < i - p.left)
-    if p.right is not None:
-        found = found | (j > i + p.right)
-    return found[None, None]
+    return beyond(i - j, p.left, p.right)[None, None]
+
+
+def beyond(distance: Tensor, left: int | None, right: int | None) -> Tensor:
+    """Where i - j is outside of a band, in the shape of that."""
+    found = torch.zeros_like(distance, dtype=torch.bool)
+    if left is not None:
+        found |= distance > left
+    if right is not None:
+        found |= distance < -right
+    return found
 
 
 def of_tile(x: Tensor, rows: slice, keys: slice) -> Tensor:

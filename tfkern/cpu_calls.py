@@ -216,10 +216,4 @@ def _band_mask(p: Problem, call: Call) -> Tensor:
 
 @functools.lru_cache(maxsize=MANY_KEPT)
 def _band(rows: int, keys: int, first: int, left: int | None, right: int | None, dtype: torch.dtype) -> Tensor:
-    distance = _between(rows, keys, first)
-    seen = torch.ones_like(distance, dtype=torch.bool)
-    if left is not None:
-        seen &= distance <= left
-    if right is not None:
-        seen &= distance >= -right
-    return _added(seen, dtype)[None, None]
+    return _added(~band.beyond(_between(rows, keys, first), left, right), dtype)[None, None]

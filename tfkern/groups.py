@@ -127,11 +127,10 @@ def joined(p: Problem, t: Tensors, of_group: Callable) -> tuple[Tensor, Tensor]:
     if (group := dense(p, t)) is not None:
         return of_group(group)
     places = places_of(p, t)
-    if (order := order_of(p, t, places)) is None:
-        return _results(p, t, of_group, places, range(p.batch))
-    ordered = order.tensors(t)
-    found = _results(p, ordered, of_group, places_of(p, ordered), order.numbers.tolist())
-    return tuple(map(order.back, found))
+    order, *which = order_of(p, t, places) or (None, places, range(p.batch))
+    if order is None:
+        return _results(p, t, of_group, *which)
+    return tuple(map(order.back().of, _results(p, order.tensors(t), of_group, *which)))
 
 
 def _results(p: Problem, t: Tensors, of_group: Callable, places: Places, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -164,14 +163,13 @@ def gradients(p: Problem, t: Tensors, needed, into, of_group: Callable, *rows: T
 def _added(p: Problem, t: Tensors, needed, of_group: Callable, rows) -> Gradients:
     """Those of q, k and v in any memory order, the others in the wide dtype."""
     places = places_of(p, t)
-    if (order := order_of(p, t, places)) is None:
-        return _gradients(p, t, needed, of_group, rows, places, range(p.batch))
-    ordered = order.tensors(t)
-    which = places_of(p, ordered), order.numbers.tolist()
-    found = _gradients(p, ordered, needed, of_group, [order.of(x) for x in rows], *which)
-    own = order.back(found.q), order.back(found.k, keys=True), order.back(found.v, keys=True)
-    each = (x if x is None or len(x) == 1 else x[order.numbers.argsort()] for x in found[3:5])
-    return Gradients(*own, *each, found.sinks)
+    order, *which = order_of(p, t, places) or (None, places, range(p.batch))
+    if order is None:
+        return _gradients(p, t, needed, of_group, rows, *which)
+    found = _gradients(p, order.tensors(t), needed, of_group, [order.of(x) for x in rows], *which)
+    back = order.back()
+    own = back.of(found.q), back.of_keys(found.k), back.of_keys(found.v)
+    return Gradients(*own, *map(back.of_each, found[3:5]), found.sinks)
 
 
 def _gradients(p: Problem, t: Tensors, needed, of_group: Callable, rows, places: Places, numbers: Sequence[int]) -> Gradients:

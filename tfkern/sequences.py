@@ -44,58 +44,59 @@ def _runs(sizes: list[tuple[int, int]]) -> list[slice]:
 
 
 class Order(NamedTuple):
-    """Another order of the sequences: their numbers; and if packed the rows of queries and of keys, and cu_q and cu_k, in this
-    order."""
+    """Another order of the sequences, as index_select takes it: their numbers, and if packed the rows of queries and of keys."""
 
-    numbers: Tensor
+    sequences: Tensor
     queries: Tensor | None = None
     keys: Tensor | None = None
-    ends: tuple[Tensor, Tensor] | None = None
 
     def tensors(self, t: Tensors) -> Tensors:
-        """Those in this order."""
-        q, k, v = _taken(t.q, self.numbers, self.queries), *(_taken(x, self.numbers, self.keys) for x in (t.k, t.v))
-        each = {name: self.of_each(getattr(t, name)) for name in ("bias", "mask", "slopes", "key_lengths")}
-        cu_q, cu_k = self.ends or (None, None)
-        return t._replace(q=q, k=k, v=v, **each, cu_q=cu_q, cu_k=cu_k)
+        """Those in this order, without lengths."""
+        each = {name: self.of_each(getattr(t, name)) for name in ("bias", "mask", "slopes")}
+        rows = dict(q=self.of(t.q), k=self.of_keys(t.k), v=self.of_keys(t.v))
+        return t._replace(**rows, **each, key_lengths=None, cu_q=None, cu_k=None)
 
     def of_each(self, x: Tensor | None) -> Tensor | None:
         """What has one entry for each sequence, or one for all."""
-        return x if x is None or len(x) == 1 else x[self.numbers]
+        return x if x is None or len(x) == 1 else x[self.sequences]
 
     def of(self, x: Tensor | None) -> Tensor | None:
         """What has rows of queries."""
-        return None if x is None else _taken(x, self.numbers, self.queries)
+        return None if x is None else _taken(x, self.sequences, self.queries)
 
-    def back(self, x: Tensor | None, keys: bool = False) -> Tensor | None:
-        """What is in this order, as it was before; it has rows of queries, or of keys."""
-        rows = self.keys if keys else self.queries
-        return None if x is None else _taken(x, self.numbers.argsort(), rows if rows is None else rows.argsort())
+    def of_keys(self, x: Tensor | None) -> Tensor | None:
+        """What has rows of keys."""
+        return None if x is None else _taken(x, self.sequences, self.keys)
+
+    def back(self) -> "Order":
+        """From this order to the one before."""
+        return Order(*(None if x is None else x.argsort() for x in self))
 
 
-def _taken(x: Tensor, numbers: Tensor, rows: Tensor | None) -> Tensor:
+def _taken(x: Tensor, sequences: Tensor, rows: Tensor | None) -> Tensor:
     """Those sequences of (B, H, …), or of (1, H, total, …) those rows. Whole rows are copied at once where heads lie within."""
     if rows is None:
-        return x.index_select(0, numbers)
+        return x.index_select(0, sequences)
     return x[0].transpose(0, 1).index_select(0, rows).transpose(0, 1)[None]
 
 
-def order_of(p: Problem, t: Tensors, places: Places) -> Order | None:
-    """The order by lengths, where the calls that it saves cost more than its copies."""
-    starts, sizes, runs, *_ = places
+def order_of(p: Problem, t: Tensors, places: Places) -> tuple[Order, Places, list[int]] | None:
+    """The order by lengths, the places in it and the numbers of the sequences, where the calls that it saves cost more than its
+    copies."""
+    starts, sizes, runs, *all_of = places
     if not (places.all_queries and (places.all_keys or not p.packed)):
         return None
     copied = sum(x.numel() for x in (t.q, t.k, t.v, t.v))
     if copied >= FEW * (len(runs) - len(set(sizes))):
         return None
     numbers = sorted(range(len(sizes)), key=sizes.__getitem__)
-    tensor = torch.tensor(numbers, device=p.device)
+    sequences, sizes = torch.tensor(numbers, device=p.device), [sizes[b] for b in numbers]
     if not p.packed:
-        return Order(tensor)
-    firsts, counts = (torch.tensor([x[b] for b in numbers], device=p.device).unbind(1) for x in (starts, sizes))
-    ends = tuple(torch.cat([n.new_zeros(1), n.cumsum(0)]) for n in counts)
-    rows = (  # start, start + 1, … of each, behind each other
-        torch.arange(total, device=p.device) + (first - end[:-1]).repeat_interleave(count, output_size=total)
-        for first, count, end, total in zip(firsts, counts, ends, (p.n_q, p.n_k), strict=True)
-    )
-    return Order(tensor, *rows, ends)
+        return Order(sequences), Places(None, sizes, _runs(sizes), *all_of), numbers
+    ends = [[0, *itertools.accumulate(n)] for n in zip(*sizes, strict=True)]
+    rows = []
+    for i, total in enumerate((p.n_q, p.n_k)):  # start, start + 1, … of each, behind each other
+        first, count = (torch.tensor(x, device=p.device) for x in ([starts[b][i] for b in numbers], [n[i] for n in sizes]))
+        moved = first - torch.tensor(ends[i][:-1], device=p.device)
+        rows.append(torch.arange(total, device=p.device) + moved.repeat_interleave(count, output_size=total))
+    return Order(sequences, *rows), Places(list(zip(*ends, strict=True)), sizes, _runs(sizes), *all_of), numbers

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tfkern import reference
 from tfkern.models.attention_only import AttentionOnly
+from tfkern.training.circuits.repeats import in_repeat
 
 Head = tuple[int, int]  # layer, number
 
@@ -35,11 +36,6 @@ def after_the_same(ids: Tensor) -> Tensor:
     same = torch.zeros(len(ids), n, n, dtype=torch.bool, device=ids.device)
     same[:, :, 1:] = ids[:, :, None] == ids[:, None, :-1]
     return same & torch.ones(n, n, dtype=torch.bool, device=ids.device).tril()
-
-
-def in_repeat(ids: Tensor, periods: Tensor) -> Tensor:
-    """(B, N) bool: True where the token has been seen a period before."""
-    return torch.arange(ids.shape[1], device=ids.device) >= periods[:, None]
 
 
 def prefix_matching(weights: Tensor, ids: Tensor, periods: Tensor) -> Tensor:

@@ -67,7 +67,12 @@ def token_losses(model: AttentionOnly, ids: Tensor) -> Tensor:
     return F.cross_entropy(model(ids[:, :-1]).transpose(1, 2), ids[:, 1:], reduction="none")
 
 
+def in_repeat(ids: Tensor, periods: Tensor) -> Tensor:
+    """(B, N) bool: True where the token has been seen a period before."""
+    return torch.arange(ids.shape[1], device=ids.device) >= periods[:, None]
+
+
 def predictable(ids: Tensor, periods: Tensor) -> Tensor:
     """ids (B, N + 1) -> (B, N) bool, True where token t + 1 is inside the repeat: a period before, it came after
     token t."""
-    return torch.arange(ids.shape[1] - 1, device=ids.device) >= periods[:, None]
+    return in_repeat(ids[:, :-1], periods)
