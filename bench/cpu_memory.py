@@ -1,5 +1,5 @@
-"""Memory on a CPU: what a forward and a backward of two heads take at their peak beside inputs and gradients, each in a process
-of its own. (The bias is one number for each key, so that it is no N x N itself.)"""
+"""Memory on a CPU: what a forward and a backward of two heads take at their peak beside inputs, gradients included, each in a
+process of its own. (The bias is one number for each key, so that it is no N x N itself.)"""
 
 import json
 import subprocess
@@ -22,7 +22,6 @@ function = tfkern.attention if who == "tfkern" else cpu_cases.naive
 def peak(): return int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read()).group(1)) * 1024
 def leaves(n):
     made = [torch.randn(1, 2, n, 64) for _ in range(3)] + ([torch.randn(1, 2, 1, n)] if "bias" in options else [])
-    gradients = [torch.ones_like(x) for x in made]  # the place that results take
     return [x.requires_grad_() for x in made]
 more = {name: x for name, x in options.items() if name != "bias"}
 def run(own): torch.autograd.grad(function(*own, **more), own, torch.ones(own[0].shape))

@@ -44,7 +44,7 @@ def _runs(sizes: list[tuple[int, int]]) -> list[slice]:
 
 
 class Order(NamedTuple):
-    """Another order of the sequences, as index_select takes it: their numbers, and if packed the rows of queries and of keys."""
+    """Another order, as index_select takes it: the numbers of the sequences, and if packed the rows of queries and of keys."""
 
     sequences: Tensor
     queries: Tensor | None = None
