@@ -10,7 +10,7 @@ from tfkern.commands.arguments import SEED, number
 from tfkern.commands.demo import CHECKPOINT
 from tfkern.ending import InputError
 from tfkern.extras import require
-from tfkern.training import data, sampling
+from tfkern.training import data, provenance, sampling
 from tfkern.training.trainer import CheckpointError, Training
 
 DEFAULTS = (Path("tfkern-out/gpt.safetensors"), CHECKPOINT)
@@ -39,8 +39,9 @@ def run(args) -> int:
             "`tfkern train gpt` or `tfkern demo` writes one, or name one with --checkpoint"
         )
     training = Training.load(path, tfkern.attention, "cuda" if torch.cuda.is_available() else "cpu", "gpt")
-    if args.checkpoint is None:
-        print(f"by {path}, after step {len(training.losses)} of {training.steps}:", file=sys.stderr, flush=True)
+    attention = provenance.label(provenance.backend(training), training.device)
+    after = f"after step {len(training.losses)} of {training.steps}"
+    print(f"by {path}, {after}, attention by {attention}:", file=sys.stderr, flush=True)
     print(args.prompt, end="", flush=True)
     for character in sampling.continuing(training, args.prompt, args.count, args.temperature, args.top_k, args.seed):
         print(character, end="", flush=True)

@@ -14,6 +14,7 @@ import tfkern
 from tfkern.commands.arguments import SEED, number, writable
 from tfkern.ending import INTERRUPTED, InputError
 from tfkern.extras import require
+from tfkern.training import provenance
 from tfkern.training.tasks import TASKS
 from tfkern.training.trainer import Training
 
@@ -33,6 +34,7 @@ def run(args) -> int:
     require("safetensors", "demo")
     path = args.out / f"{args.model}.safetensors"
     training = begun(args, path)
+    print(f"attention by {provenance.label(provenance.backend(training), training.device)}", flush=True)
     interrupted = threading.Event()
 
     def report(training: Training) -> bool:
