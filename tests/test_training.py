@@ -318,6 +318,28 @@ def test_the_sharpest_head():
     assert pictures.sharpest(weights) == (1, 2)
 
 
+def test_the_head_over_text_is_sharp_beyond_neighbours(monkeypatch):
+    """One that only looks at itself and the character before is not shown."""
+    weights = torch.ones(2, 1, 2, 48, 48).tril()
+    weights[0, 0, 0] = torch.eye(48) + torch.eye(48).roll(-1, 1).tril()
+    weights[1, 0, 1, :, 0] = 20.0
+    weights /= weights.sum(-1, keepdim=True)
+    monkeypatch.setattr(pictures, "weights_of", lambda run, ids: (weights, None))
+    assert any(text.startswith("GPT, layer 2, head 2, ") for text in texts(pictures.text_map(None)))
+
+
+def test_weights_are_in_the_order_of_layers():
+    training = Training.start(dataclasses.replace(small("gpt"), layers=2), tfkern.attention, steps=1)
+    ids, model = data.corpus().held_out[None, :9], training.model
+    weights, logits = pictures.weights_of(report.Run("cpu", training, None, {}), ids)
+    attn, x = model.blocks[0].attn, model.tokens(ids) + model.positions.weight[:9]
+    q, k, _ = attn.qkv(model.blocks[0].norm_1(x)).view(1, 9, 3, 4, -1).permute(2, 0, 3, 1, 4)
+    wanted, _ = tfkern.reference.attention_weights(q, k, is_causal=True)
+    assert torch.allclose(weights[0], wanted)
+    assert not torch.allclose(weights[1], wanted, rtol=0.01)
+    assert torch.equal(logits, model(ids))
+
+
 @pytest.mark.cpu
 def test_who_attends_is_asked_of_the_calls(monkeypatch):
     """By the model's own calls, for the backend that they name, and without a trace in the training."""
