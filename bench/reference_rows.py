@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tfkern.bench import cpu
 
 Call = Callable[[], Tensor]
+SECONDS = 8.0  # of timing, about
 
 HEADINGS = (
     "model", "weights", "parameters", "compared", "with", "largest difference", "largest value", "tfkern, ms", "reference, ms",
@@ -48,13 +49,13 @@ class Row:
 
 
 @torch.no_grad()
-def measured(about: tuple[str, str, str, str], model: nn.Module, ours: Call, theirs: Call, seconds: float = 8.0) -> Row:
-    """Run both, compare their results, of one shape, and time them in turn for about so many seconds.
+def measured(about: tuple[str, str, str, str], model: nn.Module, ours: Call, theirs: Call) -> Row:
+    """Run both, compare their results, of one shape, and time them in turn for SECONDS.
 
     `about` names the model, its weights, what is compared and with what.
     """
     out, wanted = ours(), theirs()
-    times = cpu.in_turn({"ours": ours, "theirs": theirs}, seconds)
+    times = cpu.in_turn({"ours": ours, "theirs": theirs}, SECONDS)
     name, weights, compared, reference = about
     return Row(
         name, weights, sum(p.numel() for p in model.parameters()), compared, reference, (out - wanted).abs().max().item(),
