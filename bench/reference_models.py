@@ -141,7 +141,7 @@ def interpolated() -> Row:
 
 def _vit_of_transformers(what: str, x: Tensor) -> Row:
     (transformers,) = imported("transformers")
-    theirs = scrambled(transformers.ViTForImageClassification(transformers.ViTConfig(num_labels=1000)))
+    theirs = scrambled(lambda: transformers.ViTForImageClassification(transformers.ViTConfig(num_labels=1000)))
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         model = from_pretrained(folder)
@@ -172,7 +172,7 @@ def _timm(name: str, model: type, config, called: str) -> Row:
 
     with torchvision_stub.installed():
         (timm,) = imported("timm", how="pip install --no-deps")
-    theirs = scrambled(timm.create_model(name))
+    theirs = scrambled(lambda: timm.create_model(name))
     with tempfile.TemporaryDirectory() as folder:
         torch.save(theirs.state_dict(), Path(folder) / "model.bin")
         ours = from_pretrained(Path(folder) / "model.bin", model, config=config, source="timm")

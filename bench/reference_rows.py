@@ -79,13 +79,14 @@ def imported(*names: str, how: str = "pip install") -> list:
         raise NotHereError(f"needs {error.name}: {how} {' '.join(names)}") from None
 
 
-def scrambled(model: nn.Module) -> nn.Module:
-    """The model with every parameter changed at random, as many start as zeros, which would hide that they are taken for each
-    other; in evaluation mode."""
-    generator = torch.Generator().manual_seed(0)
+def scrambled(build: Callable[[], nn.Module]) -> nn.Module:
+    """A model in evaluation mode, the same each time, with every parameter changed at random: many start as zeros, which would
+    hide that one is taken for another."""
+    torch.manual_seed(0)
+    model = build()
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.02 * torch.randn(p.shape, generator=generator))
+            p.add_(0.02 * torch.randn_like(p))
     return model.eval()
 
 
