@@ -216,16 +216,20 @@ ROWS: dict[str, Callable[[], Row]] = {
 }  # fmt: skip
 
 
-def models(names: Sequence[str]) -> str:
-    """The table of models. A row whose packages are not there says so on standard error, and is left out."""
-    rows = []
-    for name in names:
-        print(f"{name} …", file=sys.stderr, flush=True)
-        try:
-            rows.append(ROWS[name]().cells())
-        except NotHereError as error:
-            print(f"{name} {error}", file=sys.stderr, flush=True)
-    return markdown(HEADINGS, rows, f"A forward pass in float32, batch as compared, median of runs in turn; {provenance()}.")
+def tried(name: str, make: Callable[[], Row | str]) -> Row | str | None:
+    """What `make` makes, or None where packages are not there, which standard error tells."""
+    print(f"{name} …", file=sys.stderr, flush=True)
+    try:
+        return make()
+    except NotHereError as error:
+        print(f"{name} {error}", file=sys.stderr, flush=True)
+        return None
+
+
+def models(rows: Sequence[Row]) -> str:
+    """The table of models."""
+    note = f"A forward pass in float32, batch as compared, median of runs in turn; {provenance()}."
+    return markdown(HEADINGS, [row.cells() for row in rows], note)
 
 
 @torch.no_grad()
@@ -294,14 +298,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=[*ROWS, "pairs"], help=f"of {', '.join(ROWS)}, pairs")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)  # times on shared cores are steadier so
-    written = {}
-    if names := [name for name in ROWS if name in (args.only or ROWS)]:
-        written["models"] = models(names)
-    if not args.only or "pairs" in args.only:
-        written["pairs"] = pairs()
-    print("\n\n".join(written.values()))
-    if args.text:
-        fill(args.text, written)
+    found = {name: tried(name, make) for name, make in {**ROWS, "pairs": pairs}.items() if name in (args.only or [name])}
+    tables = {}
+    if rows := [found[name] for name in ROWS if found.get(name)]:
+        tables["models"] = models(rows)
+    if found.get("pairs"):
+        tables["pairs"] = found["pairs"]
+    print("\n\n".join(tables.values()))
+    if args.text and len(rows) == len(ROWS) and len(tables) == 2:
+        fill(args.text, tables)
+    elif args.text:
+        sys.exit(f"--text takes both tables whole, but rows of them are missing; {args.text} is as it was")
 
 
 if __name__ == "__main__":

