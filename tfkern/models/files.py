@@ -43,14 +43,14 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
     return _tensors(path, held), {}
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object of a file."""
+def read_json(path: Path, kind: type = dict) -> dict | list:
+    """What a JSON file holds: an object, or with kind=list an array."""
     try:
         held = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path} can't be read as JSON ({error})") from None
-    if not isinstance(held, dict):
-        raise WeightsError(f"{path} must hold a JSON object, but holds a {type(held).__name__}")
+    if not isinstance(held, kind):
+        raise WeightsError(f"{path} must hold a JSON {kind.__name__}, but holds a {type(held).__name__}")
     return held
 
 
