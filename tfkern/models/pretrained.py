@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tfkern.extras import require
 from tfkern.functional import attention as fused_attention
 from tfkern.models.files import WeightsError, read, read_json, weights_file
-from tfkern.models.weights import LAYOUTS, OLD_ENDINGS, Layout
+from tfkern.models.weights import LAYOUTS, Layout
 
 
 @dataclass
@@ -92,10 +92,11 @@ def save_pretrained(model: nn.Module, folder: str | Path, source: str = "transfo
     from safetensors.torch import save_file
 
     layout, folder = _layout(type(model), source), Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    told = json.dumps(told_config(model.config, layout), indent=2) + "\n"
     tensors = {name: tensor.contiguous() for name, tensor in named(model, layout).items()}
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(told_config(model.config, layout), indent=2) + "\n", "utf-8")
+    (folder / "config.json").write_text(told, "utf-8")
 
 
 def named(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
@@ -111,7 +112,8 @@ def translated(model: type[nn.Module], config, layout: Layout, state: dict[str, 
     """A state dict of others by our names, as far as it fits, and what does not."""
     with torch.device("meta"):
         wanted = _built(model, config, fused_attention)
-    left = {_plain(name, layout): name for name in state}
+    plain = _plain_names(state, layout)
+    left = dict(plain)
     report, ours = Report(), {}
     for name, tensor, theirs, transposed in layout.rows(wanted):
         found = [left.pop(part, None) for part in theirs]
@@ -124,7 +126,7 @@ def translated(model: type[nn.Module], config, layout: Layout, state: dict[str, 
         report.mis_shaped += [f"{name} {found} instead of {shape}" for name, found in wrong]
         if not wrong:
             ours[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
-    report.untied = [a for a, b in layout.tied.items() if a in left and not _same(state, left[a], b, layout)]
+    report.untied = [a for a, b in layout.tied.items() if a in left and not _same(state, left[a], plain.get(b))]
     report.unexpected = [name for name in left if name not in layout.tied and not re.fullmatch(layout.skipped, name)]
     return ours, report
 
@@ -144,8 +146,9 @@ def config_from(told: dict, layout: Layout, model: type[nn.Module], **changes):
     defaults = {f.name: f.default for f in fields(model.config_class)}
     for name, key in layout.sizes.items():
         value = values[name] = told.get(key, defaults[name] if name in OPTIONAL else None)
-        if not (value is None and defaults[name] is None) and type(value) is not type(defaults[name] or 0):
-            raise WeightsError(f"the config must tell {key} for {model.__name__}, but it is {value!r}")
+        wanted = int if defaults[name] is None else type(defaults[name])
+        if not (value is None and defaults[name] is None) and type(value) is not wanted:
+            raise WeightsError(f"the config must tell {key} for {model.__name__}, but it is {value!r}; or give config=")
     return model.config_class(**{**values, **changes})
 
 
@@ -153,9 +156,15 @@ OPTIONAL = {"hidden", "eps", "segments", "channels"}  # fields that others' conf
 
 
 def told_config(config, layout: Layout) -> dict:
-    """What a config.json of the layout's source tells of a config."""
+    """What a config.json of the layout's source tells of a config. WeightsError if it can't tell it."""
+    for name, value in layout.fixed.items():
+        if getattr(config, name) != value:
+            raise WeightsError(
+                f"{name} must be {value!r} in the layout of {layout.source}, but is {getattr(config, name)!r}; choose another"
+            )
     told = {key: allowed[0] for key, allowed in layout.settings.items()}
-    told["architectures"] = [layout.architecture]
+    if layout.architecture:
+        told["architectures"] = [layout.architecture]
     for name, (key, meanings) in layout.choices.items():
         told[key] = next(theirs for theirs, ours in meanings.items() if ours == getattr(config, name))
     told |= {key: getattr(config, name) for name, key in layout.sizes.items()}
@@ -190,10 +199,10 @@ def _fitting(model, state, told, config, source, beside, changes) -> tuple[Layou
     for layout in [_layout(model, source)] if source else LAYOUTS[model]:
         try:
             tried = config or config_from(told, layout, model, **changes)
+            faults = sum(map(len, translated(model, tried, layout, state)[1].lists().values()))
         except WeightsError as error:
             problem = problem or error
             continue
-        faults = sum(map(len, translated(model, tried, layout, state)[1].lists().values()))
         if best is None or faults < best[0]:
             best = faults, layout, tried
     if best is None:
@@ -205,18 +214,25 @@ def _built(model: type[nn.Module], config, attention: Callable[..., Tensor]) -> 
     return model(config, attention)
 
 
+def _plain_names(state: dict[str, Tensor], layout: Layout) -> dict[str, str]:
+    """Names as the layout's table has them -> names in the file."""
+    plain = {_plain(name, layout): name for name in state}
+    if not any(name.startswith(layout.body) for name in plain):  # a file of the body alone
+        plain = {layout.body + name: found for name, found in plain.items()}
+    return plain
+
+
 def _plain(name: str, layout: Layout) -> str:
     """A name of theirs without its prefix, and with the endings of today."""
     name = name.removeprefix(layout.prefix)
-    for old, new in OLD_ENDINGS.items():
+    for old, new in layout.old_endings.items():
         if name.endswith(old):
             return name.removesuffix(old) + new
     return name
 
 
-def _same(state: dict[str, Tensor], copy: str, plain: str, layout: Layout) -> bool:
-    original = next((tensor for name, tensor in state.items() if _plain(name, layout) == plain), None)
-    return original is not None and torch.equal(state[copy], original)
+def _same(state: dict[str, Tensor], copy: str, original: str | None) -> bool:
+    return original is not None and torch.equal(state[copy], state[original])
 
 
 def _first(names: list[str], count: int = 8) -> str:
