@@ -79,7 +79,7 @@ def read_json(path: Path, kind: type = dict) -> dict | list:
 
 def write_safetensors(path: Path, state: dict[str, Tensor]) -> None:
     """Tensors by their names. OSError where the disk refuses."""
-    require("safetensors", "demo")
+    require("safetensors", "weights")
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -113,7 +113,8 @@ def line(error: Exception) -> str:
 
 
 def _whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that it is there whole, or as it was before."""
+    """Write a file so that it is there whole, or as it was before. Its folder is made if it isn't there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
         write(partial)
@@ -123,7 +124,7 @@ def _whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
-    require("safetensors", "demo")
+    require("safetensors", "weights")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -134,7 +135,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _gguf(path: Path) -> tuple[dict[str, Tensor], dict]:
-    require("gguf", "gguf")
+    require("gguf", "weights")
     try:
         state, told = gguf_file.read(path)
     except Exception as error:  # gguf checks little: a damaged file fails anywhere in it

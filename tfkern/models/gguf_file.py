@@ -16,14 +16,14 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
 
     Whatever is wrong raises what `gguf` raises, or ValueError.
     """
-    gguf = require("gguf", "gguf")
+    gguf = require("gguf", "weights")
     reader = gguf.GGUFReader(path)
     told = {name: entry.contents() for name, entry in reader.fields.items() if not name.startswith("tokenizer.")}
     if told["general.architecture"] != "llama":
         raise ValueError(f"its architecture is {told['general.architecture']}")
     state = {}
     for tensor in reader.tensors:
-        weight = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        weight = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
         if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
             heads = told["llama.attention.head_count" + ("_kv" if "attn_k" in tensor.name else "")]
             weight = _halves(weight, heads)
@@ -37,7 +37,7 @@ def tokenizer_json(path: Path) -> str:
 
     Raises: ValueError for another kind of tokenizer, or what `gguf` raises.
     """
-    gguf, tokenizers = require("gguf", "gguf"), require("tokenizers", "demo")
+    gguf, tokenizers = require("gguf", "weights"), require("tokenizers", "demo")
     fields = gguf.GGUFReader(path).fields
     kind, split = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("model", "pre"))
     if kind != "gpt2" or split not in SPLITS:

@@ -46,7 +46,7 @@ class Report:
         return {
             "missing": self.missing,
             "unexpected": self.unexpected,
-            "of another shape": self.mis_shaped,
+            "of another shape or kind": self.mis_shaped,
             "not a copy of the weight it is tied to": self.untied,
         }
 
@@ -107,7 +107,6 @@ def save_pretrained(model: nn.Module, folder: str | Path, source: str = "transfo
     """
     layout, folder = _layout(type(model), source), Path(folder)
     told, state = told_config(model.config, layout), named(model, layout)
-    folder.mkdir(parents=True, exist_ok=True)
     if layout.source == "nanoGPT":
         state |= {copy: state[layout.prefix + name] for copy, name in layout.tied.items()}  # which nanoGPT wants to find
         write_nanogpt(folder / "ckpt.pt", state, {key: told[key] for key in told if key != "architectures"})
@@ -154,8 +153,9 @@ def _best_fit(model, state, told, config, source, changes) -> Fit:
     """By that of a model's layouts which leaves least over."""
     if model not in LAYOUTS:
         raise WeightsError(f"model must be one of {', '.join(m.__name__ for m in LAYOUTS)}, but is {model!r}")
+    named = [layout for layout in LAYOUTS[model] if layout.architecture in _architectures(told)]
     fits, problems = [], []
-    for layout in [_layout(model, source)] if source else LAYOUTS[model]:
+    for layout in [_layout(model, source)] if source else named or LAYOUTS[model]:
         try:
             tried = replace(config, **changes) if config else config_from(told, layout, model, **changes)
             fits.append(_fit(model, tried, layout, state))
@@ -217,23 +217,25 @@ def config_from(told: dict, layout: Layout, model: type[nn.Module], **changes):
     defaults = {f.name: f.default for f in fields(model.config_class)}
     for name, key in layout.sizes.items():
         value = told.get(key, defaults[name] if name in OPTIONAL else None)
-        values[name] = _size(key, value, defaults[name])
+        values[name] = _size(key, value, defaults[name], least=0 if name == "classes" else 1)
     return model.config_class(**{**values, **changes})
 
 
 OPTIONAL = {"hidden", "eps", "segments", "channels"}  # fields that others' configs may leave out
 
 
-def _size(key: str, value: object, default: object) -> object:
-    """A value of the kind of our field's default: a switch, a count, or a positive float."""
+def _size(key: str, value: object, default: object, least: int) -> object:
+    """A value of the kind of our field's default: a switch, a count of at least `least`, or a positive float."""
     kind = int if default is None else type(default)
     if value is None and default is None:
         return None
     if kind is float and type(value) in (int, float) and 0 < value < math.inf:
         return float(value)
-    if type(value) is kind and (kind is not int or 0 <= value < 2**31):
+    if kind is int and type(value) is int and least <= value < 2**31:
         return value
-    wanted = {int: "a whole number from 0 to 2^31", float: "a positive number"}.get(kind, f"a {kind.__name__}")
+    if kind is bool and type(value) is bool:
+        return value
+    wanted = {int: f"a whole number from {least} to 2^31", float: "a positive number"}.get(kind, "true or false")
     raise WeightsError(f"the config must tell {key}, {wanted}, but it is {value!r:.80}; or give config=")
 
 
@@ -263,16 +265,18 @@ def told_config(config, layout: Layout) -> dict:
     return told
 
 
+def _architectures(told: dict) -> list:
+    found = told.get("architectures")
+    return found if isinstance(found, list) else []
+
+
 def _model_named(told: dict, beside: Path) -> type[nn.Module]:
-    architectures = told.get("architectures")
     for model, layouts in LAYOUTS.items():
-        if isinstance(architectures, list) and any(
-            layout.architecture in architectures for layout in layouts if layout.architecture
-        ):
+        if any(layout.architecture in _architectures(told) for layout in layouts):
             return model
     known = sorted({layout.architecture for layouts in LAYOUTS.values() for layout in layouts} - {""})
     raise WeightsError(
-        f"{beside} must name one of {', '.join(known)} in architectures, but has {architectures!r:.80}; give model="
+        f"{beside} must name one of {', '.join(known)} in architectures, but has {told.get('architectures')!r:.80}; give model="
     )
 
 
@@ -284,11 +288,11 @@ def _layout(model: type[nn.Module], source: str) -> Layout:
 
 
 def _plain_names(state: dict[str, Tensor], layout: Layout) -> dict[str, str]:
-    """Names as the layout's table has them -> names in the file. Of two for one weight, the second stays as it is."""
+    """Names as the layout's table has them -> names in the file. The second name of one weight gets none of the table."""
     plain = {}
     for name in state:
         found = _plain(name, layout)
-        plain[name if found in plain else found] = name
+        plain[f"second {found}" if found in plain else found] = name
     if not any(name.startswith(layout.body) for name in plain):  # a file of the body alone
         plain = {layout.body + name: found for name, found in plain.items()}
     return plain
