@@ -241,6 +241,17 @@ def test_not_strict(tmp_path):
         assert torch.equal(x, (new if name in kept else whole)[name]), name
     assert found.config == replace(TINY, dropout=0.25)
     assert found(IDS).isfinite().all()
+    with pytest.warns(UserWarning, match="not used"):
+        half = from_pretrained(tmp_path, strict=False, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+def test_a_copy_of_another_dtype_is_none(tmp_path):
+    altered(tmp_path, lambda state, told: state.update({"lm_head.weight": state["transformer.wte.weight"].clone()}))
+    from_pretrained(tmp_path)
+    altered(tmp_path, lambda state, told: state.update({"lm_head.weight": state["transformer.wte.weight"].half()}))
+    with pytest.raises(WeightsError, match="not a copy"):
+        from_pretrained(tmp_path)
 
 
 def test_many_names_are_cut(tmp_path):
@@ -278,6 +289,7 @@ def test_one_weight_by_two_names(tmp_path):
         ("n_inner", "x", "must tell n_inner"),
         ("layer_norm_epsilon", "small", "must tell layer_norm_epsilon, a positive number, but it is 'small'"),
         ("layer_norm_epsilon", float("nan"), "must tell layer_norm_epsilon, a positive number, but it is nan"),
+        ("layer_norm_epsilon", float("inf"), "must tell layer_norm_epsilon, a positive number, but it is inf"),
         ("activation_function", "relu", "activation_function must be 'gelu_new' or 'gelu_pytorch_tanh' or 'gelu' for GPT"),
         ("activation_function", ["gelu"], "activation_function must be 'gelu_new' or"),
         ("scale_attn_weights", False, "scale_attn_weights must be True for GPT, but is False"),
