@@ -145,9 +145,9 @@ def test_from_transformers_and_back(sizes, tmp_path):
         (dict(attention_bias=True), "attention_bias must be False for Llama, but is True"),
         (dict(mlp_bias=True), "mlp_bias must be False"),
         (dict(hidden_act="gelu"), "hidden_act must be 'silu'"),
-        (dict(tie_word_embeddings="yes"), "must tell tie_word_embeddings, true or false, but it is 'yes'"),
+        (dict(tie_word_embeddings="yes"), "must tell tie_word_embeddings, true or false, for Llama, but it is 'yes'"),
         (dict(tie_word_embeddings=False), r"missing \(1\): lm_head.weight"),
-        (dict(rope_theta=None), "must tell rope_theta, a positive number"),
+        (dict(rope_theta=None), "must tell rope_theta, a number of 0 or more"),
         (dict(num_key_value_heads=3), "can't be that of a Llama: heads must be a multiple of kv_heads"),
     ],
 )

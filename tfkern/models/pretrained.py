@@ -81,7 +81,8 @@ def from_pretrained(
     beside = file.parent / "config.json"
     if not told and config is None:
         if not beside.is_file():
-            raise WeightsError(f"there is no {beside} that tells the sizes of the model; give them as config=, with model=")
+            called = model.__name__ if model else "the model"
+            raise WeightsError(f"there is no {beside} that tells the sizes of {called}; give them as config=, with model=")
         told = read_json(beside)
     model = model or _model_named(told, beside)
     fit = _best_fit(model, state, told, config, source, changes)
@@ -91,7 +92,7 @@ def from_pretrained(
         )
     with contextlib.nullcontext() if fit.report else torch.device("meta"):  # where all is read, nothing is drawn
         new = model(fit.config, attention)
-    new.load_state_dict({row.ours: row.value(state, dtype) for row in fit.rows}, strict=False, assign=True)
+    new.load_state_dict(fit.weights(state, dtype), strict=False, assign=True)
     if fit.report:
         warnings.warn(f"of the weights of {file}, these are not used, or keep their first values:\n{fit.report}", stacklevel=2)
     return new.to(dtype).eval()
@@ -147,6 +148,21 @@ class Fit(NamedTuple):
     config: object
     rows: list[Row]
     report: Report
+
+    def weights(self, state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The weights that fit, by our names, taken out of the state."""
+        return {row.ours: row.value(state, dtype) for row in self.rows}
+
+
+def translated(
+    model: type[nn.Module], config, layout: Layout, state: dict[str, Tensor], dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, Tensor], Report]:
+    """A state dict of others by our names, as far as it fits and in memory of its own, and what does not fit.
+
+    What fits is taken out of `state`.
+    """
+    fit = _fit(model, config, layout, state)
+    return fit.weights(state, dtype), fit.report
 
 
 def _best_fit(model, state, told, config, source, changes) -> Fit:
@@ -216,27 +232,28 @@ def config_from(told: dict, layout: Layout, model: type[nn.Module], **changes):
             values[name] = meanings[told[key]]
     defaults = {f.name: f.default for f in fields(model.config_class)}
     for name, key in layout.sizes.items():
-        value = told.get(key, defaults[name] if name in OPTIONAL else None)
-        values[name] = _size(key, value, defaults[name], least=0 if name == "classes" else 1)
+        value, default = told.get(key, defaults[name] if name in OPTIONAL else None), defaults[name]
+        if wanted := _wanted(value, default, least=0 if name == "classes" else 1):
+            raise WeightsError(
+                f"the config must tell {key}, {wanted}, for {model.__name__}, but it is {value!r:.80}; or give config="
+            )
+        values[name] = float(value) if type(default) is float else value
     return model.config_class(**{**values, **changes})
 
 
 OPTIONAL = {"hidden", "eps", "segments", "channels"}  # fields that others' configs may leave out
 
 
-def _size(key: str, value: object, default: object, least: int) -> object:
-    """A value of the kind of our field's default: a switch, a count of at least `least`, or a positive float."""
+def _wanted(value: object, default: object, least: int) -> str | None:
+    """What a value must be instead, if it isn't of the kind of our default: a switch, a count from `least` on, or a float."""
     kind = int if default is None else type(default)
+    if kind is bool:
+        return None if type(value) is bool else "true or false"
+    if kind is float:
+        return None if type(value) in (int, float) and 0 <= value < math.inf else "a number of 0 or more"
     if value is None and default is None:
         return None
-    if kind is float and type(value) in (int, float) and 0 < value < math.inf:
-        return float(value)
-    if kind is int and type(value) is int and least <= value < 2**31:
-        return value
-    if kind is bool and type(value) is bool:
-        return value
-    wanted = {int: f"a whole number from {least} to 2^31", float: "a positive number"}.get(kind, "true or false")
-    raise WeightsError(f"the config must tell {key}, {wanted}, but it is {value!r:.80}; or give config=")
+    return None if type(value) is int and least <= value < 2**31 else f"a whole number from {least} to 2^31"
 
 
 def _count(labels: object) -> int:

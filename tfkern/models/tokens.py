@@ -91,12 +91,15 @@ class Subwords:
 
     @classmethod
     def parsed(cls, text: str, path: str = "the tokenizer") -> "Subwords":
-        """From the text of a tokenizer.json."""
+        """From the text of a tokenizer.json. What that says of padding and of a largest length is not used."""
         tokenizers = require("tokenizers", "demo")
         try:
-            return cls(tokenizers.Tokenizer.from_str(text))
+            tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # tokenizers raises a bare Exception
             raise TokenizerError(f"{path} is no tokenizer.json that `tokenizers` can read ({error})") from None
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return cls(tokenizer)
 
     @property
     def size(self) -> int:

@@ -145,7 +145,12 @@ BERT_SIZES = {
     "hidden": "intermediate_size",
     "eps": "layer_norm_eps",
 }
-BERT_SETTINGS = {"model_type": ("bert",), "hidden_act": ("gelu",), "position_embedding_type": ("absolute",)}
+BERT_SETTINGS = {
+    "model_type": ("bert",),
+    "hidden_act": ("gelu",),
+    "position_embedding_type": ("absolute",),
+    "is_decoder": (False,),
+}
 BERT_ENDINGS = {".gamma": ".weight", ".beta": ".bias"}
 BERT_BUFFERS = r"(bert\.)?embeddings\.(position_ids|token_type_ids)"
 
