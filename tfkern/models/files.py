@@ -7,7 +7,6 @@ name first and then renamed, so that one that is there is whole.
 import json
 import os
 import pickle
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,8 +107,8 @@ def write_nanogpt(path: Path, state: dict[str, Tensor], sizes: dict) -> None:
 
 
 def line(error: Exception) -> str:
-    """The first line of an error's message, or its kind."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """The first line of an error's message, at most 200 characters of it, or the error's kind."""
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
 def _whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -147,12 +146,11 @@ def _pickled(path: Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = next((text for text in str(error).splitlines() if "GLOBAL" in text or "Unsupported" in text), "")
+        reason = next((text for text in str(error).splitlines() if "GLOBAL" in text or "Unsupported" in text), "no tensors")
         raise WeightsError(
-            f"{path} is no file of weights alone, and nothing of it was run ({reason.strip() or 'not a pickle of tensors'}); "
-            "get the weights as safetensors"
+            f"{path} is no file of weights alone, and nothing of it was run ({reason.strip()[:200]}); get it as safetensors"
         ) from None
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged pickle fails anywhere in torch.load, with any kind of error
         raise WeightsError(f"{path} is not a whole file of weights ({line(error)}); get it again") from None
 
 

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from tfkern.nn import KeyValueCache
 
 
-def generate(model: nn.Module, ids: Tensor, count: int, **options) -> Tensor:
-    """The prompts and `count` tokens after each: (B, N + count), from ids (B, N) and the options of `stream`."""
-    return torch.cat([ids, *stream(model, ids, count, **options)], 1)
+def generate(
+    model: nn.Module, ids: Tensor, count: int, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+    generator: torch.Generator | None = None, cache: bool = True,
+) -> Tensor:  # fmt: skip
+    """The prompts and `count` tokens after each: (B, N + count), from ids (B, N). The arguments and errors of `stream`."""
+    return torch.cat([ids, *stream(model, ids, count, temperature, top_k, top_p, generator, cache)], 1)
 
 
 def stream(

@@ -133,10 +133,8 @@ class Llama(nn.Module):
         return F.linear(x, self.tokens.weight if self.head is None else self.head.weight)
 
     def generate(
-        self, ids: Tensor, count: int, temperature: float = 1.0, top_k: int | None = None,
-        generator: torch.Generator | None = None, *, top_p: float | None = None, cache: bool = True,
+        self, ids: Tensor, count: int, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+        generator: torch.Generator | None = None, cache: bool = True,
     ) -> Tensor:  # fmt: skip
         """Append `count` tokens to ids (B, N): (B, N + count). The arguments are those of tfkern.models.generation.stream."""
-        return generation.generate(
-            self, ids, count, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, cache=cache
-        )
+        return generation.generate(self, ids, count, temperature, top_k, top_p, generator, cache)
