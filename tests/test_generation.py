@@ -1,6 +1,7 @@
 """Text token by token: sampling, the cache of keys and values, and the window past the context."""
 
 import copy
+import importlib.util
 from types import SimpleNamespace
 
 import pytest
@@ -160,6 +161,21 @@ def test_top_k_and_top_p():
     assert drawn(logits, temperature=0.5, top_p=0.55) == {1}  # squared and summed to one again, 0.4 becomes 0.59
     assert drawn([0.0, 0.0, -3.0], top_k=1) == {0, 1}  # as likely as each other
     assert drawn([0.0, 0.0], top_p=0.5) == {0}  # one is enough to reach 0.5
+
+
+@pytest.mark.needs("transformers", importlib.util.find_spec("transformers") is not None)
+@pytest.mark.parametrize("options", [(0.7, 5, 0.8), (1.3, None, 0.9), (1.0, 12, None), (0.5, 3, 0.4), (2.0, 50, 0.99)])
+def test_probabilities_are_those_of_transformers(options):
+    """Temperature, then top_k, then top_p."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    temperature, top_k, top_p = options
+    logits = 3 * torch.randn(8, VOCAB, generator=torch.Generator().manual_seed(0))
+    wanted = TemperatureLogitsWarper(temperature)(None, logits)
+    wanted = TopKLogitsWarper(top_k)(None, wanted) if top_k else wanted
+    wanted = TopPLogitsWarper(top_p)(None, wanted) if top_p else wanted
+    found = generation.probabilities(logits, temperature, top_k, top_p)
+    torch.testing.assert_close(found / found.sum(-1, keepdim=True), wanted.softmax(-1).double(), rtol=1e-5, atol=1e-7)
 
 
 def test_frequencies():

@@ -1,6 +1,7 @@
 """Llama: beside transformers and naive attention, its text with a cache, and its weights from GGUF."""
 
 import importlib.util
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -214,7 +215,9 @@ def written(path: Path, model: Llama, quantised: bool = False, **changes) -> Non
     writer.add_tokenizer_pre(changes.get("pre", "smollm"))
     writer.add_token_list(tokens)
     writer.add_token_types([3] + [1] * 18)
-    writer.add_token_merges(["a b", "1 1"])
+    writer.add_token_merges(changes.get("merges", ["a b", "1 1"]))
+    if "alignment" in changes:
+        writer.add_uint32("general.alignment", changes["alignment"])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -230,6 +233,12 @@ def test_gguf(sizes, tmp_path):
     assert replace(found.config, eps=model.config.eps) == model.config
     assert abs(found.config.eps - model.config.eps) < 1e-9  # which the file holds in float32
     assert {n: x.tolist() for n, x in found.state_dict().items()} == {n: x.tolist() for n, x in model.state_dict().items()}
+
+
+def test_gguf_is_only_read(tmp_path):
+    with pytest.raises(WeightsError, match="source must not be 'gguf', which is read but not written; choose 'transformers'"):
+        save_pretrained(small(), tmp_path / "new", "gguf")
+    assert not (tmp_path / "new").exists()
 
 
 @GGUF
@@ -260,12 +269,19 @@ def test_tokenizer_of_gguf(tmp_path):
         TokenizerError, match=r"a.gguf has no tokenizer that can be read .*gpt2 with other, not gpt2 with smollm"
     ):
         Subwords.read(tmp_path / "a.gguf")
+    for merges in (["a z"], ["ab"]):
+        written(tmp_path / "a.gguf", small(), merges=merges)
+        with pytest.raises(TokenizerError, match="its tokens or merges are no BPE"):
+            Subwords.read(tmp_path / "a.gguf")
 
 
 @GGUF
 def test_gguf_of_something_else(tmp_path):
     written(tmp_path / "a.gguf", small(), architecture="gemma")
     with pytest.raises(WeightsError, match=r"a.gguf is not a whole GGUF file of a Llama \(its architecture is gemma\)"):
+        from_pretrained(tmp_path / "a.gguf")
+    written(tmp_path / "a.gguf", small(), alignment=0)
+    with pytest.raises(WeightsError, match=r"not a whole GGUF file of a Llama \(its general.alignment is 0\)"):
         from_pretrained(tmp_path / "a.gguf")
     import gguf
 
@@ -284,10 +300,20 @@ def test_damaged_gguf(tmp_path):
         with pytest.raises(WeightsError, match=r"a.gguf") as error:
             from_pretrained(tmp_path / "a.gguf")
         assert "\n" not in str(error.value)
-    for place in (4, 8, 16, 24, 40):  # version, counts of tensors and of entries, lengths
-        (tmp_path / "a.gguf").write_bytes(content[:place] + b"\xff" * 8 + content[place + 8 :])
-        with pytest.raises(WeightsError, match=r"a.gguf"):
+    chance, told = random.Random(0), []
+    for _ in range(300):  # most of them in the header, where lengths and counts are
+        changed = bytearray(content)
+        for _ in range(chance.choice([1, 3])):
+            changed[chance.randrange(min(chance.choice([64, 2500]), len(content)))] = chance.choice(
+                [0, 255, chance.randrange(256)]
+            )
+        (tmp_path / "a.gguf").write_bytes(changed)
+        try:
             from_pretrained(tmp_path / "a.gguf")
+        except WeightsError as error:
+            told.append(str(error))
+    assert len(told) > 100
+    assert all("\n" not in text or "don't fit" in text for text in told)
 
 
 @pytest.mark.slow

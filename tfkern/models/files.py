@@ -137,7 +137,7 @@ def _gguf(path: Path) -> tuple[dict[str, Tensor], dict]:
     require("gguf", "weights")
     try:
         state, told = gguf_file.read(path)
-    except Exception as error:  # gguf checks little: a damaged file fails anywhere in it
+    except (OSError, ValueError) as error:
         raise WeightsError(f"{path} is not a whole GGUF file of a Llama ({line(error)}); get it again") from None
     return _tensors(path, state), told
 

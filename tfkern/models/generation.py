@@ -80,16 +80,24 @@ def choose(
     """One token for each row of logits (B, vocab_size): (B, 1) int64. The other arguments as in `stream`, unchecked."""
     if temperature == 0.0:
         return logits.argmax(-1, keepdim=True)
+    return torch.multinomial(probabilities(logits, temperature, top_k, top_p), 1, generator=generator)
+
+
+def probabilities(logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None) -> Tensor:
+    """How likely each token is drawn: logits (B, vocab_size) -> (B, vocab_size) float64. Rows need not sum to 1.
+
+    temperature > 0; the arguments as in `stream`, unchecked.
+    """
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
     below = (logits - logits.amax(-1, keepdim=True)).double()  # at most 0, which the lowest temperature leaves finite
-    probabilities = torch.softmax(below / temperature, -1)
-    if top_p is not None:
-        falling, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        before = falling.cumsum(-1) - falling  # the sum of all likelier ones; 0 for the likeliest, which therefore stays
-        probabilities = probabilities.scatter(-1, order, falling.masked_fill(before >= top_p, 0.0))
-    return torch.multinomial(probabilities, 1, generator=generator)
+    shares = torch.softmax(below / temperature, -1)
+    if top_p is None:
+        return shares
+    falling, order = shares.sort(dim=-1, descending=True, stable=True)
+    before = falling.cumsum(-1) - falling  # the sum of all likelier ones; 0 for the likeliest, which therefore stays
+    return shares.scatter(-1, order, falling.masked_fill(before >= top_p, 0.0))
 
 
 def _check(ids: Tensor, count: int, temperature: float, top_k: int | None, top_p: float | None) -> None:

@@ -4,11 +4,10 @@ What everything is called there is in the tables of tfkern/models/weights.py.
 """
 
 import contextlib
-import math
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +25,7 @@ from tfkern.models.files import (
     write_nanogpt,
     write_safetensors,
 )
+from tfkern.models.sizes import config_from, told_config
 from tfkern.models.weights import LAYOUTS, Layout
 
 
@@ -107,6 +107,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, source: str = "transfo
     Raises: WeightsError for a model that the source has no layout for; OSError where the disk refuses.
     """
     layout, folder = _layout(type(model), source), Path(folder)
+    if layout.source == "gguf":
+        raise WeightsError("source must not be 'gguf', which is read but not written; choose 'transformers'")
     told, state = told_config(model.config, layout), named(model, layout)
     if layout.source == "nanoGPT":
         state |= {copy: state[layout.prefix + name] for copy, name in layout.tied.items()}  # which nanoGPT wants to find
@@ -216,70 +218,6 @@ def _unfilled(model: type[nn.Module], config, weights: int) -> nn.Module:
             return model(config)
     except (ValueError, RuntimeError) as error:  # sizes that don't fit each other, or beyond all memory
         raise WeightsError(f"the config can't be that of a {model.__name__}: {line(error)}") from None
-
-
-def config_from(told: dict, layout: Layout, model: type[nn.Module], **changes):
-    """The config of a model from what a config.json tells. WeightsError for what is not there or not computed."""
-    told = {"num_labels": _count(told.get("id2label")), **told, **_parts(told, "rope_parameters")}
-    values = dict(layout.fixed)
-    for key, allowed in layout.settings.items():
-        if key in told and told[key] not in allowed:
-            raise WeightsError(f"{key} must be {' or '.join(map(repr, allowed))} for {model.__name__}, but is {told[key]!r}")
-    for name, (key, meanings) in layout.choices.items():
-        if key in told and told[key] not in list(meanings):
-            raise WeightsError(f"{key} must be {' or '.join(map(repr, meanings))} for {model.__name__}, but is {told[key]!r}")
-        if key in told:
-            values[name] = meanings[told[key]]
-    defaults = {f.name: f.default for f in fields(model.config_class)}
-    for name, key in layout.sizes.items():
-        value, default = told.get(key, defaults[name] if name in OPTIONAL else None), defaults[name]
-        if wanted := _wanted(value, default, least=0 if name == "classes" else 1):
-            raise WeightsError(
-                f"the config must tell {key}, {wanted}, for {model.__name__}, but it is {value!r:.80}; or give config="
-            )
-        values[name] = float(value) if type(default) is float else value
-    return model.config_class(**{**values, **changes})
-
-
-OPTIONAL = {"hidden", "eps", "segments", "channels"}  # fields that others' configs may leave out
-
-
-def _wanted(value: object, default: object, least: int) -> str | None:
-    """What a value must be instead, if it isn't of the kind of our default: a switch, a count from `least` on, or a float."""
-    kind = int if default is None else type(default)
-    if kind is bool:
-        return None if type(value) is bool else "true or false"
-    if kind is float:
-        return None if type(value) in (int, float) and 0 <= value < math.inf else "a number of 0 or more"
-    if value is None and default is None:
-        return None
-    return None if type(value) is int and least <= value < 2**31 else f"a whole number from {least} to 2^31"
-
-
-def _count(labels: object) -> int:
-    """The number of classes by their table; without one transformers means 2."""
-    return len(labels) if isinstance(labels, dict) and labels else 2
-
-
-def _parts(told: dict, key: str) -> dict:
-    """What a table within the config tells."""
-    return told[key] if isinstance(told.get(key), dict) else {}
-
-
-def told_config(config, layout: Layout) -> dict:
-    """What a config.json of the layout's source tells of a config. WeightsError if it can't tell it."""
-    for name, value in layout.fixed.items():
-        if getattr(config, name) != value:
-            raise WeightsError(
-                f"{name} must be {value!r} in the layout of {layout.source}, but is {getattr(config, name)!r}; choose another"
-            )
-    told = {key: allowed[0] for key, allowed in layout.settings.items()}
-    if layout.architecture:
-        told["architectures"] = [layout.architecture]
-    for name, (key, meanings) in layout.choices.items():
-        told[key] = next(theirs for theirs, ours in meanings.items() if ours == getattr(config, name))
-    told |= {key: getattr(config, name) for name, key in layout.sizes.items()}
-    return told
 
 
 def _architectures(told: dict) -> list:
