@@ -25,6 +25,7 @@ PLACES = (50, 200, 450, 900)  # in the text, at which a token is timed
 def gpt2() -> Row:
     """GPT-2 of 124 million parameters through a folder that transformers wrote. There are no free trained weights."""
     (transformers,) = imported("transformers")
+    torch.manual_seed(0)
     theirs = scrambled(transformers.GPT2LMHeadModel(transformers.GPT2Config()))
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
