@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tfkern.models.bert import BERT, Classifier, MaskedLM
 from tfkern.models.files import WeightsError
 from tfkern.models.gpt import GPT
+from tfkern.models.llama import Llama
 from tfkern.models.mixer import Mixer
 from tfkern.models.vit import ViT
 
@@ -35,6 +36,7 @@ class Layout:
         body: what the names of the model without its head begin with. A file of that model alone lacks it.
         old_endings: endings of names in old files -> today's.
         transposed: ours whose matrices are stored as (in, out).
+        may_lack_biases: a file may have no biases at all; then they are 0.
         skipped: a pattern of their names that hold nothing that the model needs.
         tied: their name of a second copy of a tensor -> their name by which it is read.
     """
@@ -50,6 +52,7 @@ class Layout:
     body: str = ""
     old_endings: dict[str, str] = field(default_factory=dict)
     transposed: tuple[str, ...] = ()
+    may_lack_biases: bool = False
     skipped: str = "(?!)"
     tied: dict[str, str] = field(default_factory=dict)
 
@@ -87,6 +90,35 @@ GPT2 = {
 }
 GPT2_MASKS = r"h\.\d+\.attn\.(masked_)?bias"  # buffers of the causal mask
 GPT2_MATRICES = ("blocks.*.attn.qkv", "blocks.*.attn.proj", "blocks.*.mlp.0", "blocks.*.mlp.2")
+
+LLAMA = {
+    "tokens": "model.embed_tokens",
+    "blocks.*.norm_1": "model.layers.*.input_layernorm",
+    "blocks.*.attn.q": "model.layers.*.self_attn.q_proj",
+    "blocks.*.attn.k": "model.layers.*.self_attn.k_proj",
+    "blocks.*.attn.v": "model.layers.*.self_attn.v_proj",
+    "blocks.*.attn.proj": "model.layers.*.self_attn.o_proj",
+    "blocks.*.norm_2": "model.layers.*.post_attention_layernorm",
+    "blocks.*.mlp.gate": "model.layers.*.mlp.gate_proj",
+    "blocks.*.mlp.up": "model.layers.*.mlp.up_proj",
+    "blocks.*.mlp.down": "model.layers.*.mlp.down_proj",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+LLAMA_GGUF = {
+    "tokens": "token_embd",
+    "blocks.*.norm_1": "blk.*.attn_norm",
+    "blocks.*.attn.q": "blk.*.attn_q",
+    "blocks.*.attn.k": "blk.*.attn_k",
+    "blocks.*.attn.v": "blk.*.attn_v",
+    "blocks.*.attn.proj": "blk.*.attn_output",
+    "blocks.*.norm_2": "blk.*.ffn_norm",
+    "blocks.*.mlp.gate": "blk.*.ffn_gate",
+    "blocks.*.mlp.up": "blk.*.ffn_up",
+    "blocks.*.mlp.down": "blk.*.ffn_down",
+    "norm": "output_norm",
+    "head": "output",
+}
 
 BERT_BODY = {
     "tokens": "embeddings.word_embeddings",
@@ -234,13 +266,46 @@ LAYOUTS: dict[type[nn.Module], tuple[Layout, ...]] = {
         Layout(
             source="nanoGPT",
             names=GPT2,
+            architecture="nanoGPT",
             sizes={
                 "vocab_size": "vocab_size", "context": "block_size", "layers": "n_layer", "heads": "n_head", "width": "n_embd",
             },
-            fixed={"gelu": "none"},
+            settings={"bias": (True, False)},
+            fixed={"gelu": "none", "hidden": None, "eps": 1e-5},
+            may_lack_biases=True,
             prefix="transformer.",
             skipped=GPT2_MASKS,
             tied={"lm_head.weight": "wte.weight"},
+        ),
+    ),
+    Llama: (
+        Layout(
+            source="transformers",
+            names=LLAMA,
+            architecture="LlamaForCausalLM",
+            sizes={
+                "vocab_size": "vocab_size", "context": "max_position_embeddings", "layers": "num_hidden_layers",
+                "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "width": "hidden_size",
+                "hidden": "intermediate_size", "theta": "rope_theta", "eps": "rms_norm_eps", "tied": "tie_word_embeddings",
+            },
+            settings={
+                "model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,),
+                "rope_scaling": (None,), "rope_type": ("default",), "partial_rotary_factor": (1.0,),
+            },
+            skipped=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+            tied={"lm_head.weight": "model.embed_tokens.weight"},
+        ),
+        Layout(
+            source="gguf",
+            names=LLAMA_GGUF,
+            architecture="llama.cpp",
+            sizes={
+                "vocab_size": "llama.vocab_size", "context": "llama.context_length", "layers": "llama.block_count",
+                "heads": "llama.attention.head_count", "kv_heads": "llama.attention.head_count_kv",
+                "width": "llama.embedding_length", "hidden": "llama.feed_forward_length", "theta": "llama.rope.freq_base",
+                "eps": "llama.attention.layer_norm_rms_epsilon", "tied": "tied",
+            },
+            settings={"llama.rope.scaling.type": ("none",)},
         ),
     ),
     BERT: (

@@ -15,7 +15,7 @@ def continuing(
     generator = torch.Generator(training.device).manual_seed(seed)
     model, ids = training.model.eval(), data.corpus().encode(prompt).to(training.device)[None]
     for _ in range(count):
-        ids = model.generate(ids[:, -model.config.context :], 1, temperature, top_k, generator)
+        ids = model.generate(ids[:, -model.config.context :], 1, temperature, top_k, generator=generator)
         yield data.corpus().decode(ids[0, -1:])
 
 
