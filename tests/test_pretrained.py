@@ -540,6 +540,14 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(source, tmp_path, monk
     assert same(from_pretrained(tmp_path), old)
 
 
+@pytest.mark.parametrize("source", ["transformers", "nanoGPT"])
+def test_others_may_read_what_is_written(source, tmp_path):
+    """As far as the umask allows."""
+    save_pretrained(gpt(replace(TINY, gelu="none")), tmp_path, source)
+    (plain := tmp_path / "plain").touch()
+    assert {path.stat().st_mode for path in tmp_path.iterdir()} == {plain.stat().st_mode}
+
+
 def test_no_folder_can_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):

@@ -49,9 +49,9 @@ def test_a_row():
 def test_missing_packages_leave_a_row_out(tmp_path, monkeypatch, capsys):
     """And the text as it was."""
     monkeypatch.setattr(reference_models, "ROWS", {"missing": missing, "tiny": tiny})
-    monkeypatch.setattr(reference_models, "pairs", missing)
+    monkeypatch.setattr(reference_models, "TABLES", {"pairs": missing})
     (text := tmp_path / "text.md").write_text("<!-- models -->\n<!-- /models -->\n")
-    with pytest.raises(SystemExit, match=r"rows of them are missing; .*text\.md is as it was"):
+    with pytest.raises(SystemExit, match=r"parts of them are missing; .*text\.md is as it was"):
         reference_models.main(["--text", str(text)])
     assert text.read_text() == "<!-- models -->\n<!-- /models -->\n"
     found = capsys.readouterr()
@@ -64,7 +64,7 @@ def test_missing_packages_leave_a_row_out(tmp_path, monkeypatch, capsys):
 
 def test_tables_go_into_the_text(tmp_path, monkeypatch):
     monkeypatch.setattr(reference_models, "ROWS", {"tiny": tiny})
-    monkeypatch.setattr(reference_models, "pairs", lambda: "| ten pairs |")
+    monkeypatch.setattr(reference_models, "TABLES", {"pairs": lambda: "| ten pairs |"})
     (text := tmp_path / "text.md").write_text("a\n<!-- models -->\n<!-- /models -->\nb\n<!-- pairs -->\nold\n<!-- /pairs -->\n")
     reference_models.main(["--text", str(text)])
     before, models, _, pairs, after = re.split("<!-- /?(?:models|pairs) -->\n", text.read_text())
