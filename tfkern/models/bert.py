@@ -27,6 +27,8 @@ class BERTConfig:
     layers: int = 12
     heads: int = 12
     width: int = 768
+    hidden: int | None = None  # width of the MLP's middle; None is 4 * width
+    classes: int = 2  # of the classification head
     dropout: float = 0.0  # after the embeddings and each residual branch; the original trains with 0.1
     eps: float = 1e-12
 
@@ -38,7 +40,8 @@ class Block(nn.Module):
         super().__init__()
         self.attn = SelfAttention(c.width, c.heads, attention=attention)
         self.norm_1 = nn.LayerNorm(c.width, eps=c.eps)
-        self.mlp = nn.Sequential(nn.Linear(c.width, 4 * c.width), nn.GELU(), nn.Linear(4 * c.width, c.width))
+        hidden = c.hidden or 4 * c.width
+        self.mlp = nn.Sequential(nn.Linear(c.width, hidden), nn.GELU(), nn.Linear(hidden, c.width))
         self.norm_2 = nn.LayerNorm(c.width, eps=c.eps)
         self.dropout = nn.Dropout(c.dropout)
 
@@ -49,6 +52,8 @@ class Block(nn.Module):
 
 class BERT(nn.Module):
     """Token ids to a vector for each token. `attention` has the arguments of tfkern.attention."""
+
+    config_class = BERTConfig
 
     def __init__(
         self, config: BERTConfig | None = None, attention: Callable[..., Tensor] = fused_attention, pooler: bool = True
@@ -86,6 +91,8 @@ class BERT(nn.Module):
 class MaskedLM(nn.Module):
     """BERT with the head that tells masked tokens: logits (B, N, vocab_size), from a decoder tied to the token embedding."""
 
+    config_class = BERTConfig
+
     def __init__(self, config: BERTConfig | None = None, attention: Callable[..., Tensor] = fused_attention):
         super().__init__()
         self.bert = BERT(config, attention, pooler=False)
@@ -97,6 +104,24 @@ class MaskedLM(nn.Module):
     def forward(self, ids: Tensor, key_lengths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         x = self.transform(self.bert(ids, key_lengths, segments))
         return F.linear(x, self.bert.tokens.weight, self.bias)
+
+
+class Classifier(nn.Module):
+    """BERT with a head that tells the class of a sentence, from its pooled vector: what fine-tuning trains."""
+
+    config_class = BERTConfig
+
+    def __init__(self, config: BERTConfig | None = None, attention: Callable[..., Tensor] = fused_attention):
+        super().__init__()
+        self.bert = BERT(config, attention)
+        c = self.config = self.bert.config
+        self.dropout = nn.Dropout(c.dropout)
+        self.head = nn.Linear(c.width, c.classes)
+        self.head.apply(functools.partial(_init, std=0.02 * math.sqrt(768 / c.width)))
+
+    def forward(self, ids: Tensor, key_lengths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        """ids (B, N) as BERT takes them -> logits (B, classes)."""
+        return self.head(self.dropout(self.bert.pool(self.bert(ids, key_lengths, segments))))
 
 
 def _init(module: nn.Module, std: float) -> None:

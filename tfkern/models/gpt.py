@@ -25,6 +25,9 @@ class GPTConfig:
     layers: int = 12
     heads: int = 12
     width: int = 768
+    hidden: int | None = None  # width of the MLP's middle; None is 4 * width
+    gelu: str = "tanh"  # GPT-2's approximation; "none" is the exact function, as in nanoGPT
+    eps: float = 1e-5
     dropout: float = 0.0  # after the embeddings and each residual branch; the original trains with 0.1
 
 
@@ -33,10 +36,11 @@ class Block(nn.Module):
 
     def __init__(self, c: GPTConfig, attention: Callable[..., Tensor]):
         super().__init__()
-        self.norm_1 = nn.LayerNorm(c.width)
+        self.norm_1 = nn.LayerNorm(c.width, eps=c.eps)
         self.attn = SelfAttention(c.width, c.heads, is_causal=True, attention=attention)
-        self.norm_2 = nn.LayerNorm(c.width)
-        self.mlp = nn.Sequential(nn.Linear(c.width, 4 * c.width), nn.GELU(approximate="tanh"), nn.Linear(4 * c.width, c.width))
+        self.norm_2 = nn.LayerNorm(c.width, eps=c.eps)
+        hidden = c.hidden or 4 * c.width
+        self.mlp = nn.Sequential(nn.Linear(c.width, hidden), nn.GELU(c.gelu), nn.Linear(hidden, c.width))
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,6 +51,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Token ids to logits of the next token. `attention` has the arguments of tfkern.attention."""
 
+    config_class = GPTConfig
+
     def __init__(self, config: GPTConfig | None = None, attention: Callable[..., Tensor] = fused_attention):
         super().__init__()
         self.config = c = config or GPTConfig()
@@ -54,7 +60,7 @@ class GPT(nn.Module):
         self.positions = nn.Embedding(c.context, c.width)
         self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c, attention) for _ in range(c.layers))
-        self.norm = nn.LayerNorm(c.width)
+        self.norm = nn.LayerNorm(c.width, eps=c.eps)
         std = 0.02 * math.sqrt(768 / c.width)
         self.apply(functools.partial(_init, std=std))
         for block in self.blocks:  # the residual stream sums 2 * layers branches: keep its variance

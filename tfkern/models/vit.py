@@ -27,6 +27,7 @@ class ViTConfig:
     layers: int = 12
     heads: int = 12
     width: int = 768
+    hidden: int | None = None  # width of the MLP's middle; None is 4 * width
     dropout: float = 0.0  # after the embeddings and each residual branch
     eps: float = 1e-6
 
@@ -43,7 +44,8 @@ class Block(nn.Module):
         self.norm_1 = nn.LayerNorm(c.width, eps=c.eps)
         self.attn = SelfAttention(c.width, c.heads, attention=attention)
         self.norm_2 = nn.LayerNorm(c.width, eps=c.eps)
-        self.mlp = nn.Sequential(nn.Linear(c.width, 4 * c.width), nn.GELU(), nn.Linear(4 * c.width, c.width))
+        hidden = c.hidden or 4 * c.width
+        self.mlp = nn.Sequential(nn.Linear(c.width, hidden), nn.GELU(), nn.Linear(hidden, c.width))
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,6 +55,8 @@ class Block(nn.Module):
 
 class ViT(nn.Module):
     """Images to logits of their classes. `attention` has the arguments of tfkern.attention."""
+
+    config_class = ViTConfig
 
     def __init__(self, config: ViTConfig | None = None, attention: Callable[..., Tensor] = fused_attention):
         super().__init__()
