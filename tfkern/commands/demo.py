@@ -14,7 +14,8 @@ from tfkern.commands.tables import table, width
 from tfkern.extras import require
 from tfkern.progress import Progress, counted
 from tfkern.training import report
-from tfkern.training.tasks import TASKS, Task
+from tfkern.training.presets import TASKS
+from tfkern.training.tasks import Task
 from tfkern.training.trainer import Training
 
 KERNEL_CASES = ("vit-197", "causal", "window", "padded", "gqa-everything", "d80")

@@ -78,12 +78,18 @@ class GPT(nn.Module):
         return F.linear(self.norm(x), self.tokens.weight)  # the tied head
 
     @torch.no_grad()
-    def generate(self, ids: Tensor, count: int, temperature: float = 1.0, top_k: int | None = None, generator=None) -> Tensor:
-        """Append `count` tokens to ids (B, N). temperature 0 takes the likeliest; top_k samples among the k likeliest."""
+    def generate(
+        self, ids: Tensor, count: int, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+        generator=None,
+    ) -> Tensor:  # fmt: skip
+        """Append `count` tokens to ids (B, N). temperature 0 takes the likeliest; top_k samples among the k likeliest,
+        top_p among the likeliest whose probabilities together first reach p."""
         if not 0.0 <= temperature < math.inf:
             raise ValueError(f"temperature must be 0 or more and finite, but is {temperature}")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be 1 or more, or None, but is {top_k}")
+        if top_p is not None and not 0.0 < top_p <= 1.0:
+            raise ValueError(f"top_p must be above 0 and at most 1, or None, but is {top_p}")
         for _ in range(count):
             logits = self(ids[:, -self.config.context :])[:, -1]  # (B, vocab_size)
             if temperature == 0.0:
@@ -93,7 +99,12 @@ class GPT(nn.Module):
                     kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                     logits = logits.masked_fill(logits < kth, -math.inf)
                 below = (logits - logits.amax(-1, keepdim=True)).double()  # the lowest temperature makes no infinity of it
-                chosen = torch.multinomial(torch.softmax(below / temperature, -1), 1, generator=generator)
+                shares = torch.softmax(below / temperature, -1)
+                if top_p is not None:
+                    ordered, order = shares.sort(-1, descending=True)
+                    ordered[ordered.cumsum(-1) - ordered >= top_p] = 0.0
+                    shares = torch.zeros_like(shares).scatter(-1, order, ordered)
+                chosen = torch.multinomial(shares, 1, generator=generator)
             ids = torch.cat([ids, chosen], 1)
         return ids
 

@@ -1,6 +1,6 @@
 """Tasks with classes: ViT and Mixer tell what is in an image, BERT tells what a sentence is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +32,10 @@ class ReadImages(Task):
 
     @property
     def model_config(self) -> ViTConfig | MixerConfig:
-        return kinds.fitted(self.config, classes=len(self.data.classes))
+        return replace(self.config, classes=len(self.data.classes))
 
     def build(self, attention) -> nn.Module:
-        return kinds.build(self.name, self.model_config, self.data.classes, attention)
+        return kinds.build(self.name, self.model_config, attention)
 
     def batch(self, generator, rows):
         return (self.data.train[torch.randint(len(self.data.train), (rows,), generator=generator)],)
@@ -54,7 +54,7 @@ class ReadImages(Task):
     def score(self, model, device):
         """Share of held-out images read right."""
         what = "images" if self.pictures else "digits"
-        return _right(f"held-out {what} right", self, lambda images: model(images), device)
+        return _right(f"held-out {what} right", self, model, device)
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,10 @@ class JudgeSentences(Task):
 
     @property
     def model_config(self) -> BERTConfig:
-        return kinds.fitted(self.config, vocab_size=self.data.tokenizer.size)
+        return replace(self.config, vocab_size=self.data.tokenizer.size, classes=len(self.data.classes))
 
     def build(self, attention) -> Classifier:
-        return kinds.build(self.name, self.model_config, self.data.classes, attention)
+        return kinds.build(self.name, self.model_config, attention)
 
     def batch(self, generator, rows):
         return (self.data.train[torch.randint(len(self.data.train), (rows,), generator=generator)],)
@@ -97,8 +97,11 @@ class JudgeSentences(Task):
 
 
 def padded(sentences: list[list[int]], tokenizer: Tokenizer, context: int) -> tuple[Tensor, Tensor]:
-    """(ids (B, N), lengths (B,)) as the classifier reads sentences: the class is read off the first token, which is [CLS], or the
-    mask where a tokenizer has no [CLS]; [SEP] ends a sentence where there is one. What goes beyond the context is cut off."""
+    """(ids (B, N), lengths (B,)) as the classifier reads sentences.
+
+    The class is read off the first token, which is [CLS], or the mask where a tokenizer has no [CLS]. [SEP] ends a sentence
+    where there is one. What goes beyond the context is cut off.
+    """
     first = tokenizer.special("cls")
     first = tokenizer.special("mask") if first is None else first
     sep = tokenizer.special("sep")

@@ -39,16 +39,19 @@ def text(path: Path) -> str:
 def corpus(path: Path, tokenizer: Tokenizer | None, specials: tuple[str, ...] = ()) -> Corpus:
     """A text file by a tokenizer, or by its characters and some special tokens."""
     found = text(path)
-    return Corpus.of(found, tokenizer or Characters.of(found, specials), str(path.resolve()))
+    try:
+        return Corpus.of(found, tokenizer or Characters.of(found, specials), str(path.resolve()))
+    except TokenizerError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def sentences(path: Path, tokenizer: Tokenizer | None, specials: tuple[str, ...] = ()) -> Sentences:
     """Lines of label, tab, sentence; empty lines don't count."""
     found, pairs = text(path), []
     for number, line in enumerate(found.splitlines(), 1):
-        label, tab, sentence = (part.strip() for part in line.partition("\t"))
         if not line.strip():
             continue
+        label, _, sentence = (part.strip() for part in line.partition("\t"))
         if not (label and sentence):
             raise InputError(f"{path}, line {number}, must be a label, a tab and a sentence, but is {line[:60]!r}")
         pairs.append((label, sentence))

@@ -1,6 +1,5 @@
-"""The kinds of models that are trained: their sizes and how each is built."""
+"""The kinds of models that are trained, by the names that commands and checkpoints have for them."""
 
-import dataclasses
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -11,28 +10,9 @@ from tfkern.models.mixer import Mixer, MixerConfig
 from tfkern.models.vit import ViT, ViTConfig
 
 Config = GPTConfig | BERTConfig | ViTConfig | MixerConfig
-CONFIGS: dict[str, type[Config]] = {
-    "gpt": GPTConfig, "bert": BERTConfig, "bert-classifier": BERTConfig, "vit": ViTConfig, "mixer": MixerConfig,
-}  # fmt: skip
+MODELS = {"gpt": GPT, "bert": MaskedLM, "bert-classifier": Classifier, "vit": ViT, "mixer": Mixer}
 
 
-def build(kind: str, config: Config, classes: tuple[str, ...], attention: Callable[..., Tensor]) -> nn.Module:
-    """A fresh model. Of `classes` the number counts, where the config does not have it."""
-    match kind:
-        case "gpt":
-            return GPT(config, attention)
-        case "bert":
-            return MaskedLM(config, attention)
-        case "bert-classifier":
-            return Classifier(config, len(classes), attention)
-        case "vit":
-            return ViT(config, attention)
-        case "mixer":
-            return Mixer(config)
-    raise KeyError(kind)
-
-
-def fitted(config: Config, vocab_size: int | None = None, classes: int | None = None) -> Config:
-    """The config for what the data has."""
-    changes = dict(vocab_size=vocab_size, classes=classes)
-    return dataclasses.replace(config, **{k: v for k, v in changes.items() if v is not None})
+def build(kind: str, config: Config, attention: Callable[..., Tensor]) -> nn.Module:
+    """A fresh model; its weights follow from PyTorch's default generator. Mixer has no attention."""
+    return Mixer(config) if kind == "mixer" else MODELS[kind](config, attention)

@@ -3,9 +3,8 @@
 Here are those of texts; tfkern/training/classifying.py has those with classes.
 """
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -85,10 +84,10 @@ class LearnText(Task):
 
     @property
     def model_config(self) -> GPTConfig:
-        return kinds.fitted(self.config, vocab_size=self.data.tokenizer.size)
+        return replace(self.config, vocab_size=self.data.tokenizer.size)
 
     def build(self, attention) -> GPT:
-        return kinds.build(self.name, self.model_config, (), attention)
+        return kinds.build(self.name, self.model_config, attention)
 
     def batch(self, generator, rows):
         return (self.data.windows(self.data.train, rows, self.config.context + 1, generator),)
@@ -114,8 +113,7 @@ class LearnText(Task):
 class FillIn(Task):
     """BERT fills in masked tokens. Of a share of all, 80 % become the mask and 10 % another token.
 
-    A small one takes a thousand steps to find that neighbours tell: until then it guesses by frequency. Its share is 30 %, twice
-    the paper's: it learns faster from more (Wettig et al., "Should You Mask 15% in Masked Language Modeling?", 2023).
+    A small one takes a thousand steps to find that neighbours tell: until then it guesses by frequency.
     """
 
     config: BERTConfig
@@ -130,7 +128,7 @@ class FillIn(Task):
 
     @property
     def model_config(self) -> BERTConfig:
-        return kinds.fitted(self.config, vocab_size=self.data.tokenizer.size)
+        return replace(self.config, vocab_size=self.data.tokenizer.size)
 
     @property
     def mask_id(self) -> int:
@@ -144,7 +142,7 @@ class FillIn(Task):
         return before, after
 
     def build(self, attention) -> MaskedLM:
-        return kinds.build(self.name, self.model_config, (), attention)
+        return kinds.build(self.name, self.model_config, attention)
 
     def batch(self, generator, rows):
         return self.mask(self.rows(self.data.train, rows, generator), generator)
@@ -184,8 +182,3 @@ class FillIn(Task):
         right = model(seen)[chosen].argmax(-1) == ids[chosen]
         unit = "characters" if isinstance(self.data.tokenizer, Characters) else "tokens"
         return Score(f"masked {unit} right", right.float().mean().item(), "%")
-
-
-def with_recipe(task: Task, **settings) -> Task:
-    """A task with another recipe."""
-    return dataclasses.replace(task, recipe=task.recipe.changed(**settings))
