@@ -101,7 +101,7 @@ def test_bad_input_is_a_message_and_status_2(tmp_path, capsys):
         (["train", "vit", "--seed", str(2**63)], "argument --seed: must be a whole number, from 0 to 9223372036854775807"),
         (["train", "vit", "--resume", "--out", str(tmp_path)], "there is no checkpoint"),
         (["generate", "", "--checkpoint", "x"], "at least one character"),
-        (["generate", "日本", "--checkpoint", "x"], "the text has characters"),
+        (["generate", "a", "--top-p", "0"], "argument --top-p: must be a number, from 1e-09 to 1.0"),
         (["generate", "a", "--checkpoint", str(tmp_path / "x")], "there is no checkpoint"),
         (["generate", "a", "--checkpoint", str(tmp_path)], "is a folder"),
         (["generate", "a", "--top-k", "0"], "argument --top-k: must be a whole number, 1 or more"),
@@ -161,6 +161,11 @@ def gpt(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpt")
     assert cli.main(["train", "gpt", "--steps", "1", "--out", str(folder)]) == 0
     return folder / "gpt.safetensors"
+
+
+def test_generate_refuses_characters_that_the_model_does_not_know(gpt, capsys):
+    assert cli.main(["generate", "日本", "--checkpoint", str(gpt)]) == 2
+    assert "tfkern generate: the text has characters ['日', '本'] that are not known" in capsys.readouterr().err
 
 
 def test_generate_refuses_another_model(tmp_path, capsys):
