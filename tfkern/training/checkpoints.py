@@ -72,7 +72,8 @@ def read(path: Path) -> Contents:
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - the file is no mapping
+            # Copies: safetensors maps the file, whose pages would change with it.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - the file is no mapping
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint {path}; `tfkern train` writes one") from None
     except OSError as error:
