@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from tfkern.ending import InputError
-from tfkern.models.bert import BERT
+from tfkern.models.bert import BERT, MaskedLM
+from tfkern.models.files import WeightsError
 from tfkern.models.pretrained import from_pretrained
 from tfkern.models.tokens import Subwords, Tokenizer
 from tfkern.training import checkpoints, kinds
@@ -46,11 +47,21 @@ def read(path: Path, kind: str, attention: Callable[..., Tensor]) -> Origin:
     if checkpoints.is_one(path):
         trained = Trained.read(path, attention, "cpu", SUITED[kind])
         return Origin(path, trained.form.config, trained.form.tokenizer, trained.model.state_dict())
-    if kind == "bert-classifier":
-        model = from_pretrained(path, BERT, attention=attention)
-        state = {f"bert.{name}": x for name, x in model.state_dict().items()}
-    else:
-        model = from_pretrained(path, kinds.MODELS[kind], attention=attention)
-        state = model.state_dict()
+    model, state = _from_others(path, kind, attention)
     told = (path if path.is_dir() else path.parent) / "tokenizer.json"
     return Origin(path, model.config, Subwords.read(told) if told.exists() else None, state)
+
+
+def _from_others(path: Path, kind: str, attention: Callable[..., Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model of others and its weights by the names that they have in a model of a kind."""
+    if kind == "mixer":
+        raise InputError(f"--from must be a checkpoint of `tfkern train mixer`, but is {path}")
+    if kind != "bert-classifier":
+        model = from_pretrained(path, kinds.MODELS[kind], attention=attention)
+        return model, model.state_dict()
+    try:
+        model = from_pretrained(path, BERT, attention=attention)
+        return model, {f"bert.{name}": x for name, x in model.state_dict().items()}
+    except WeightsError:  # a masked language model has no pooler
+        model = from_pretrained(path, MaskedLM, attention=attention)
+        return model, model.state_dict()
