@@ -17,7 +17,7 @@ def small(name: str, **settings) -> Task:
     """A task of the demo's, or of Mixer, with one block and a batch of four; settings are the recipe's."""
     if name == "mixer":
         preset = PRESETS["mixer-small"]
-        task = ReadImages(preset.config, preset.recipe, name="mixer")
+        task = ReadImages(preset.config, preset.recipe, kind="mixer")
     else:
         task = TASKS[name]
     config = dataclasses.replace(task.config, layers=1, width=16)

@@ -141,8 +141,12 @@ def test_sentences_from_a_pretrained_model(run, tmp_path):
     (tmp_path / "own.txt").write_text("abxy with out " * 99)
     done(run("train", "bert", "--data", "own.txt", "--steps", 3, *TINY))
     sentences(tmp_path / "s.tsv", 60)
+    with (tmp_path / "s.tsv").open("a") as file:
+        file.write(f"with\tx{'a' * 30}\nwith\tx{'a' * 31}\n")  # the mask before them is one more
     arguments = ["--classify", "s.tsv", "--from", "tfkern-out/bert.safetensors", "--learning-rate", 0.01]
-    assert "held-out sentences right: 100.0%" in done(run("train", "bert", *arguments, "--steps", 100))
+    out = done(run("train", "bert", *arguments, "--steps", 100))
+    assert "held-out sentences right: 100.0%" in out
+    assert "\n1 of them are longer than --context, 32 tokens, and cut\n" in out
     pretrained, tuned = (
         Trained.read(Path(f"tfkern-out/{n}.safetensors"), tfkern.attention, "cpu", (n,)) for n in ("bert", "bert-classifier")
     )

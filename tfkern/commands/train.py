@@ -20,6 +20,7 @@ from tfkern.ending import INTERRUPTED, InputError
 from tfkern.extras import require
 from tfkern.training import distributed
 from tfkern.training.distributed import Ranks
+from tfkern.training.tasks import Task
 from tfkern.training.trainer import Training
 
 add_arguments = train_arguments.add_arguments
@@ -78,12 +79,14 @@ def begun(args, path: Path, ranks: Ranks, device: torch.device) -> Training:
     return training
 
 
-def _what(task) -> str:
+def _what(task: Task) -> str:
     """The data, in words."""
     own, where = task.data, task.data.source.path or "built-in data"
-    if hasattr(own, "classes"):
-        return f"{len(own.train):,} examples of {len(own.classes)} classes, {len(own.held_out):,} more held out: {where}"
-    return f"{len(own.train):,} tokens of {own.tokenizer.size:,} kinds, {len(own.held_out):,} more held out: {where}"
+    if not hasattr(own, "classes"):
+        return f"{len(own.train):,} tokens of {own.tokenizer.size:,} kinds, {len(own.held_out):,} more held out: {where}"
+    examples = f"{len(own.train):,} examples of {len(own.classes)} classes, {len(own.held_out):,} more held out: {where}"
+    cut = getattr(task, "cut", 0)
+    return f"{examples}\n{cut:,} of them are longer than --context, {task.config.context} tokens, and cut" if cut else examples
 
 
 @contextlib.contextmanager

@@ -24,7 +24,11 @@ class ReadImages(Task):
     config: ViTConfig | MixerConfig
     recipe: Recipe
     pictures: data.Pictures | None = None  # None is the built-in digits
-    name: str = "vit"
+    kind: str = "vit"
+
+    @property
+    def name(self) -> str:
+        return self.kind
 
     @property
     def data(self) -> data.Pictures:
@@ -35,17 +39,17 @@ class ReadImages(Task):
         return replace(self.config, classes=len(self.data.classes))
 
     def build(self, attention) -> nn.Module:
-        return kinds.build(self.name, self.model_config, attention)
+        return kinds.build(self.kind, self.model_config, attention)
 
-    def batch(self, generator, rows):
-        return (self.data.train[torch.randint(len(self.data.train), (rows,), generator=generator)],)
+    def batch(self, generator, rows=None):
+        return _drawn(self.data.train, rows or self.recipe.rows, generator)
 
     def load(self, batch):
         return self.data.read(batch[0]), self.data.labels[batch[0]]
 
     def tokens(self, batch):
         """Patches, and ViT's class token."""
-        return len(batch[0]) * ((self.config.image // self.config.patch) ** 2 + (self.name == "vit"))
+        return len(batch[0]) * ((self.config.image // self.config.patch) ** 2 + (self.kind == "vit"))
 
     def loss(self, model, batch):
         images, labels = batch
@@ -65,20 +69,27 @@ class JudgeSentences(Task):
     recipe: Recipe
     sentences: data.Sentences
     name: str = "bert-classifier"
+    kind = "bert-classifier"
 
     @property
     def data(self) -> data.Sentences:
         return self.sentences
 
     @property
+    def cut(self) -> int:
+        """How many sentences are longer than the context, and lose their ends."""
+        longest = 2 + max(map(len, self.data.ids))
+        return int((padded(self.data.ids, self.data.tokenizer, longest)[1] > self.config.context).sum())
+
+    @property
     def model_config(self) -> BERTConfig:
         return replace(self.config, vocab_size=self.data.tokenizer.size, classes=len(self.data.classes))
 
     def build(self, attention) -> Classifier:
-        return kinds.build(self.name, self.model_config, attention)
+        return kinds.build(self.kind, self.model_config, attention)
 
-    def batch(self, generator, rows):
-        return (self.data.train[torch.randint(len(self.data.train), (rows,), generator=generator)],)
+    def batch(self, generator, rows=None):
+        return _drawn(self.data.train, rows or self.recipe.rows, generator)
 
     def load(self, batch):
         ids = [self.data.ids[i] for i in batch[0].tolist()]
@@ -109,6 +120,11 @@ def padded(sentences: list[list[int]], tokenizer: Tokenizer, context: int) -> tu
     rows = [torch.tensor([first, *ids[: context - 1 - len(after)], *after]) for ids in sentences]
     lengths = torch.tensor([len(row) for row in rows])
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.special("pad") or 0), lengths
+
+
+def _drawn(indices: Tensor, rows: int, generator: torch.Generator) -> tuple[Tensor]:
+    """`rows` of the indices, at random with replacement."""
+    return (indices[torch.randint(len(indices), (rows,), generator=generator)],)
 
 
 def _right(name: str, task: ReadImages | JudgeSentences, model, device: torch.device) -> Score:

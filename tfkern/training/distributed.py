@@ -66,7 +66,7 @@ class Ranks:
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether it is so in one process or more."""
-        return bool(self.total(torch.tensor(float(flag), device=device)).item())
+        return flag if self.count == 1 else bool(self.total(torch.tensor(float(flag), device=device)).item())
 
     def gathered(self, x: object) -> list:
         """What each process has, by rank."""

@@ -109,7 +109,7 @@ OWN = {**BUILT_IN, "vit": "vit-32", "mixer": "mixer-32"}
 def _built_in(model: str) -> Task:
     preset = PRESETS[BUILT_IN[model]]
     task = {"gpt": LearnText, "bert": FillIn}.get(model)
-    return task(preset.config, preset.recipe) if task else ReadImages(preset.config, preset.recipe, name=model)
+    return task(preset.config, preset.recipe) if task else ReadImages(preset.config, preset.recipe, kind=model)
 
 
 # What `tfkern demo` trains.

@@ -18,7 +18,9 @@ def continuing(
     generator = torch.Generator(device).manual_seed(seed)
     ids, told, written = torch.tensor([tokenizer.encode(prompt)], device=device), "", []
     for _ in range(count):
-        ids = model.eval().generate(ids[:, -model.config.context :], 1, temperature, top_k, top_p, generator)
+        ids = model.eval().generate(
+            ids[:, -model.config.context :], 1, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+        )
         written.append(int(ids[0, -1]))
         text = tokenizer.decode(written)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character is not yet whole

@@ -33,6 +33,7 @@ class Task:
     """One model and what it is trained for. Everything random comes from the generator given."""
 
     name: str
+    kind: str  # of its model, by the names in tfkern/training/kinds.py
     recipe: Recipe
 
     @property
@@ -43,8 +44,9 @@ class Task:
         """A fresh model; its weights follow from PyTorch's default generator."""
         raise NotImplementedError
 
-    def batch(self, generator: torch.Generator, rows: int) -> tuple[Tensor, ...]:
-        """Tensors whose first dim is `rows`. Every process draws the whole batch and trains on a part of its rows."""
+    def batch(self, generator: torch.Generator, rows: int | None = None) -> tuple[Tensor, ...]:
+        """Tensors whose first dim is `rows`, the recipe's by default. Every process draws the whole batch and trains on a part
+        of its rows."""
         raise NotImplementedError
 
     def load(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -76,7 +78,7 @@ class LearnText(Task):
     recipe: Recipe
     corpus: data.Corpus | None = None  # None is the built-in text
     name: str = "gpt"
-    specials = ()
+    kind = "gpt"
 
     @property
     def data(self) -> data.Corpus:
@@ -87,10 +89,10 @@ class LearnText(Task):
         return replace(self.config, vocab_size=self.data.tokenizer.size)
 
     def build(self, attention) -> GPT:
-        return kinds.build(self.name, self.model_config, attention)
+        return kinds.build(self.kind, self.model_config, attention)
 
-    def batch(self, generator, rows):
-        return (self.data.windows(self.data.train, rows, self.config.context + 1, generator),)
+    def batch(self, generator, rows=None):
+        return (self.data.windows(self.data.train, rows or self.recipe.rows, self.config.context + 1, generator),)
 
     def tokens(self, batch):
         return batch[0].shape[0] * self.config.context
@@ -120,11 +122,11 @@ class FillIn(Task):
     recipe: Recipe
     corpus: data.Corpus | None = None  # None is the built-in text
     name: str = "bert"
-    specials = ("mask",)
+    kind = "bert"
 
     @property
     def data(self) -> data.Corpus:
-        return self.corpus or data.corpus(self.specials)
+        return self.corpus or data.corpus(("mask",))
 
     @property
     def model_config(self) -> BERTConfig:
@@ -142,10 +144,10 @@ class FillIn(Task):
         return before, after
 
     def build(self, attention) -> MaskedLM:
-        return kinds.build(self.name, self.model_config, attention)
+        return kinds.build(self.kind, self.model_config, attention)
 
-    def batch(self, generator, rows):
-        return self.mask(self.rows(self.data.train, rows, generator), generator)
+    def batch(self, generator, rows=None):
+        return self.mask(self.rows(self.data.train, rows or self.recipe.rows, generator), generator)
 
     def rows(self, part: Tensor, count: int, generator: torch.Generator) -> Tensor:
         """(count, context) ids: stretches of a part, in their frames."""

@@ -29,7 +29,7 @@ class Form:
     @classmethod
     def of(cls, task: Task) -> "Form":
         own = task.data
-        return cls(task.name, task.model_config, getattr(own, "tokenizer", None), getattr(own, "classes", ()))
+        return cls(task.kind, task.model_config, getattr(own, "tokenizer", None), getattr(own, "classes", ()))
 
     def told(self) -> dict[str, str]:
         """As a checkpoint keeps it."""
