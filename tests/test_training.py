@@ -122,9 +122,11 @@ def test_weight_decay_is_of_matrices():
     assert "positions" in {names[p] for p in others}
 
 
-def test_gradients_are_clipped():
+@pytest.mark.parametrize("amp", ["none", "fp16"])
+def test_gradients_are_clipped(amp):
     """After one step of plain descent in the place of AdamW, the weights have moved by the clip's norm."""
-    training = Training.start(small("vit", clip=0.01), tfkern.attention, steps=1)
+    training = Training.start(small("vit", clip=0.01, amp=amp), tfkern.attention, steps=1)
+    training.scaler = torch.amp.GradScaler("cpu", init_scale=16.0, enabled=amp == "fp16")  # which does not overflow
     training.optimizer = torch.optim.SGD(training.model.parameters(), lr=1.0)
     before = torch.cat([p.detach().flatten() for p in training.model.parameters()]).clone()
     training.step()
