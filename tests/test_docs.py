@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("name", ["docs/features.md", "docs/drop-in.md", "docs/ladder.md", "README.md"])
+@pytest.mark.parametrize(
+    "name", ["docs/features.md", "docs/drop-in.md", "docs/ladder.md", "docs/reference-models.md", "README.md"]
+)
 def test_examples(name, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S)
     assert len(blocks) > 1

@@ -48,6 +48,15 @@ def test_subwords(tmp_path):
     assert [known.special(name) for name in ("mask", "pad", "cls", "sep", "end")] == [4, 0, 2, 3, None]
 
 
+def test_whole_texts_without_padding():
+    """Whatever the file has for its own training."""
+    tokenizer = tokenizers.Tokenizer.from_str(wordpiece())
+    tokenizer.enable_padding(length=8)
+    tokenizer.enable_truncation(3)
+    assert len(tokenizer.encode("a cat sat").ids) == 8
+    assert Subwords.parsed(tokenizer.to_str()).encode("a cat sat", special=True) == [2, 5, 6, 8, 3]
+
+
 def test_there_and_back():
     for known in (Characters("ab", ["cls"]), Subwords.parsed(wordpiece())):
         again = from_json(known.to_json())

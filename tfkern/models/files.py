@@ -1,16 +1,29 @@
-"""Files of weights: safetensors, or PyTorch's pickles without running code from them; whole, or in shards."""
+"""Files of weights: safetensors, PyTorch's pickles without running code from them, whole or in shards, and GGUF.
+
+Whatever a file holds, reading it either gives tensors or raises a WeightsError of one line. Files are written under another
+name first and then renamed, so that one that is there is whole.
+"""
 
 import json
+import os
 import pickle
-import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tfkern.extras import require
+from tfkern.models import gguf_file
 
-NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "ckpt.pt",
+)
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class WeightsError(ValueError):
@@ -30,58 +43,123 @@ def weights_file(path: Path) -> Path:
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of a file by their names, on the CPU, and the sizes that nanoGPT's checkpoints tell beside them, else {}."""
+    """The tensors of a file by their names, on the CPU, and what it tells of the model's sizes, else {}.
+
+    nanoGPT's checkpoints and GGUF tell them. `architectures` is then "nanoGPT", or GGUF's name of the architecture.
+    """
     if path.name.endswith(".index.json"):
         return _shards(path), {}
     if path.suffix == ".safetensors":
-        return _safetensors(path), {}
+        return _tensors(path, _safetensors(path)), {}
+    if path.suffix == ".gguf":
+        return _gguf(path)
+    if path.suffix not in PICKLES:
+        endings = ", ".join((".safetensors", ".gguf", *PICKLES))
+        raise WeightsError(f"{path} must end in one of {endings}, which tells how to read it, but ends in {path.suffix!r}")
     held = _pickled(path)
     if isinstance(held, dict) and isinstance(held.get("model"), dict):  # nanoGPT's, with its optimizer and settings
-        return _tensors(path, held["model"]), dict(held.get("model_args", {}))
+        told = held.get("model_args")
+        return _tensors(path, held["model"]), {**told, "architectures": ["nanoGPT"]} if isinstance(told, dict) else {}
     if isinstance(held, dict) and isinstance(held.get("state_dict"), dict):
         held = held["state_dict"]
     return _tensors(path, held), {}
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object of a file."""
+def read_json(path: Path, kind: type = dict) -> dict | list:
+    """What a JSON file holds: an object, or with kind=list an array."""
     try:
         held = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} can't be read as JSON ({error})") from None
-    if not isinstance(held, dict):
-        raise WeightsError(f"{path} must hold a JSON object, but holds a {type(held).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} can't be read as JSON ({line(error)})") from None
+    if not isinstance(held, kind):
+        raise WeightsError(f"{path} must hold a JSON {kind.__name__}, but holds a {type(held).__name__}")
     return held
 
 
+def write_safetensors(path: Path, state: dict[str, Tensor]) -> None:
+    """Tensors by their names. OSError where the disk refuses."""
+    require("safetensors", "weights")
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    def write(partial: Path) -> None:
+        try:
+            save_file(state, partial, {"format": "pt"})
+        except SafetensorError as error:  # the package's own kind, for a full disk too
+            raise OSError(f"{path} can't be written ({error})") from None
+
+    _whole(path, write)
+
+
+def write_json(path: Path, told: dict) -> None:
+    """A JSON object. OSError where the disk refuses."""
+    _whole(path, lambda partial: partial.write_text(json.dumps(told, indent=2) + "\n", "utf-8"))
+
+
+def write_nanogpt(path: Path, state: dict[str, Tensor], sizes: dict) -> None:
+    """A checkpoint of nanoGPT, as its sample.py reads it. OSError where the disk refuses."""
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:  # given a name, torch.save turns errors of the disk into a RuntimeError
+            torch.save({"model": state, "model_args": sizes}, file)
+
+    _whole(path, write)
+
+
+def line(error: Exception) -> str:
+    """The first line of an error's message, at most 200 characters of it, or the error's kind."""
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+
+
+def _whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file so that it is there whole, or as it was before. Its folder is made if it isn't there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _safetensors(path: Path) -> dict[str, Tensor]:
-    require("safetensors", "demo")
+    require("safetensors", "weights")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path} is not a whole safetensors file ({error}); get it again") from None
+        raise WeightsError(f"{path} is not a whole safetensors file ({line(error)}); get it again") from None
+
+
+def _gguf(path: Path) -> tuple[dict[str, Tensor], dict]:
+    require("gguf", "weights")
+    try:
+        state, told = gguf_file.read(path)
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} is not a whole GGUF file of a Llama ({line(error)}); get it again") from None
+    return _tensors(path, state), told
 
 
 def _pickled(path: Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), "")
+        reason = next((text for text in str(error).splitlines() if "GLOBAL" in text or "Unsupported" in text), "no tensors")
         raise WeightsError(
-            f"{path} is no file of weights alone, and nothing of it was run ({reason.strip() or 'not a pickle of tensors'}); "
-            "get the weights as safetensors"
+            f"{path} is no file of weights alone, and nothing of it was run ({reason.strip()[:200]}); get it as safetensors"
         ) from None
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, zipfile.BadZipFile) as error:
-        raise WeightsError(f"{path} is not a whole file of weights ({str(error).splitlines()[0]}); get it again") from None
+    except Exception as error:  # a damaged pickle fails anywhere in torch.load, with any kind of error
+        raise WeightsError(f"{path} is not a whole file of weights ({line(error)}); get it again") from None
 
 
 def _tensors(path: Path, held: object) -> dict[str, Tensor]:
     """A state dict, without the prefix that torch.compile adds."""
     if not isinstance(held, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in held.items()):
         raise WeightsError(f"{path} must hold a state dict, names with tensors, but holds something else")
+    if odd := [name for name, x in held.items() if x.layout != torch.strided or x.is_quantized or x.device.type != "cpu"]:
+        raise WeightsError(f"{path} must hold dense tensors, but {odd[0]} is none; save it anew as one")
     return {name.removeprefix("_orig_mod."): tensor for name, tensor in held.items()}
 
 
@@ -92,7 +170,8 @@ def _shards(index: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{index} must have a weight_map of names of weights and files")
     held = {}
     for name in sorted(set(places.values())):
-        if Path(name).name != name or not (index.parent / name).is_file():
-            raise WeightsError(f"{index} names the file {name!r}, which is not beside it")
-        held |= read(index.parent / name)[0]
+        shard = index.parent / name
+        if Path(name).name != name or shard.suffix not in (".safetensors", ".bin") or not shard.is_file():
+            raise WeightsError(f"{index} names the file {name!r}, which must be a .safetensors or .bin beside it, but is not")
+        held |= read(shard)[0]
     return held

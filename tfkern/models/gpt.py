@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tfkern.functional import attention as fused_attention
-from tfkern.nn import SelfAttention
+from tfkern.models import generation
+from tfkern.nn import KeyValueCache, SelfAttention
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(c.width, hidden), nn.GELU(c.gelu), nn.Linear(hidden, c.width))
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self.attn(self.norm_1(x)))
+    def forward(self, x: Tensor, cache: KeyValueCache | None) -> Tensor:
+        x = x + self.dropout(self.attn(self.norm_1(x), cache=cache))
         return x + self.dropout(self.mlp(self.norm_2(x)))
 
 
@@ -67,46 +68,34 @@ class GPT(nn.Module):
             for last in (block.attn.proj, block.mlp[-1]):
                 nn.init.normal_(last.weight, std=std / math.sqrt(2 * c.layers))
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, N) integers, N <= context -> logits (B, N, vocab_size)."""
-        n = ids.shape[1]
-        if n > self.config.context:
-            raise ValueError(f"ids must have at most {self.config.context} positions, the context, but has {n}; cut them")
-        x = self.dropout(self.tokens(ids) + self.positions.weight[:n])  # (B, N, C)
-        for block in self.blocks:
-            x = block(x)
-        return F.linear(self.norm(x), self.tokens.weight)  # the tied head
+    def forward(self, ids: Tensor, cache: list[KeyValueCache] | None = None, last: bool = False) -> Tensor:
+        """Logits of the token after each.
 
-    @torch.no_grad()
+        Args:
+            ids: (B, N) integers.
+            cache: one for each block, of the tokens before ids; those of ids are appended. None: ids are the first tokens.
+            last: only of the token after the last, as generating needs.
+
+        Returns: (B, N, vocab_size), with last=True (B, 1, vocab_size).
+
+        Raises: ValueError for more tokens than `context`, those before ids included.
+        """
+        start = cache[0].length if cache else 0
+        end = start + ids.shape[1]
+        if end > self.config.context:
+            raise ValueError(f"ids must have at most {self.config.context} positions, the context, but has {end}; cut them")
+        x = self.dropout(self.tokens(ids) + self.positions.weight[start:end])  # (B, N, C)
+        for i, block in enumerate(self.blocks):
+            x = block(x, cache[i] if cache else None)
+        x = self.norm(x[:, -1:] if last else x)
+        return F.linear(x, self.tokens.weight)  # the tied head
+
     def generate(
         self, ids: Tensor, count: int, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-        generator=None,
+        generator: torch.Generator | None = None, cache: bool = True,
     ) -> Tensor:  # fmt: skip
-        """Append `count` tokens to ids (B, N). temperature 0 takes the likeliest; top_k samples among the k likeliest,
-        top_p among the likeliest whose probabilities together first reach p."""
-        if not 0.0 <= temperature < math.inf:
-            raise ValueError(f"temperature must be 0 or more and finite, but is {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be 1 or more, or None, but is {top_k}")
-        if top_p is not None and not 0.0 < top_p <= 1.0:
-            raise ValueError(f"top_p must be above 0 and at most 1, or None, but is {top_p}")
-        for _ in range(count):
-            logits = self(ids[:, -self.config.context :])[:, -1]  # (B, vocab_size)
-            if temperature == 0.0:
-                chosen = logits.argmax(-1, keepdim=True)
-            else:
-                if top_k is not None:
-                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                    logits = logits.masked_fill(logits < kth, -math.inf)
-                below = (logits - logits.amax(-1, keepdim=True)).double()  # the lowest temperature makes no infinity of it
-                shares = torch.softmax(below / temperature, -1)
-                if top_p is not None:
-                    ordered, order = shares.sort(-1, descending=True)
-                    ordered[ordered.cumsum(-1) - ordered >= top_p] = 0.0
-                    shares = torch.zeros_like(shares).scatter(-1, order, ordered)
-                chosen = torch.multinomial(shares, 1, generator=generator)
-            ids = torch.cat([ids, chosen], 1)
-        return ids
+        """Append `count` tokens to ids (B, N): (B, N + count). The arguments are those of tfkern.models.generation.stream."""
+        return generation.generate(self, ids, count, temperature, top_k, top_p, generator, cache)
 
 
 def _init(module: nn.Module, std: float) -> None:

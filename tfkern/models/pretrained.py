@@ -3,20 +3,30 @@
 What everything is called there is in the tables of tfkern/models/weights.py.
 """
 
-import json
+import contextlib
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tfkern.extras import require
 from tfkern.functional import attention as fused_attention
-from tfkern.models.files import WeightsError, read, read_json, weights_file
-from tfkern.models.weights import LAYOUTS, OLD_ENDINGS, Layout
+from tfkern.models.files import (
+    WeightsError,
+    line,
+    read,
+    read_json,
+    weights_file,
+    write_json,
+    write_nanogpt,
+    write_safetensors,
+)
+from tfkern.models.sizes import config_from, told_config
+from tfkern.models.weights import LAYOUTS, Layout
 
 
 @dataclass
@@ -36,7 +46,7 @@ class Report:
         return {
             "missing": self.missing,
             "unexpected": self.unexpected,
-            "of another shape": self.mis_shaped,
+            "of another shape or kind": self.mis_shaped,
             "not a copy of the weight it is tied to": self.untied,
         }
 
@@ -48,11 +58,11 @@ def from_pretrained(
     path: str | Path, model: type[nn.Module] | None = None, *, attention: Callable[..., Tensor] = fused_attention, config=None,
     source: str | None = None, strict: bool = True, dtype: torch.dtype = torch.float32, **changes,
 ) -> nn.Module:  # fmt: skip
-    """A reference model with the weights of a checkpoint, in training mode off.
+    """A reference model with the weights of a checkpoint, on the CPU, in eval mode.
 
     Args:
         path: a folder as transformers writes it (config.json with model.safetensors or pytorch_model.bin, or their shards), a
-            file of weights with a config.json beside it, or nanoGPT's ckpt.pt.
+            file of weights with a config.json beside it, nanoGPT's ckpt.pt, or a Llama's .gguf.
         model: a class of LAYOUTS, such as tfkern.models.bert.MaskedLM; None takes the one that config.json names.
         attention: a function with the arguments of tfkern.attention.
         config: the model's config, in place of config.json.
@@ -60,116 +70,168 @@ def from_pretrained(
         strict: whether every weight must be there, nothing else, and all of the right shape. Else what does not fit keeps
             its first values, and a warning lists it.
         dtype: of the model's weights.
-        changes: fields of the config that are to be other than in config.json, such as dropout=0.1.
+        changes: fields of the config that are to be other than told, such as dropout=0.1.
 
     Raises: WeightsError for a file that can't be read, a config that asks for what the model does not compute, or weights
-        that don't fit. Pickles are read without running code from them.
+        that don't fit. Pickles are read without running code from them. MissingExtraError for a format whose package is
+        not installed.
     """
-    path = Path(path)
-    file = weights_file(path)
+    file = weights_file(Path(path))
     state, told = read(file)
     beside = file.parent / "config.json"
-    if not told and config is None and beside.is_file():
+    if not told and config is None:
+        if not beside.is_file():
+            called = model.__name__ if model else "the model"
+            raise WeightsError(f"there is no {beside} that tells the sizes of {called}; give them as config=, with model=")
         told = read_json(beside)
     model = model or _model_named(told, beside)
-    layout, config = _fitting(model, state, told, config, source, beside, changes)
-    ours, report = translated(model, config, layout, state)
-    if report and strict:
-        raise WeightsError(f"the weights of {file} don't fit {model.__name__} in the layout of {layout.source}:\n{report}")
-    new = _built(model, config, attention)
-    new.load_state_dict(ours, strict=False)
-    if report:
-        warnings.warn(f"of the weights of {file}, these are not used, or keep their first values:\n{report}", stacklevel=2)
+    fit = _best_fit(model, state, told, config, source, changes)
+    if fit.report and strict:
+        raise WeightsError(
+            f"the weights of {file} don't fit {model.__name__} in the layout of {fit.layout.source}:\n{fit.report}"
+        )
+    with contextlib.nullcontext() if fit.report else torch.device("meta"):  # where all is read, nothing is drawn
+        new = model(fit.config, attention)
+    new.load_state_dict(fit.weights(state, dtype), strict=False, assign=True)
+    if fit.report:
+        warnings.warn(f"of the weights of {file}, these are not used, or keep their first values:\n{fit.report}", stacklevel=2)
     return new.to(dtype).eval()
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, source: str = "transformers") -> None:
-    """Write model.safetensors and config.json by others' names. The folder is made if it isn't there.
+    """Write a model by others' names, as they can read it. The folder is made if it isn't there.
 
-    Raises: WeightsError for a model without such a layout; OSError where the disk refuses.
+    For nanoGPT it is ckpt.pt, with the sizes as model_args, for all others model.safetensors and config.json. A file is
+    there whole, or as it was before.
+
+    Raises: WeightsError for a model that the source has no layout for; OSError where the disk refuses.
     """
-    require("safetensors", "demo")
-    from safetensors.torch import save_file
-
     layout, folder = _layout(type(model), source), Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in named(model, layout).items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(told_config(model.config, layout), indent=2) + "\n", "utf-8")
+    if layout.source == "gguf":
+        raise WeightsError("source must not be 'gguf', which is read but not written; choose 'transformers'")
+    told, state = told_config(model.config, layout), named(model, layout)
+    if layout.source == "nanoGPT":
+        state |= {copy: state[layout.prefix + name] for copy, name in layout.tied.items()}  # which nanoGPT wants to find
+        write_nanogpt(folder / "ckpt.pt", state, {key: told[key] for key in told if key != "architectures"})
+    else:
+        write_safetensors(folder / "model.safetensors", state)
+        write_json(folder / "config.json", told)
 
 
 def named(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
-    """The state dict of a model by others' names."""
+    """The state dict of a model by others' names; contiguous, of the model's own memory where the layout allows it."""
     state = {}
     for _, tensor, theirs, transposed in layout.rows(model):
-        parts = tensor.detach().chunk(len(theirs))
-        state |= {layout.prefix + name: part.t() if transposed else part for name, part in zip(theirs, parts, strict=True)}
+        parts = [part.t() if transposed else part for part in tensor.detach().chunk(len(theirs))]
+        state |= {layout.prefix + name: part.contiguous() for name, part in zip(theirs, parts, strict=True)}
     return state
 
 
-def translated(model: type[nn.Module], config, layout: Layout, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Report]:
-    """A state dict of others by our names, as far as it fits, and what does not."""
-    with torch.device("meta"):
-        wanted = _built(model, config, fused_attention)
-    left = {_plain(name, layout): name for name in state}
-    report, ours = Report(), {}
-    for name, tensor, theirs, transposed in layout.rows(wanted):
-        found = [left.pop(part, None) for part in theirs]
-        if None in found:
-            report.missing += [part for part, name in zip(theirs, found, strict=True) if name is None]
+class Row(NamedTuple):
+    """Where one of our weights comes from."""
+
+    ours: str
+    theirs: list[str]  # names in the file; none for a bias that is left out, which is 0
+    shape: torch.Size
+    transposed: bool
+
+    def value(self, state: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """The weight, in memory of its own. It is taken out of the state, so that a large model is not there twice."""
+        if not self.theirs:
+            return torch.zeros(self.shape, dtype=dtype)
+        parts = [state.pop(name) for name in self.theirs]
+        return torch.cat([part.t() if self.transposed else part for part in parts]).to(dtype)
+
+
+class Fit(NamedTuple):
+    """How a checkpoint fits a model by one layout: what can be loaded, and what does not fit."""
+
+    layout: Layout
+    config: object
+    rows: list[Row]
+    report: Report
+
+    def weights(self, state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The weights that fit, by our names, taken out of the state."""
+        return {row.ours: row.value(state, dtype) for row in self.rows}
+
+
+def translated(
+    model: type[nn.Module], config, layout: Layout, state: dict[str, Tensor], dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, Tensor], Report]:
+    """A state dict of others by our names, as far as it fits and in memory of its own, and what does not fit.
+
+    What fits is taken out of `state`.
+    """
+    fit = _fit(model, config, layout, state)
+    return fit.weights(state, dtype), fit.report
+
+
+def _best_fit(model, state, told, config, source, changes) -> Fit:
+    """By that of a model's layouts which leaves least over."""
+    if model not in LAYOUTS:
+        raise WeightsError(f"model must be one of {', '.join(m.__name__ for m in LAYOUTS)}, but is {model!r}")
+    named = [layout for layout in LAYOUTS[model] if layout.architecture in _architectures(told)]
+    fits, problems = [], []
+    for layout in [_layout(model, source)] if source else named or LAYOUTS[model]:
+        try:
+            tried = replace(config, **changes) if config else config_from(told, layout, model, **changes)
+            fits.append(_fit(model, tried, layout, state))
+        except WeightsError as error:
+            problems.append(error)
+    if not fits:
+        raise problems[0]
+    return min(fits, key=lambda fit: sum(map(len, fit.report.lists().values())))
+
+
+def _fit(model: type[nn.Module], config, layout: Layout, state: dict[str, Tensor]) -> Fit:
+    plain = _plain_names(state, layout)
+    left, rows, report = dict(plain), [], Report()
+    without_biases = layout.may_lack_biases and not any(
+        name.endswith(".bias") and not re.fullmatch(layout.skipped, name) for name in plain
+    )
+    for ours, tensor, theirs, transposed in layout.rows(_unfilled(model, config, len(state))):
+        if without_biases and ours.endswith(".bias"):
+            rows.append(Row(ours, [], tensor.shape, False))
             continue
-        parts = [state[name].t() if transposed and state[name].dim() == 2 else state[name] for name in found]
-        shape = (tensor.shape[0] // len(parts), *tensor.shape[1:])
-        wrong = [(name, tuple(x.shape)) for name, x in zip(theirs, parts, strict=True) if tuple(x.shape) != shape]
-        report.mis_shaped += [f"{name} {found} instead of {shape}" for name, found in wrong]
-        if not wrong:
-            ours[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
-    report.untied = [a for a, b in layout.tied.items() if a in left and not _same(state, left[a], b, layout)]
-    report.unexpected = [name for name in left if name not in layout.tied and not re.fullmatch(layout.skipped, name)]
-    return ours, report
+        found = [left.pop(part, None) for part in theirs]
+        shape = (tensor.shape[0] // len(theirs), *tensor.shape[1:])
+        shape = shape[::-1] if transposed else shape
+        report.missing += [layout.prefix + part for part, name in zip(theirs, found, strict=True) if name is None]
+        wrong = [name for name in found if name is not None and not _is_float(state[name], shape)]
+        report.mis_shaped += [f"{name} {_kind(state[name])} instead of {shape}" for name in wrong]
+        if not wrong and None not in found:
+            rows.append(Row(ours, found, tensor.shape, transposed))
+    report.untied = [left[a] for a, b in layout.tied.items() if a in left and not _same(state, left[a], plain.get(b))]
+    report.unexpected = [
+        name for plainly, name in left.items() if plainly not in layout.tied and not re.fullmatch(layout.skipped, plainly)
+    ]
+    return Fit(layout, config, rows, report)
 
 
-def config_from(told: dict, layout: Layout, model: type[nn.Module], **changes):
-    """The config of a model from what a config.json tells."""
-    for key, allowed in layout.settings.items():
-        if key in told and told[key] not in allowed:
-            raise WeightsError(f"{key} must be {' or '.join(map(repr, allowed))} for {model.__name__}, but is {told[key]!r}")
-    values = dict(layout.fixed)
-    for name, (key, meanings) in layout.choices.items():
-        if key in told and told[key] not in meanings:
-            raise WeightsError(f"{key} must be {' or '.join(map(repr, meanings))} for {model.__name__}, but is {told[key]!r}")
-        if key in told:
-            values[name] = meanings[told[key]]
-    told = {"num_labels": len(told.get("id2label") or (0, 0)), **told}
-    defaults = {f.name: f.default for f in fields(model.config_class)}
-    for name, key in layout.sizes.items():
-        value = values[name] = told.get(key, defaults[name] if name in OPTIONAL else None)
-        if not (value is None and defaults[name] is None) and type(value) is not type(defaults[name] or 0):
-            raise WeightsError(f"the config must tell {key} for {model.__name__}, but it is {value!r}")
-    return model.config_class(**{**values, **changes})
+def _unfilled(model: type[nn.Module], config, weights: int) -> nn.Module:
+    """A model without memory, of a config that a file of so many weights tells."""
+    if config.layers > weights:
+        raise WeightsError(f"the config tells {config.layers} layers, but there are {weights} weights; one of both is wrong")
+    try:
+        with torch.device("meta"):
+            return model(config)
+    except (ValueError, RuntimeError) as error:  # sizes that don't fit each other, or beyond all memory
+        raise WeightsError(f"the config can't be that of a {model.__name__}: {line(error)}") from None
 
 
-OPTIONAL = {"hidden", "eps", "segments", "channels"}  # fields that others' configs may leave out
-
-
-def told_config(config, layout: Layout) -> dict:
-    """What a config.json of the layout's source tells of a config."""
-    told = {key: allowed[0] for key, allowed in layout.settings.items()}
-    told["architectures"] = [layout.architecture]
-    for name, (key, meanings) in layout.choices.items():
-        told[key] = next(theirs for theirs, ours in meanings.items() if ours == getattr(config, name))
-    told |= {key: getattr(config, name) for name, key in layout.sizes.items()}
-    return told
+def _architectures(told: dict) -> list:
+    found = told.get("architectures")
+    return found if isinstance(found, list) else []
 
 
 def _model_named(told: dict, beside: Path) -> type[nn.Module]:
-    architectures = told.get("architectures") or []
     for model, layouts in LAYOUTS.items():
-        if any(layout.architecture in architectures for layout in layouts if layout.architecture):
+        if any(layout.architecture in _architectures(told) for layout in layouts):
             return model
     known = sorted({layout.architecture for layouts in LAYOUTS.values() for layout in layouts} - {""})
     raise WeightsError(
-        f"{beside} must name one of {', '.join(known)} in architectures, but has {architectures}; name the class as model="
+        f"{beside} must name one of {', '.join(known)} in architectures, but has {told.get('architectures')!r:.80}; give model="
     )
 
 
@@ -180,43 +242,39 @@ def _layout(model: type[nn.Module], source: str) -> Layout:
     return layouts[source]
 
 
-def _fitting(model, state, told, config, source, beside, changes) -> tuple[Layout, object]:
-    """Of a model's layouts the one with the fewest weights that don't fit, and the config by it."""
-    if model not in LAYOUTS:
-        raise WeightsError(f"model must be one of {', '.join(m.__name__ for m in LAYOUTS)}, but is {model!r}")
-    if config is None and not told:
-        raise WeightsError(f"there is no {beside} that tells the sizes of {model.__name__}; give them as config=")
-    best, problem = None, None
-    for layout in [_layout(model, source)] if source else LAYOUTS[model]:
-        try:
-            tried = config or config_from(told, layout, model, **changes)
-        except WeightsError as error:
-            problem = problem or error
-            continue
-        faults = sum(map(len, translated(model, tried, layout, state)[1].lists().values()))
-        if best is None or faults < best[0]:
-            best = faults, layout, tried
-    if best is None:
-        raise problem
-    return best[1:]
-
-
-def _built(model: type[nn.Module], config, attention: Callable[..., Tensor]) -> nn.Module:
-    return model(config, attention)
+def _plain_names(state: dict[str, Tensor], layout: Layout) -> dict[str, str]:
+    """Names as the layout's table has them -> names in the file. The second name of one weight gets none of the table."""
+    plain = {}
+    for name in state:
+        found = _plain(name, layout)
+        plain[f"second {found}" if found in plain else found] = name
+    if not any(name.startswith(layout.body) for name in plain):  # a file of the body alone
+        plain = {layout.body + name: found for name, found in plain.items()}
+    return plain
 
 
 def _plain(name: str, layout: Layout) -> str:
     """A name of theirs without its prefix, and with the endings of today."""
     name = name.removeprefix(layout.prefix)
-    for old, new in OLD_ENDINGS.items():
+    for old, new in layout.old_endings.items():
         if name.endswith(old):
             return name.removesuffix(old) + new
     return name
 
 
-def _same(state: dict[str, Tensor], copy: str, plain: str, layout: Layout) -> bool:
-    original = next((tensor for name, tensor in state.items() if _plain(name, layout) == plain), None)
-    return original is not None and torch.equal(state[copy], original)
+def _same(state: dict[str, Tensor], copy: str, original: str | None) -> bool:
+    if original is None or state[copy].dtype != state[original].dtype:
+        return False
+    return torch.equal(state[copy], state[original])
+
+
+def _is_float(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    return tensor.is_floating_point() and tuple(tensor.shape) == shape
+
+
+def _kind(tensor: Tensor) -> str:
+    """The shape of a tensor, and its dtype where that can't be a weight's."""
+    return f"{tuple(tensor.shape)}" if tensor.is_floating_point() else f"{tuple(tensor.shape)} {tensor.dtype}"
 
 
 def _first(names: list[str], count: int = 8) -> str:

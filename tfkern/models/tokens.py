@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tfkern.extras import require
+from tfkern.models import gguf_file
 
 # How tokenizers spell the token for each purpose, the commonest first.
 SPELLINGS = {
@@ -77,8 +78,10 @@ class Subwords:
 
     @classmethod
     def read(cls, path: str | Path) -> "Subwords":
-        """Read a tokenizer.json, or the one in a folder. TokenizerError if there is none, or it can't be read."""
+        """Read a tokenizer.json, the one in a folder, or that of a .gguf. TokenizerError where none can be read."""
         path = Path(path)
+        if path.suffix == ".gguf":
+            return cls.parsed(_text_of_gguf(path), str(path))
         path = path / "tokenizer.json" if path.is_dir() else path
         try:
             text = path.read_text("utf-8")
@@ -88,12 +91,15 @@ class Subwords:
 
     @classmethod
     def parsed(cls, text: str, path: str = "the tokenizer") -> "Subwords":
-        """From the text of a tokenizer.json."""
+        """From the text of a tokenizer.json. What that says of padding and of a largest length is not used."""
         tokenizers = require("tokenizers", "demo")
         try:
-            return cls(tokenizers.Tokenizer.from_str(text))
+            tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # tokenizers raises a bare Exception
             raise TokenizerError(f"{path} is no tokenizer.json that `tokenizers` can read ({error})") from None
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return cls(tokenizer)
 
     @property
     def size(self) -> int:
@@ -116,6 +122,14 @@ class Subwords:
     def to_json(self) -> str:
         """What `from_json` makes it from again: the text of a tokenizer.json."""
         return self.tokenizer.to_str()
+
+
+def _text_of_gguf(path: Path) -> str:
+    """The tokenizer of a GGUF file as the text of a tokenizer.json."""
+    try:
+        return gguf_file.tokenizer_json(path)
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path} has no tokenizer that can be read ({error})") from None
 
 
 Tokenizer = Characters | Subwords

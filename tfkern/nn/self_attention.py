@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from tfkern.functional import attention as fused_attention
+from tfkern.nn.cache import KeyValueCache
 
 
 class SelfAttention(nn.Module):
@@ -39,14 +40,28 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=bias)
         self.proj = nn.Linear(embed_dim, embed_dim, bias=bias)
 
-    def forward(self, x: Tensor, key_lengths: Tensor | None = None) -> Tensor:
-        """x (B, N, C) -> (B, N, C). key_lengths (B,) integers: positions from there on are padding that nobody attends to."""
+    def forward(self, x: Tensor, key_lengths: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        """x (B, N, C) -> (B, N, C).
+
+        Args:
+            key_lengths: (B,) integers: positions from there on are padding that nobody attends to.
+            cache: keys and values of the positions before x, to which those of x are appended. Position i of x then attends
+                as position length + i.
+
+        Raises: ValueError for a cache together with key_lengths.
+        """
+        if cache is not None and key_lengths is not None:
+            raise ValueError("key_lengths can't be combined with a cache: its positions are all there; leave one out")
         b, n, c = x.shape
         qkv = self.qkv(x).view(b, n, 3, self.num_heads, c // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # views, (B, H, N, D) each
+        options = {}
+        if cache is not None:
+            k, v = cache.extended(k, v)
+            options = dict(causal_alignment="lower_right")  # the last query stands at the last key
         y = self.attention(
             q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=self.is_causal, window=self.window,
-            key_lengths=key_lengths,
+            key_lengths=key_lengths, **options,
         )  # fmt: skip
         return self.proj(y.transpose(1, 2).reshape(b, n, c))
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
+from tfkern.models import generation
 from tfkern.models.gpt import GPT
 from tfkern.models.tokens import Tokenizer
 from tfkern.training.trainer import Training
@@ -17,11 +18,9 @@ def continuing(
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     ids, told, written = torch.tensor([tokenizer.encode(prompt)], device=device), "", []
-    for _ in range(count):
-        ids = model.eval().generate(
-            ids[:, -model.config.context :], 1, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-        )
-        written.append(int(ids[0, -1]))
+    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    for token in generation.stream(model.eval(), ids, count, **options):
+        written.append(int(token))
         text = tokenizer.decode(written)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character is not yet whole
             yield text[len(told) :]

