@@ -1,7 +1,9 @@
 """The command: each subcommand at its smallest, its exit status, its messages."""
 
+import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,10 +14,15 @@ import pytest
 import torch
 
 from tfkern import cli, launch, testing
+from tfkern.backends import BACKENDS, portable
 from tfkern.commands import bench, demo, verify
 from tfkern.commands.arguments import writable
 from tfkern.ending import InputError
+from tfkern.training import provenance
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+KERNELS = provenance.label("portable", DEVICE)
+DEFAULT = "cpu" if DEVICE.type == "cpu" else KERNELS
 TFKERN = Path(sys.executable).with_name("tfkern")
 
 
@@ -37,7 +44,9 @@ def test_info_fails_when_a_backend_is_wrong(capsys, monkeypatch):
 def test_verify(capsys, monkeypatch):
     monkeypatch.setattr(verify, "SHORT", ("one-query",))
     assert cli.main(["verify"]) == 0
-    assert "9 passed, 0 failed" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "9 passed, 0 failed" in out
+    assert f"backends cpu, eager, {KERNELS}" in out.splitlines()[0]
     monkeypatch.setattr(testing, "check", lambda *a: [testing.Error("out", float("nan"), 0.1, 0.2)])
     assert cli.main(["verify"]) == 1
     assert "0 passed, 9 failed" in capsys.readouterr().out
@@ -83,9 +92,13 @@ open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
 def test_train_generate_resume(tmp_path, capsys):
     out = ["--out", str(tmp_path)]
     assert cli.main(["train", "gpt", "--steps", "3", *out]) == 0
-    assert "held-out loss" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "held-out loss" in told
+    assert f"attention by {DEFAULT}\n" in told
     assert cli.main(["generate", "The ", "--checkpoint", str(tmp_path / "gpt.safetensors"), "--count", "5"]) == 0
-    assert capsys.readouterr().out.startswith("The ")
+    told = capsys.readouterr()
+    assert told.out.startswith("The ")
+    assert f"attention by {DEFAULT}:" in told.err
     assert cli.main(["train", "gpt", "--steps", "3", *out]) == 2
     assert "exists and is not overwritten" in capsys.readouterr().err
     assert cli.main(["train", "gpt", "--resume", *out]) == 0
@@ -202,9 +215,18 @@ def test_missing_extra_says_how_to_get_it(capsys, monkeypatch):
     assert "pip install '.[demo]'" in capsys.readouterr().err
 
 
-def test_demo_writes_its_report(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def small_demo(monkeypatch):
+    """Few steps of each model, and a tiny GPT that Triton's interpreter trains in a second."""
     monkeypatch.setattr(demo, "QUICK_STEPS", 2)
+    monkeypatch.setattr(demo, "QUICK_TINY_STEPS", 4)
     monkeypatch.setattr(demo, "KERNEL_CASES", ("one-query",))
+    config = dataclasses.replace(demo.TINY.config, context=8, layers=1, width=32)
+    monkeypatch.setattr(demo, "TINY", dataclasses.replace(demo.TINY, config=config))
+
+
+@pytest.mark.usefixtures("small_demo")
+def test_demo_writes_its_report(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["generate"]) == 2
     assert "`tfkern train gpt` or `tfkern demo` writes one" in capsys.readouterr().err
@@ -222,18 +244,54 @@ def test_demo_writes_its_report(tmp_path, capsys, monkeypatch):
     results = json.loads((out / "results.json").read_text())
     assert results["problems"] == []
     for name in ("gpt", "bert", "vit"):
-        assert len(results[name]["fused"]) == len(results[name]["naive"]) == 2
+        runs = results["models"][name]["runs"]
+        assert list(runs) == ["naive", DEFAULT]
+        assert all(len(run["losses"]) == 2 for run in runs.values())
+    tiny = results["models"]["tiny gpt"]
+    assert list(tiny["runs"])[::2] == ["naive", KERNELS]
+    curves = [run["losses"] for run in tiny["runs"].values()]
+    assert [len(curve) for curve in curves] == [4, 4, 4]
+    assert 0 <= tiny["apart"] < 1e-5
+    assert curves[0][3] < curves[0][0] - 0.1  # it learns
+    assert tiny["runs"][KERNELS]["launches"]["flash_fwd"] == 4  # one layer, four steps
+    for text in ((out / "sample.txt").read_text(), results["computed_by"]):
+        assert re.search(rf"attention by .*{DEFAULT}.* torch \d.*, seed 0", text)
 
 
+@pytest.mark.usefixtures("small_demo")
+def test_demo_shows_whether_kernels_train(monkeypatch):
+    """Another backend under their name launches none of them."""
+    other = BACKENDS["eager"]
+    monkeypatch.setitem(BACKENDS, "portable", other)
+    run = demo.compared(demo.TINY, ("portable",), demo.TINY_APART, DEVICE, 2)
+    problems = demo.judge({run.name: run}, quick=True)
+    assert problems == ["tiny gpt: the kernels did not train it; launched were {}"]
+    half = other._replace(forward=portable.forward)
+    monkeypatch.setitem(BACKENDS, "portable", half)
+    run = demo.compared(demo.TINY, ("portable",), 1.0, DEVICE, 2)
+    problems = demo.judge({run.name: run}, quick=True)
+    assert problems == ["tiny gpt: the kernels did not train it; launched were {'flash_fwd': 2}"]
+
+
+@pytest.mark.usefixtures("small_demo")
 def test_demo_fails_when_kernels_or_curves_are_wrong(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "QUICK_STEPS", 2)
-    monkeypatch.setattr(demo, "KERNEL_CASES", ("one-query",))
+    """A gradient of the kernels that is a tenth too large is one reason, and seen in the tiny GPT's curve alone."""
+
+    def wrong(*arguments, **into):
+        gradients = backend.backward(*arguments, **into)
+        return gradients._replace(v=gradients.v * 1.1)
+
+    backend = BACKENDS["portable"]
+    monkeypatch.setitem(BACKENDS, "portable", backend._replace(backward=wrong))
+    tiny = demo.compared(demo.TINY, ("portable",), demo.TINY_APART, DEVICE, 4)
+    assert re.fullmatch(r"tiny gpt: the loss curves are \S+ nats apart, .*", *demo.judge({tiny.name: tiny}, quick=True))
     monkeypatch.setattr(demo, "CURVES_APART", -1.0)
     monkeypatch.setattr(testing, "check", lambda *a: [testing.Error(q, 1.0, 0.1, 0.2) for q in verify.QUANTITIES])
     assert cli.main(["demo", "--quick", "--out", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert "the kernels are wrong on one-query" in out
-    assert "the loss curves are" in out
+    for name in ("tiny gpt", "gpt", "bert", "vit"):
+        assert f"\n{name}: the loss curves are" in out
 
 
 def test_console_script_runs_without_a_repository(tmp_path):

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.text import Text
 
 import tfkern
+from tfkern.commands import demo
 from tfkern.ending import InputError
-from tfkern.training import data, report, sampling
+from tfkern.training import data, pictures, provenance, report, sampling
 from tfkern.training.presets import TASKS
 from tfkern.training.recipe import schedule
 from tfkern.training.trainer import Training
@@ -185,10 +187,19 @@ def test_compiled(tmp_path):
     assert set(eager.model.state_dict()) == set(straight.model.state_dict())
 
 
-def test_a_loss_that_is_nan_is_a_difference():
-    runs = (SimpleNamespace(losses=losses) for losses in ([1.0, math.nan], [1.0, 2.0]))
-    pair = report.Pair("x", *runs, None, None)
-    assert math.isnan(pair.apart)
+def losing(*curves) -> report.Comparison:
+    """Trainings with these losses."""
+    trainings = [SimpleNamespace(losses=losses, steps=len(losses)) for losses in curves]
+    return report.Comparison("x", [report.Run(str(n), t, None, {}) for n, t in enumerate(trainings)], 0.1)
+
+
+def test_distances_of_curves():
+    three = losing([1.0, 2.0], [1.5, 2.0], [1.0, 1.0])
+    assert three.apart == 1.0
+    assert three.from_naive.tolist() == [[0.5, 0.0], [0.0, 1.0]]
+    assert losing([1.0], [1.5], [0.75]).apart == 0.75  # of those two that are not naive
+    assert math.isnan(losing([1.0, math.nan], [1.0, 2.0]).apart)
+    assert math.isnan(losing([1.0, 2.0], [1.0, 2.0], [math.nan, 2.0]).apart)
 
 
 def test_stops_when_told():
@@ -247,6 +258,144 @@ def test_sampling():
     long = "The " * 30  # more than the context
     assert sampling.continued(gpt, long, 3).startswith(long)
     assert "right):" in sampling.filled(Training.start(small("bert"), tfkern.attention, steps=1))
+
+
+def compared(name: str, backends: tuple, **sizes) -> report.Comparison:
+    """A small model trained for three steps."""
+    task = small(name.rsplit(maxsplit=1)[-1])
+    if sizes:
+        recipe = task.recipe.changed(rows=sizes.pop("rows"))
+        task = dataclasses.replace(task, config=dataclasses.replace(task.config, **sizes), recipe=recipe, name=name)
+    return demo.compared(task, backends, 0.02, torch.device("cpu"), 3)
+
+
+@pytest.fixture(scope="module")
+def comparisons():
+    """What the demo draws, the default backend being eager."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFKERN_BACKENDS", "eager")
+        found = [compared(name, (None,)) for name in TASKS]
+    found.append(compared("tiny gpt", ("cpu", "portable"), rows=1, context=8))
+    return {c.name: c for c in found}
+
+
+@pytest.mark.cpu
+def test_every_run_names_its_backend(comparisons):
+    assert [run.by for run in comparisons["tiny gpt"].runs] == ["naive", "cpu", "portable in Triton's interpreter"]
+    for name in TASKS:
+        assert [run.by for run in comparisons[name].runs] == ["naive", "eager"]
+    assert [sum(run.launches.values()) > 0 for run in comparisons["tiny gpt"].runs] == [False, False, True]
+    rows = report.summary(comparisons)
+    assert [row[1] for row in rows if row[0] == "tiny gpt"] == ["naive", "cpu", "portable in Triton's interpreter"]
+    assert all(len(row) == len(report.HEADINGS) for row in rows)
+    assert report.samples(comparisons["gpt"].shown, comparisons["bert"].shown, 5).startswith("tfkern 0.")
+    assert "attention by eager; torch" in report.samples(comparisons["gpt"].shown, comparisons["bert"].shown, 5)
+
+
+@pytest.fixture(scope="module")
+def figures(comparisons):
+    return pictures.draw(comparisons, seed=5)
+
+
+def texts(figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+@pytest.mark.cpu
+def test_every_picture_names_who_computed_it(figures):
+    for name, figure in figures.items():
+        (foot,) = (text for text in texts(figure) if text.startswith("tfkern 0."))
+        everyone = "naive, eager, cpu, portable in Triton's interpreter; Triton 3."
+        assert f"attention by {everyone if name == 'loss.png' else 'eager; torch 2.'}" in foot
+        assert "seed 5" in foot
+        assert all(axes.get_xlabel() or axes.get_ylabel() for axes in figure.axes if axes.get_label() == "<colorbar>")
+
+
+@pytest.mark.cpu
+def test_loss_curves_and_their_differences(figures, comparisons):
+    """Two panels a model: the curves, and how far they are from the naive one."""
+    axes = figures["loss.png"].axes
+    assert len(axes) == 2 * len(comparisons)
+    for curves, differences, c in zip(axes[::2], axes[1::2], comparisons.values(), strict=True):
+        assert [line.get_label() for line in curves.lines] == [run.by for run in c.runs]
+        for line, run in zip(curves.lines, c.runs, strict=True):
+            assert line.get_ydata().tolist() == run.training.losses
+        assert curves.get_ylabel().startswith("training loss\n(nats per ")
+        assert (differences.get_yscale(), differences.get_ylabel()) == ("log", "difference\n(nats)")
+        assert differences.get_ylim() == axes[1].get_ylim()
+        *points, bound = differences.lines
+        assert bound.get_ydata() == [c.bound, c.bound]
+        for line, run, wanted in zip(points, c.runs[1:], c.from_naive, strict=True):
+            assert line.get_label() == f"|{run.by} - naive|, at most {wanted.max():.1e}"
+            assert torch.equal(torch.as_tensor(line.get_ydata()).nan_to_num(0.0), wanted)
+    assert len(axes[-2].lines) == 3
+
+
+@pytest.mark.cpu
+def test_maps_say_which_head_and_have_one_scale(figures, comparisons):
+    text, digit = figures["attention-text.png"], figures["attention-digit.png"]
+    for figure, of in ((text, "GPT, layer 1, head"), (digit, "ViT, layer 1, head")):
+        (title,) = (t for t in texts(figure) if t.startswith(of))
+        assert "of its 4 heads" in title
+        assert "highest mean Σ weight²" in title
+        assert any(t.startswith("attention weight") for t in texts(figure))
+    images = [axes.images[0] for axes in digit.axes if axes.images]
+    assert len(images) == 2 * pictures.DIGITS
+    for line in (images[: pictures.DIGITS], images[pictures.DIGITS :]):
+        assert len({image.get_clim() for image in line}) == 1
+    assert images[-1].get_clim()[1] == max(image.get_array().max() for image in images[pictures.DIGITS :])
+    shown = torch.from_numpy(text.axes[0].images[0].get_array().filled(math.nan))
+    assert torch.allclose(shown.nansum(-1), torch.ones(48))  # weights themselves, not their square roots
+    weights, _ = pictures.weights_of(comparisons["gpt"].shown, data.corpus().held_out[None, :48])
+    assert (shown.nan_to_num() == weights[0, 0]).all(-1).all(-1).sum() == 1
+
+
+def test_the_sharpest_head():
+    weights = torch.full((2, 3, 4, 5, 6), 1 / 6)  # layers, batch, heads, queries, keys
+    weights[1, :, 2, :, 1] = 0.5
+    weights[0, 0, 3] = 0.35  # sharper, but of one of three only
+    assert pictures.sharpest(weights) == (1, 2)
+
+
+def test_the_head_over_text_is_sharp_beyond_neighbours(monkeypatch):
+    """One that only looks at itself and the character before is not shown."""
+    weights = torch.ones(2, 1, 2, 48, 48).tril()
+    weights[0, 0, 0] = torch.eye(48) + torch.eye(48).roll(-1, 1).tril()
+    weights[1, 0, 1, :, 0] = 20.0
+    weights /= weights.sum(-1, keepdim=True)
+    monkeypatch.setattr(pictures, "weights_of", lambda run, ids: (weights, None))
+    assert any(text.startswith("GPT, layer 2, head 2, ") for text in texts(pictures.text_map(None)))
+
+
+def test_weights_are_in_the_order_of_layers():
+    training = Training.start(
+        dataclasses.replace(small("gpt"), config=dataclasses.replace(small("gpt").config, layers=2)), tfkern.attention, steps=1
+    )
+    ids, model = data.corpus().held_out[None, :9], training.model
+    weights, logits = pictures.weights_of(report.Run("cpu", training, None, {}), ids)
+    attn, x = model.blocks[0].attn, model.tokens(ids) + model.positions.weight[:9]
+    q, k, _ = attn.qkv(model.blocks[0].norm_1(x)).view(1, 9, 3, 4, -1).permute(2, 0, 3, 1, 4)
+    wanted, _ = tfkern.reference.attention_weights(q, k, is_causal=True)
+    assert torch.allclose(weights[0], wanted)
+    assert not torch.allclose(weights[1], wanted, rtol=0.01)
+    assert torch.equal(logits, model(ids))
+
+
+@pytest.mark.cpu
+def test_who_attends_is_asked_of_the_calls(monkeypatch):
+    """By the model's own calls, for the backend that they name, and without a trace in the training."""
+    task = small("gpt")
+    task = dataclasses.replace(task, config=dataclasses.replace(task.config, dropout=0.5))
+    training = Training.start(task, tfkern.attention, steps=2)
+    state, of_dropout = training.generator.get_state(), torch.get_rng_state()
+    monkeypatch.setenv("TFKERN_BACKENDS", "eager")
+    assert provenance.backend(training) == "eager"
+    assert provenance.backend(training, "cpu") == "cpu"
+    assert torch.equal(training.generator.get_state(), state)
+    assert torch.equal(torch.get_rng_state(), of_dropout)
+    assert provenance.backend(Training.start(small("mixer"), tfkern.attention)) == ""
+    assert all(block.attn.attention is training.watch for block in training.model.blocks)
+    assert provenance.label("portable", torch.device("cpu")) == "portable in Triton's interpreter"
 
 
 def drift(attend, exact, steps: int = 200) -> list[float]:

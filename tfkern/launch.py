@@ -4,10 +4,13 @@ Triton's own launch path binds and classifies every argument in Python, for each
 is kept as a Handle under all that a compiled kernel depends on, and further calls go straight to the C launcher.
 """
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
 import itertools
+from collections import Counter
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -169,6 +172,22 @@ class Launch:
         """All that the JIT compiles anew for, and the device."""
         kinds = _kinds((tensors, features, self.numbers))
         return self.kernel, self.index, form, kinds, self.blocks, *self.constants.items(), *self.options.items()
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[Counter[str]]:
+    """Within the block, how often each kernel is launched, by its name, on the current device or in the interpreter."""
+    counts, launch = Counter(), Launch.__call__
+
+    def counted(self, *arguments):
+        counts[self.kernel.__name__] += 1
+        launch(self, *arguments)
+
+    Launch.__call__ = counted
+    try:
+        yield counts
+    finally:
+        Launch.__call__ = launch
 
 
 def _form(pointers: list, feature_tensors: tuple):

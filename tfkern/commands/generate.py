@@ -10,7 +10,7 @@ from tfkern.commands.arguments import SEED, number
 from tfkern.commands.demo import CHECKPOINT
 from tfkern.ending import InputError
 from tfkern.extras import require
-from tfkern.training import sampling
+from tfkern.training import provenance, sampling
 from tfkern.training.checkpoints import CheckpointError
 from tfkern.training.trained import Trained
 
@@ -43,9 +43,10 @@ def run(args) -> int:
         )
     trained = Trained.read(path, tfkern.attention, "cuda" if torch.cuda.is_available() else "cpu", ("gpt",))
     tokenizer = trained.form.tokenizer
-    tokenizer.encode(args.prompt)  # refuses one with characters that the model does not know
-    if args.checkpoint is None:
-        print(f"by {path}, after step {trained.done} of {trained.steps}:", file=sys.stderr, flush=True)
+    ids = tokenizer.encode(args.prompt)  # refuses one with characters that the model does not know
+    seen = torch.tensor([ids[-trained.form.config.context :]], device=trained.device)
+    attention = provenance.label(provenance.chosen(trained.model, lambda: trained.model(seen)), trained.device)
+    print(f"by {path}, after step {trained.done} of {trained.steps}, attention by {attention}:", file=sys.stderr, flush=True)
     print(args.prompt, end="", flush=True)
     pieces = sampling.continuing(
         trained.model, tokenizer, args.prompt, args.count, args.temperature, args.top_k, args.top_p, args.seed

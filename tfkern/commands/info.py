@@ -41,7 +41,8 @@ def run(args) -> int:
 def describe(device: torch.device) -> str:
     """One line about a device."""
     if device.type == "cpu":
-        return f"CPU, {torch.get_num_threads()} threads (no GPU: the Triton kernels run in Triton's interpreter only)"
+        threads = torch.get_num_threads()
+        return f"CPU, {threads} thread{'s'[: threads > 1]} (no GPU: the Triton kernels run in Triton's interpreter only)"
     p = torch.cuda.get_device_properties(device)
     return f"{p.name}, compute capability {p.major}.{p.minor}, {p.multi_processor_count} SMs, {p.total_memory / 2**30:.0f} GiB"
 

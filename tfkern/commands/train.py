@@ -18,7 +18,7 @@ from tfkern.commands.arguments import writable
 from tfkern.commands.train_progress import Steps
 from tfkern.ending import INTERRUPTED, InputError
 from tfkern.extras import require
-from tfkern.training import distributed
+from tfkern.training import distributed, provenance
 from tfkern.training.distributed import Ranks
 from tfkern.training.tasks import Task
 from tfkern.training.trainer import Training
@@ -37,6 +37,8 @@ def run(args) -> int:
 def _run(args, ranks: Ranks, device: torch.device) -> int:
     path = args.out / f"{train_arguments.kind(args)}.safetensors"
     training = begun(args, path, ranks, device)
+    if attention := provenance.backend(training):
+        print(f"attention by {provenance.label(attention, device)}", flush=True)
     interrupted = threading.Event()
     with _signals_set(interrupted), Steps(training, quiet=not ranks.first) as steps:
 

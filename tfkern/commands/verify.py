@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
+import tfkern
 from tfkern import call, launch, testing
 from tfkern.backends import BACKENDS, order
 from tfkern.commands.tables import width
 from tfkern.progress import counted
 from tfkern.testing import SHORT
+from tfkern.training.provenance import label
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 QUANTITIES = ("out", "lse", "dq", "dk", "dv")  # of every case; others stand behind with their names
@@ -27,10 +29,14 @@ def run(args) -> int:
     if launch.missing():
         print(f"left out, since {launch.missing()}: {', '.join(map(str, filter(testing.needs_triton, cases)))}")
         cases = [case for case in cases if not testing.needs_triton(case)]
-    columns = width()
+    names, columns = backends(device), width()
+    print(
+        f"tfkern {tfkern.__version__}, torch {torch.__version__}, backends {', '.join(label(n, device) for n in names)}",
+        flush=True,
+    )
     if len(HEADING) <= columns:
         print(HEADING, flush=True)
-    asked, found = itertools.product(cases, backends(device), DTYPES), []
+    asked, found = itertools.product(cases, names, DTYPES), []
     for case, backend, dtype in counted(asked, lambda one: " ".join(map(str, one))):
         found.append(checked(case, backend, dtype, device))
         print(found[-1].text(columns), flush=True)

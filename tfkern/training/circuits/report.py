@@ -10,6 +10,7 @@ import tfkern
 from tfkern.training.circuits import heads
 from tfkern.training.circuits.heads import Head
 from tfkern.training.circuits.runs import FORMED, Run, ablated, apart, ideals
+from tfkern.training.provenance import setting
 
 
 def provenance(run: Run, seed: int) -> str:
@@ -17,10 +18,9 @@ def provenance(run: Run, seed: int) -> str:
     c = run.model.config
     q = torch.empty(run.task.rows, c.heads, c.context, c.width // c.heads)
     backend = tfkern.explain(q, q, q, is_causal=True).split()[0]
-    threads = torch.get_num_threads()
     return (
         f"tfkern {tfkern.__version__}, attention by backend {backend}, weights and circuits by plain PyTorch; "
-        f"torch {torch.__version__.split('+')[0]}, float32, CPU, {threads} thread{'s'[: threads > 1]}, seed {seed}"
+        f"{setting(q.device, seed)}"
     )
 
 
