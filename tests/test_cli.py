@@ -114,7 +114,7 @@ def test_bad_input_is_a_message_and_status_2(tmp_path, capsys):
         (["train", "vit", "--seed", str(2**63)], "argument --seed: must be a whole number, from 0 to 9223372036854775807"),
         (["train", "vit", "--resume", "--out", str(tmp_path)], "there is no checkpoint"),
         (["generate", "", "--checkpoint", "x"], "at least one character"),
-        (["generate", "日本", "--checkpoint", "x"], "the text has characters"),
+        (["generate", "a", "--top-p", "0"], "argument --top-p: must be a number, from 1e-09 to 1.0"),
         (["generate", "a", "--checkpoint", str(tmp_path / "x")], "there is no checkpoint"),
         (["generate", "a", "--checkpoint", str(tmp_path)], "is a folder"),
         (["generate", "a", "--top-k", "0"], "argument --top-k: must be a whole number, 1 or more"),
@@ -176,6 +176,11 @@ def gpt(tmp_path_factory):
     return folder / "gpt.safetensors"
 
 
+def test_generate_refuses_characters_that_the_model_does_not_know(gpt, capsys):
+    assert cli.main(["generate", "日本", "--checkpoint", str(gpt)]) == 2
+    assert "tfkern generate: the text has characters ['日', '本'] that are not known" in capsys.readouterr().err
+
+
 def test_generate_refuses_another_model(tmp_path, capsys):
     assert cli.main(["train", "vit", "--steps", "1", "--out", str(tmp_path)]) == 0
     assert cli.main(["generate", "a", "--checkpoint", str(tmp_path / "vit.safetensors")]) == 2
@@ -216,7 +221,8 @@ def small_demo(monkeypatch):
     monkeypatch.setattr(demo, "QUICK_STEPS", 2)
     monkeypatch.setattr(demo, "QUICK_TINY_STEPS", 4)
     monkeypatch.setattr(demo, "KERNEL_CASES", ("one-query",))
-    monkeypatch.setattr(demo, "TINY", dataclasses.replace(demo.TINY, context=8, layers=1, width=32))
+    config = dataclasses.replace(demo.TINY.config, context=8, layers=1, width=32)
+    monkeypatch.setattr(demo, "TINY", dataclasses.replace(demo.TINY, config=config))
 
 
 @pytest.mark.usefixtures("small_demo")

@@ -1,9 +1,11 @@
-"""Training: a checkpoint goes on bit for bit, data is what it says, bad files are refused."""
+"""Training: what a step does in each mode, and that a checkpoint goes on from it bit for bit."""
 
 import dataclasses
 import math
-import resource
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,149 +13,183 @@ from matplotlib.text import Text
 
 import tfkern
 from tfkern.commands import demo
-from tfkern.training import data, pictures, provenance, report, sampling, trainer
-from tfkern.training.tasks import TASKS
-from tfkern.training.trainer import CheckpointError, Training, schedule
+from tfkern.ending import InputError
+from tfkern.training import data, pictures, provenance, report, sampling
+from tfkern.training.presets import TASKS
+from tfkern.training.recipe import schedule
+from tfkern.training.trainer import Training
+
+sys.path.append(str(Path(__file__).resolve().parent))
+from small_trainings import judging, same_weights, small
 
 
-def small(name: str):
-    return dataclasses.replace(TASKS[name], rows=4, layers=1, width=16)
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_resume_is_bit_for_bit(name, tmp_path):
-    straight = Training.start(small(name), tfkern.attention, steps=8, seed=3)
+def resumed(task, path, steps: int = 8) -> tuple[Training, Training]:
+    """(a training straight to its end, one that was saved after five steps and went on from the file)."""
+    straight = Training.start(task, tfkern.attention, steps=steps, seed=3)
     straight.run()
-    first = Training.start(small(name), tfkern.attention, steps=8, seed=3)
+    first = Training.start(task, tfkern.attention, steps=steps, seed=3)
     first.run(until=5)
-    first.save(tmp_path / "c.safetensors")
+    first.save(path)
     torch.manual_seed(99)  # whatever happens in between
-    second = Training.load(tmp_path / "c.safetensors", tfkern.attention)
+    second = Training.load(path, tfkern.attention)
     assert second.losses == straight.losses[:5]
     second.run()
+    return straight, second
+
+
+@pytest.mark.parametrize("name", ["gpt", "bert", "vit", "mixer"])
+def test_resume_is_bit_for_bit(name, tmp_path):
+    straight, second = resumed(small(name), tmp_path / "c.safetensors")
     assert second.losses == straight.losses
-    for key, value in straight.model.state_dict().items():
-        assert torch.equal(value, second.model.state_dict()[key]), key
+    assert same_weights(straight.model, second.model)
 
 
-def test_save_is_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "c.safetensors"
-    training = Training.start(small("vit"), tfkern.attention, steps=2)
-    training.save(path)
-    before = path.read_bytes()
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_resume_with_everything(amp, tmp_path):
+    """Mixed precision, accumulation, dropout, a user's own data and lengths that differ."""
+    straight, second = resumed(judging(tmp_path, amp=amp, accumulate=2), tmp_path / "c.safetensors")
+    assert second.losses == straight.losses
+    assert same_weights(straight.model, second.model)
+    assert second.scaler.state_dict() == straight.scaler.state_dict()
 
-    def full_disk(tensors, where, metadata):
-        where.write_bytes(b"half")
-        raise OSError("no space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
+def test_the_scaler_goes_on(tmp_path):
+    """A loss scale that overflows: the steps are left out and the scale halved, which the checkpoint keeps."""
+    training = Training.start(small("gpt", amp="fp16", learning_rate=1e-3), tfkern.attention, steps=9)
+    training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = [p.clone() for p in training.model.parameters()]
     training.step()
-    with pytest.raises(OSError, match=r"the checkpoint can't be written .no space"):
-        training.save(path)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
+    assert all(torch.equal(p, q) for p, q in zip(before, training.model.parameters(), strict=True))
+    assert training.scaler.get_scale() == 2.0**39
+    training.save(tmp_path / "c")
+    assert Training.load(tmp_path / "c", tfkern.attention).scaler.get_scale() == 2.0**39
 
 
-def test_a_disk_that_fills_up(tmp_path):
-    """As the writer of safetensors meets it."""
-    training, limits = Training.start(small("vit"), tfkern.attention, steps=2), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        with pytest.raises(OSError, match=r"the checkpoint can't be written .*File too large"):
-            training.save(tmp_path / "c.safetensors")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_trains_alike(amp):
+    """The model computes in 16 bits, its weights stay in 32, and the loss curve is that of 32 bits but for rounding."""
+    seen = []
+
+    def attention(query, *more, **options):
+        seen.append(query.dtype)
+        return tfkern.attention(query, *more, **options)
+
+    losses = []
+    for one in ("none", amp):
+        training = Training.start(small("gpt", amp=one), attention, steps=20)
+        training.run()
+        losses.append(torch.tensor(training.losses))
+        assert {p.dtype for p in training.model.parameters()} == {torch.float32}
+    assert set(seen) == {torch.float32, {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]}
+    assert 0 < (losses[0] - losses[1]).abs().max() < 0.05
+    assert losses[1][-1] < losses[1][0] - 0.3
 
 
-def test_bad_checkpoints(tmp_path):
-    from safetensors.torch import save_file
+@pytest.mark.parametrize("name", ["gpt", "bert", "vit", "sentences"])
+def test_accumulation_is_one_big_batch(name, tmp_path):
+    """Up to the order of sums; bert's parts have different numbers of holes, and sentences different lengths."""
+    curves = []
+    for parts in (1, 4):
+        settings = dict(rows=8, accumulate=parts)
+        task = judging(tmp_path, **settings) if name == "sentences" else small(name, **settings)
+        task = dataclasses.replace(task, config=dataclasses.replace(task.config, dropout=0.0))
+        training = Training.start(task, tfkern.attention, steps=6)
+        training.run()
+        curves.append(torch.tensor(training.losses))
+    torch.testing.assert_close(*curves, atol=2e-5, rtol=0)
+    assert curves[0][0] != curves[0][-1]
 
-    with pytest.raises(CheckpointError, match="there is no checkpoint"):
-        Training.load(tmp_path / "absent", tfkern.attention)
-    (tmp_path / "broken").write_bytes(b"not a checkpoint at all")
-    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
-        Training.load(tmp_path / "broken", tfkern.attention)
-    save_file({"x": torch.zeros(1)}, tmp_path / "foreign")
-    with pytest.raises(CheckpointError, match=r"no checkpoint of `tfkern train` \(format None\)"):
-        Training.load(tmp_path / "foreign", tfkern.attention)
+
+def test_a_batch_without_holes_changes_nothing():
+    """A mask share so small that no token of a part, or of all parts, is to be told."""
+    training = Training.start(small("bert", mask_share=0.0, accumulate=2, weight_decay=0.0), tfkern.attention, steps=3)
+    before = [p.clone() for p in training.model.parameters()]
+    assert training.step() == 0.0
+    assert all(torch.equal(p, q) for p, q in zip(before, training.model.parameters(), strict=True))
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """A small checkpoint."""
-    training = Training.start(small("vit"), tfkern.attention, steps=2)
+def test_rows_that_cannot_be_dealt_out():
+    with pytest.raises(InputError, match="--rows must be a multiple of --accumulate, 3, but is 4"):
+        Training.start(small("vit", accumulate=3), tfkern.attention)
+
+
+def test_weight_decay_is_of_matrices():
+    training = Training.start(small("vit", weight_decay=0.5), tfkern.attention)
+    decayed, others = ({id(p) for p in group["params"]} for group in training.optimizer.param_groups)
+    assert [group["weight_decay"] for group in training.optimizer.param_groups] == [0.5, 0.0]
+    names = {id(p): name for name, p in training.model.named_parameters()}
+    assert {names[p] for p in decayed} == {
+        "embed.weight", "head.weight", *(f"blocks.0.{x}.weight" for x in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")),
+    }  # fmt: skip
+    assert "positions" in {names[p] for p in others}
+
+
+@pytest.mark.parametrize("amp", ["none", "fp16"])
+def test_gradients_are_clipped(amp):
+    """After one step of plain descent in the place of AdamW, the weights have moved by the clip's norm."""
+    training = Training.start(small("vit", clip=0.01, amp=amp), tfkern.attention, steps=1)
+    training.scaler = torch.amp.GradScaler("cpu", init_scale=16.0, enabled=amp == "fp16")  # which does not overflow
+    training.optimizer = torch.optim.SGD(training.model.parameters(), lr=1.0)
+    before = torch.cat([p.detach().flatten() for p in training.model.parameters()]).clone()
     training.step()
-    training.save(tmp_path / "c.safetensors")
-    return tmp_path / "c.safetensors"
+    after = torch.cat([p.detach().flatten() for p in training.model.parameters()])
+    moved = (after - before).norm() / training.recipe.rate(0)
+    assert moved.item() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_a_flipped_bit_anywhere_is_noticed(saved):
-    """In the header, where it may leave good JSON, and in what tensors hold."""
-    whole = saved.read_bytes()
-    header = 8 + int.from_bytes(whole[:8], "little")
-    generator = torch.Generator().manual_seed(0)
-    places = [*range(0, header, 37), *torch.randint(header, len(whole), (100,), generator=generator).tolist()]
-    for number, place in enumerate(places):
-        saved.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << number % 8]) + whole[place + 1 :])
-        with pytest.raises(CheckpointError, match=r"damaged|not a whole|no checkpoint of|of another version"):
-            Training.load(saved, tfkern.attention)
-    saved.write_bytes(whole)
-    assert len(Training.load(saved, tfkern.attention).losses) == 1
+class Sleeping(torch.autograd.Function):
+    """Sleeps as long in its backward as in its forward."""
+
+    @staticmethod
+    def forward(ctx, x, seconds):
+        ctx.seconds = seconds
+        time.sleep(seconds)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        time.sleep(ctx.seconds)
+        return grad, None
 
 
-@pytest.mark.parametrize("length", [0, 7, 8, 1000, -1])
-def test_a_truncated_checkpoint(saved, length):
-    saved.write_bytes(saved.read_bytes()[:length])
-    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
-        Training.load(saved, tfkern.attention)
+def test_share_of_time_in_attention():
+    """An attention that sleeps in both directions, in a step that sleeps elsewhere as long: a half, of the third step."""
+    task = small("gpt")
+
+    def attention(query, key, value, **options):
+        return Sleeping.apply(tfkern.attention(query, key, value, **options), 0.1)
+
+    training = Training.start(task, attention, steps=9)
+    training.run(until=2)
+    assert training.share is None
+    elsewhere = training.model.blocks[0].mlp.register_forward_hook(lambda *_: time.sleep(0.2))
+    training.step()
+    step, share = training.share
+    assert step == 3
+    assert 0.4 < share < 0.56  # what the rest of the step takes is in neither half
+    elsewhere.remove()
+    training.step()
+    assert training.share == (step, share)
+    without = Training.start(small("mixer"), attention, steps=3)
+    without.run()
+    assert without.share is None
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (dict(format="tfkern-training-1"), "of another version of tfkern .*'tfkern-training-1', here 'tfkern-training-2'"),
-        (dict(format="pt"), "no checkpoint of `tfkern train`"),
-        (dict(task='{"name": "llama"}'), "of another version's llama"),
-        (dict(task='{"name": "vit", "rotary": true}'), "of another version's vit .*rotary"),
-        (dict(task='{"name": "vit", "width": 48}'), "of another version's vit .*loading state_dict for ViT:.; train anew$"),
-    ],
-)
-def test_checkpoints_of_others(saved, change, message):
-    """Whole, with a checksum that is right."""
-    from safetensors.torch import save_file
-
-    about, tensors = trainer._read(saved)
-    about |= change
-    save_file(tensors, saved, {**about, "sha256": trainer._checksum(about, tensors)})
-    with pytest.raises(CheckpointError, match=message):
-        Training.load(saved, tfkern.attention)
-
-
-def test_a_checkpoint_of_another_model(saved):
-    assert Training.load(saved, tfkern.attention, model="vit").task.name == "vit"
-    with pytest.raises(CheckpointError, match="is of vit, but gpt is wanted; `tfkern train gpt` makes one"):
-        Training.load(saved, tfkern.attention, model="gpt")
-
-
-def test_what_cannot_be_read(tmp_path):
-    with pytest.raises(CheckpointError, match="is a folder; name a file"):
-        Training.load(tmp_path, tfkern.attention)
-    with pytest.raises(CheckpointError, match="can't be read"):
-        Training.load(Path("/dev/null"), tfkern.attention)
-
-
-def test_text_of_another_python_is_refused(tmp_path, monkeypatch):
-    Training.start(small("gpt"), tfkern.attention, steps=1).save(tmp_path / "c")
-    other = dataclasses.replace(data.corpus(), characters="abc")
-    monkeypatch.setattr(data, "corpus", lambda: other)
-    with pytest.raises(CheckpointError, match="another Python's text"):
-        Training.load(tmp_path / "c", tfkern.attention)
+@pytest.mark.slow
+def test_compiled(tmp_path):
+    """torch.compile trains as eager does, up to rounding, and resumes bit for bit. A minute of a C++ compiler."""
+    straight, second = resumed(small("gpt", compile=True), tmp_path / "c")
+    assert second.losses == straight.losses
+    assert straight.share is None  # a compiled step is not measured
+    eager = Training.start(small("gpt"), tfkern.attention, steps=8, seed=3)
+    eager.run()
+    torch.testing.assert_close(torch.tensor(eager.losses), torch.tensor(straight.losses), atol=1e-3, rtol=0)
+    assert set(eager.model.state_dict()) == set(straight.model.state_dict())
 
 
 def losing(*curves) -> report.Comparison:
     """Trainings with these losses."""
-    trainings = [Training(None, None, None, None, len(losses), None, losses) for losses in curves]
+    trainings = [SimpleNamespace(losses=losses, steps=len(losses)) for losses in curves]
     return report.Comparison("x", [report.Run(str(n), t, None, {}) for n, t in enumerate(trainings)], 0.1)
 
 
@@ -179,14 +215,14 @@ def test_schedule():
     assert shares[10:] == sorted(shares[10:], reverse=True)
     assert 0.1 < shares[-1] < 0.11
     assert schedule(0, 1) == 1.0
+    assert [schedule(step, 100, 4) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert schedule(0, 100, 0) == 1.0
 
 
 def test_corpus():
     corpus = data.corpus()
     assert len(corpus.train) + len(corpus.held_out) > 300_000
-    assert corpus.decode(corpus.encode("The quick")) == "The quick"
-    with pytest.raises(ValueError, match="the text has characters"):
-        corpus.encode("日本")
+    assert corpus.decode(corpus.tokenizer.encode("The quick")) == "The quick"
     windows = corpus.windows(corpus.train, 5, 20, torch.Generator().manual_seed(0))
     assert windows.shape == (5, 20)
     text = corpus.decode(corpus.train)
@@ -203,12 +239,12 @@ def test_digits():
 
 
 def test_masking():
-    task = dataclasses.replace(TASKS["bert"], rows=400)
-    ids = task.batch(torch.Generator().manual_seed(0))[1]
+    task = TASKS["bert"]
+    ids = task.batch(torch.Generator().manual_seed(0), 400)[1]
     seen, same, chosen = task.mask(ids, torch.Generator().manual_seed(1))
     assert torch.equal(same, ids)
     assert torch.equal(seen[~chosen], ids[~chosen])
-    assert chosen.float().mean().item() == pytest.approx(task.share, abs=0.02)
+    assert chosen.float().mean().item() == pytest.approx(task.recipe.mask_share, abs=0.02)
     assert (seen[chosen] == task.mask_id).float().mean().item() == pytest.approx(0.8, abs=0.02)
     assert (seen[chosen] == ids[chosen]).float().mean().item() == pytest.approx(0.1, abs=0.02)
 
@@ -226,7 +262,10 @@ def test_sampling():
 
 def compared(name: str, backends: tuple, **sizes) -> report.Comparison:
     """A small model trained for three steps."""
-    task = dataclasses.replace(small(name.rsplit(maxsplit=1)[-1]), name=name, **sizes)
+    task = small(name.rsplit(maxsplit=1)[-1])
+    if sizes:
+        recipe = task.recipe.changed(rows=sizes.pop("rows"))
+        task = dataclasses.replace(task, config=dataclasses.replace(task.config, **sizes), recipe=recipe, name=name)
     return demo.compared(task, backends, 0.02, torch.device("cpu"), 3)
 
 
@@ -329,7 +368,9 @@ def test_the_head_over_text_is_sharp_beyond_neighbours(monkeypatch):
 
 
 def test_weights_are_in_the_order_of_layers():
-    training = Training.start(dataclasses.replace(small("gpt"), layers=2), tfkern.attention, steps=1)
+    training = Training.start(
+        dataclasses.replace(small("gpt"), config=dataclasses.replace(small("gpt").config, layers=2)), tfkern.attention, steps=1
+    )
     ids, model = data.corpus().held_out[None, :9], training.model
     weights, logits = pictures.weights_of(report.Run("cpu", training, None, {}), ids)
     attn, x = model.blocks[0].attn, model.tokens(ids) + model.positions.weight[:9]
@@ -343,13 +384,17 @@ def test_weights_are_in_the_order_of_layers():
 @pytest.mark.cpu
 def test_who_attends_is_asked_of_the_calls(monkeypatch):
     """By the model's own calls, for the backend that they name, and without a trace in the training."""
-    training = Training.start(small("gpt"), tfkern.attention, steps=2)
-    state = training.generator.get_state()
+    task = small("gpt")
+    task = dataclasses.replace(task, config=dataclasses.replace(task.config, dropout=0.5))
+    training = Training.start(task, tfkern.attention, steps=2)
+    state, of_dropout = training.generator.get_state(), torch.get_rng_state()
     monkeypatch.setenv("TFKERN_BACKENDS", "eager")
     assert provenance.backend(training) == "eager"
     assert provenance.backend(training, "cpu") == "cpu"
     assert torch.equal(training.generator.get_state(), state)
-    assert all(block.attn.attention is tfkern.attention for block in training.model.blocks)
+    assert torch.equal(torch.get_rng_state(), of_dropout)
+    assert provenance.backend(Training.start(small("mixer"), tfkern.attention)) == ""
+    assert all(block.attn.attention is training.watch for block in training.model.blocks)
     assert provenance.label("portable", torch.device("cpu")) == "portable in Triton's interpreter"
 
 

@@ -7,13 +7,13 @@ import sys
 import torch
 
 import tfkern
-from tfkern.commands import bench, circuits, demo, generate, info, similar, train, verify
+from tfkern.commands import bench, circuits, classify, demo, generate, info, similar, train, verify
 from tfkern.ending import ended
 from tfkern.extras import MissingExtraError
 
 COMMANDS = {
-    "info": info, "verify": verify, "demo": demo, "train": train, "generate": generate, "similar": similar,
-    "circuits": circuits, "bench": bench,
+    "info": info, "verify": verify, "demo": demo, "train": train, "generate": generate, "classify": classify,
+    "similar": similar, "circuits": circuits, "bench": bench,
 }  # fmt: skip
 
 

@@ -15,16 +15,21 @@ from tfkern.commands import info, verify
 from tfkern.commands.arguments import writable
 from tfkern.commands.tables import table, width
 from tfkern.extras import require
+from tfkern.models.gpt import GPTConfig
 from tfkern.progress import Progress, counted
 from tfkern.training import pictures, provenance, report
+from tfkern.training.presets import TASKS
+from tfkern.training.recipe import Recipe
 from tfkern.training.report import NAIVE, Comparison, Run
-from tfkern.training.tasks import TASKS, LearnText, Task
+from tfkern.training.tasks import LearnText, Task
 from tfkern.training.trainer import Training
 
 KERNEL_CASES = ("vit-197", "causal", "window", "padded", "gqa-everything", "d80")
 # The GPT that trains through the kernels: so small that Triton's interpreter does a step within a second, so long that its
 # tiles of 32 queries and 64 keys cut it into several, whose last ones are not full.
-TINY = LearnText(name="tiny gpt", steps=60, rows=1, context=72, width=64)
+TINY = LearnText(
+    GPTConfig(context=72, layers=2, heads=4, width=64), Recipe(steps=60, rows=1, learning_rate=5e-3), name="tiny gpt"
+)
 QUICK_STEPS, QUICK_TINY_STEPS = 40, 12
 SEED = 0
 # What a full run must reach (measured on two CPU cores: see README); --quick only prints.

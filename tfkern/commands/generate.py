@@ -1,4 +1,4 @@
-"""Continue a text with the GPT that `tfkern train gpt` or `tfkern demo` trained."""
+"""Continue a text with a GPT that `tfkern train gpt` or `tfkern demo` trained."""
 
 import sys
 from pathlib import Path
@@ -10,8 +10,9 @@ from tfkern.commands.arguments import SEED, number
 from tfkern.commands.demo import CHECKPOINT
 from tfkern.ending import InputError
 from tfkern.extras import require
-from tfkern.training import data, provenance, sampling
-from tfkern.training.trainer import CheckpointError, Training
+from tfkern.training import provenance, sampling
+from tfkern.training.checkpoints import CheckpointError
+from tfkern.training.trained import Trained
 
 DEFAULTS = (Path("tfkern-out/gpt.safetensors"), CHECKPOINT)
 
@@ -20,9 +21,12 @@ def add_arguments(parser) -> None:
     parser.add_argument("prompt", nargs="?", default="The ")
     where = " or ".join(map(str, DEFAULTS))
     parser.add_argument("--checkpoint", type=Path, help=f"default: {where}, the first that is there")
-    parser.add_argument("--count", type=number(int, 0), default=400, help="characters to write")
-    parser.add_argument("--temperature", type=number(float, 0.0), default=0.8, help="0 takes the likeliest character")
+    parser.add_argument("--count", type=number(int, 0), default=400, help="tokens to write")
+    parser.add_argument("--temperature", type=number(float, 0.0), default=0.8, help="0 takes the likeliest token")
     parser.add_argument("--top-k", type=number(int, 1), help="choose among so many of the likeliest")
+    parser.add_argument(
+        "--top-p", type=number(float, 1e-9, 1.0), help="choose among the likeliest that together have this probability"
+    )
     parser.add_argument("--seed", type=SEED, default=0)
 
 
@@ -31,19 +35,23 @@ def run(args) -> int:
     require("safetensors", "demo")
     if not args.prompt:
         raise InputError("the prompt must have at least one character")
-    data.corpus().encode(args.prompt)  # refuses one with characters that no model knows
     path = args.checkpoint or next((path for path in DEFAULTS if path.exists()), None)
     if path is None:
         raise CheckpointError(
             f"there is no checkpoint {' or '.join(map(str, DEFAULTS))}; "
             "`tfkern train gpt` or `tfkern demo` writes one, or name one with --checkpoint"
         )
-    training = Training.load(path, tfkern.attention, "cuda" if torch.cuda.is_available() else "cpu", "gpt")
-    attention = provenance.label(provenance.backend(training), training.device)
-    after = f"after step {len(training.losses)} of {training.steps}"
-    print(f"by {path}, {after}, attention by {attention}:", file=sys.stderr, flush=True)
+    trained = Trained.read(path, tfkern.attention, "cuda" if torch.cuda.is_available() else "cpu", ("gpt",))
+    tokenizer = trained.form.tokenizer
+    ids = tokenizer.encode(args.prompt)  # refuses one with characters that the model does not know
+    seen = torch.tensor([ids[-trained.form.config.context :]], device=trained.device)
+    attention = provenance.label(provenance.chosen(trained.model, lambda: trained.model(seen)), trained.device)
+    print(f"by {path}, after step {trained.done} of {trained.steps}, attention by {attention}:", file=sys.stderr, flush=True)
     print(args.prompt, end="", flush=True)
-    for character in sampling.continuing(training, args.prompt, args.count, args.temperature, args.top_k, args.seed):
-        print(character, end="", flush=True)
+    pieces = sampling.continuing(
+        trained.model, tokenizer, args.prompt, args.count, args.temperature, args.top_k, args.top_p, args.seed
+    )
+    for piece in pieces:
+        print(piece, end="", flush=True)
     print()
     return 0

@@ -1,9 +1,11 @@
-"""Train a small reference model: gpt and bert on English text, vit on handwritten digits.
+"""Train GPT, BERT, ViT or MLP-Mixer on your own text or images, or on built-in English and handwritten digits.
 
-Writes a safetensors checkpoint as it goes, and when interrupted; --resume goes on from it bit for bit.
+Writes a safetensors checkpoint as it goes, and when interrupted; --resume goes on from it bit for bit. `tfkern generate` and
+`tfkern classify` use it. docs/training.md has examples.
 """
 
 import contextlib
+import os
 import signal
 import threading
 from pathlib import Path
@@ -11,45 +13,46 @@ from pathlib import Path
 import torch
 
 import tfkern
-from tfkern.commands.arguments import SEED, number, writable
+from tfkern.commands import train_arguments
+from tfkern.commands.arguments import writable
+from tfkern.commands.train_progress import Steps
 from tfkern.ending import INTERRUPTED, InputError
 from tfkern.extras import require
-from tfkern.training import provenance
-from tfkern.training.tasks import TASKS
+from tfkern.training import distributed, provenance
+from tfkern.training.distributed import Ranks
+from tfkern.training.tasks import Task
 from tfkern.training.trainer import Training
 
-
-def add_arguments(parser) -> None:
-    steps = number(int, 1)
-    parser.add_argument("model", choices=list(TASKS))
-    parser.add_argument("--steps", type=steps, help="how many updates in all (default: the model's own number)")
-    parser.add_argument("--out", type=Path, default=Path("tfkern-out"), help="folder of the checkpoint MODEL.safetensors")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--seed", type=SEED, default=0)
-    parser.add_argument("--save-every", type=steps, default=50, metavar="STEPS")
+add_arguments = train_arguments.add_arguments
 
 
 def run(args) -> int:
     """Train to the end, or until interrupted; the checkpoint is there either way."""
     require("safetensors", "demo")
-    path = args.out / f"{args.model}.safetensors"
-    training = begun(args, path)
-    print(f"attention by {provenance.label(provenance.backend(training), training.device)}", flush=True)
+    train_arguments.check(args)
+    with distributed.joined(args.distributed) as (ranks, device), _only_the_first_prints(ranks):
+        return _run(args, ranks, device)
+
+
+def _run(args, ranks: Ranks, device: torch.device) -> int:
+    path = args.out / f"{train_arguments.kind(args)}.safetensors"
+    training = begun(args, path, ranks, device)
+    if attention := provenance.backend(training):
+        print(f"attention by {provenance.label(attention, device)}", flush=True)
     interrupted = threading.Event()
+    with _signals_set(interrupted), Steps(training, quiet=not ranks.first) as steps:
 
-    def report(training: Training) -> bool:
-        done = len(training.losses)
-        if done % args.save_every == 0:
-            training.save(path)
-        if done % 10 == 0 or done == training.steps:
-            print(f"step {done:5} of {training.steps}  loss {training.losses[-1]:.4f}", flush=True)
-        return interrupted.is_set()
+        def report(training: Training) -> bool:
+            steps.show(training)
+            if len(training.losses) % args.save_every == 0:
+                training.save(path)
+            return ranks.any(interrupted.is_set(), device)
 
-    with _signals_set(interrupted):
         training.run(on_step=report)
         training.save(path)
+        stopped = ranks.any(interrupted.is_set(), device)
     print(f"checkpoint after step {len(training.losses)}: {path}")
-    if interrupted.is_set():
+    if stopped:
         print("interrupted; --resume goes on from there")
         return INTERRUPTED
     score = training.score()
@@ -57,25 +60,42 @@ def run(args) -> int:
     return 0
 
 
-def begun(args, path: Path) -> Training:
+def begun(args, path: Path, ranks: Ranks, device: torch.device) -> Training:
     """A training from its start, or from where its checkpoint is."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if not args.resume:
         writable(args.out)
         if path.exists():
             raise InputError(
                 f"{path} exists and is not overwritten: --resume goes on from it; or remove it, or name another --out"
             )
-        return Training.start(TASKS[args.model], tfkern.attention, args.steps, args.seed, device)
-    training = Training.load(path, tfkern.attention, device, args.model)
-    if args.steps not in (None, training.steps):
-        raise InputError(
-            f"{path} is of a training of {training.steps} steps, on which its learning rates depend; "
-            f"--steps {args.steps} does not fit: leave it out, or train anew into another --out"
-        )
+        task, prepare = train_arguments.task(args)
+        training = Training.start(task, tfkern.attention, None, args.seed or 0, device, ranks, prepare)
+        count = sum(p.numel() for p in training.model.parameters())
+        print(f"{task.name} with {count:,} parameters on {_what(task)}", flush=True)
+        return training
+    data = args.classify or args.data
+    training = Training.load(path, tfkern.attention, device, train_arguments.kind(args), ranks, data)
+    train_arguments.refuse_changes(args, path, training.recipe, training.model.config)
     writable(args.out)
-    print(f"going on after step {len(training.losses)} of {training.steps}")
+    print(f"going on after step {len(training.losses)} of {training.steps}", flush=True)
     return training
+
+
+def _what(task: Task) -> str:
+    """The data, in words."""
+    own, where = task.data, task.data.source.path or "built-in data"
+    if not hasattr(own, "classes"):
+        return f"{len(own.train):,} tokens of {own.tokenizer.size:,} kinds, {len(own.held_out):,} more held out: {where}"
+    examples = f"{len(own.train):,} examples of {len(own.classes)} classes, {len(own.held_out):,} more held out: {where}"
+    cut = getattr(task, "cut", 0)
+    return f"{examples}\n{cut:,} of them are longer than --context, {task.config.context} tokens, and cut" if cut else examples
+
+
+@contextlib.contextmanager
+def _only_the_first_prints(ranks: Ranks):
+    """Of several processes one tells what all do."""
+    with open(os.devnull, "w") as nowhere, contextlib.nullcontext() if ranks.first else contextlib.redirect_stdout(nowhere):
+        yield
 
 
 @contextlib.contextmanager

@@ -1,35 +1,48 @@
-"""Real data without downloads: English from the standard library, handwritten digits from scikit-learn."""
+"""What is trained on: texts, images with classes, labelled sentences; and real data without downloads.
+
+The built-in text is English from Python's standard library, the built-in images are handwritten digits from scikit-learn.
+tfkern/training/files.py reads a user's own.
+"""
 
 import functools
+import hashlib
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tfkern.extras import require
+from tfkern.models.tokens import Characters, Tokenizer
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where data came from, and what it was: a training goes on with the same data only."""
+
+    path: str | None  # None is built-in
+    digest: str
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text as character ids: the first 90 % to train on, the rest held out."""
+    """A text as token ids: the first 90 % to train on, the rest held out."""
 
-    characters: str
+    tokenizer: Tokenizer
     train: Tensor
     held_out: Tensor
+    source: Source
 
-    @property
-    def vocabulary(self) -> int:
-        return len(self.characters)
-
-    def encode(self, text: str) -> Tensor:
-        """Ids of a text, (len(text),) int64. ValueError for a character that the corpus does not have."""
-        if unknown := sorted(set(text) - set(self.characters)):
-            raise ValueError(f"the text has characters {unknown} that the corpus has not; it has {self.characters!r}")
-        return torch.tensor([self.characters.index(c) for c in text])
+    @classmethod
+    def of(cls, text: str, tokenizer: Tokenizer, path: str | None = None) -> "Corpus":
+        ids = torch.tensor(tokenizer.encode(text), dtype=torch.int64)
+        cut = len(ids) * 9 // 10
+        return cls(tokenizer, ids[:cut], ids[cut:], Source(path, digest([text.encode()])))
 
     def decode(self, ids) -> str:
-        return "".join(self.characters[int(i)] for i in ids)
+        return self.tokenizer.decode(ids)
 
     def windows(self, part: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:
         """(count, length) ids, each row a stretch from a random place of a part."""
@@ -37,18 +50,51 @@ class Corpus:
         return part[starts[:, None] + torch.arange(length)]
 
 
-@functools.cache
-def corpus() -> Corpus:
+@dataclass(frozen=True)
+class Pictures:
+    """Images with classes. `read` turns indices (n,) into images (n, channels, size, size) in [-1, 1]."""
+
+    classes: tuple[str, ...]
+    labels: Tensor
+    read: Callable[[Tensor], Tensor]
+    train: Tensor  # indices
+    held_out: Tensor
+    source: Source
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """Sentences with classes, as token ids of any lengths."""
+
+    tokenizer: Tokenizer
+    classes: tuple[str, ...]
+    labels: Tensor
+    ids: list[list[int]]
+    train: Tensor  # indices
+    held_out: Tensor
+    source: Source
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    """SHA-256 of parts, one behind the other."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()
+
+
+def text() -> str:
     """`pydoc_data.topics`: the Python language reference as plain English, without its tables and indentation."""
     from pydoc_data.topics import topics
 
     lines = (line for name in sorted(topics) for line in topics[name].splitlines() if not line.lstrip().startswith(("+", "|")))
-    text = re.sub(r"\n{3,}", "\n\n", "\n".join(" ".join(line.split()) for line in lines))
-    characters = "".join(sorted(set(text)))
-    index = {c: i for i, c in enumerate(characters)}
-    ids = torch.tensor([index[c] for c in text])
-    cut = len(ids) * 9 // 10
-    return Corpus(characters, ids[:cut], ids[cut:])
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(" ".join(line.split()) for line in lines))
+
+
+@functools.cache
+def corpus(specials: tuple[str, ...] = ()) -> Corpus:
+    """The built-in text, character by character."""
+    return Corpus.of(text(), Characters.of(text(), specials))
 
 
 @functools.cache
@@ -60,3 +106,22 @@ def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     cut = len(order) * 4 // 5
     return (images[order[:cut]], labels[order[:cut]]), (images[order[cut:]], labels[order[cut:]])
+
+
+@functools.cache
+def digit_pictures(size: int = 8, channels: int = 1) -> Pictures:
+    """The digits, scaled to a model's images."""
+    (images, labels), (held_images, held_labels) = digits()
+    images, count = torch.cat([images, held_images]), len(images)
+    named = digest(x.contiguous().numpy().tobytes() for x in (images, labels, held_labels))
+
+    def read(indices: Tensor) -> Tensor:
+        chosen = images[indices]
+        if size != chosen.shape[-1]:
+            chosen = F.interpolate(chosen, (size, size), mode="bilinear", antialias=True)
+        return chosen.expand(-1, channels, -1, -1)
+
+    indices = torch.arange(len(images))
+    return Pictures(
+        tuple("0123456789"), torch.cat([labels, held_labels]), read, indices[:count], indices[count:], Source(None, named)
+    )

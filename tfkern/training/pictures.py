@@ -7,11 +7,12 @@ from torch import Tensor
 
 from tfkern import reference
 from tfkern.training import data, provenance
+from tfkern.training.classifying import ReadImages
 from tfkern.training.report import Comparison, Run
-from tfkern.training.tasks import FillIn, LearnText, ReadDigits
+from tfkern.training.tasks import FillIn, LearnText
 
 TITLES = {"gpt": "GPT", "bert": "BERT", "vit": "ViT", "tiny gpt": "Tiny GPT"}
-PREDICTED = {LearnText: "character", FillIn: "masked character", ReadDigits: "image"}
+PREDICTED = {LearnText: "character", FillIn: "masked character", ReadImages: "image"}
 LINES = (  # of the runs of a comparison; naive is wide, so that others show upon it
     dict(color="tab:orange", linewidth=4, alpha=0.55),
     dict(color="tab:blue", linewidth=1.6),

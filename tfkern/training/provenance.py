@@ -2,7 +2,7 @@
 
 import contextlib
 import importlib.metadata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -46,13 +46,21 @@ def calls_of(model: nn.Module) -> Iterator[list[Call]]:
 
 
 def backend(training: Training, asked: str | None = None) -> str:
-    """The backend that computes the attention of a training's steps, as tfkern.explain tells for the calls in one of them.
-    asked: the backend that the model's attention asks for by name."""
-    batch = tuple(x.to(training.device) for x in training.task.batch(torch.Generator()))
-    with torch.no_grad(), calls_of(training.model) as calls:
-        training.task.loss(training.model, batch)
-    chosen = [tfkern.explain(c.query, c.key, c.key, **c.options, backend=asked).split()[0] for c in calls]
-    return " and ".join(dict.fromkeys(chosen))
+    """The backend that computes the attention of a training's steps, by a batch of one row, "" where there is none. Changes no
+    generator. asked: the backend that the model's attention asks for by name."""
+    task, on = training.task, training.device
+    batch = tuple(x.to(on) for x in task.load(task.batch(torch.Generator(), 1)))
+    with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"), training.autocast():
+        return chosen(training.model, lambda: task.loss(training.model, batch), asked)
+
+
+@torch.no_grad()
+def chosen(model: nn.Module, run: Callable[[], object], asked: str | None = None) -> str:
+    """The backend of a model's attention while something runs it, as tfkern.explain tells for each call."""
+    with calls_of(model) as calls:
+        run()
+    found = [tfkern.explain(c.query, c.key, c.key, **c.options, backend=asked).split()[0] for c in calls]
+    return " and ".join(dict.fromkeys(found))
 
 
 def label(name: str, device: torch.device) -> str:

@@ -4,31 +4,39 @@ from collections.abc import Iterator
 
 import torch
 
-from tfkern.training import data
+from tfkern.models import generation
+from tfkern.models.gpt import GPT
+from tfkern.models.tokens import Tokenizer
 from tfkern.training.trainer import Training
 
 
 def continuing(
-    training: Training, prompt: str, count: int, temperature: float = 0.8, top_k: int | None = None, seed: int = 0
-) -> Iterator[str]:
-    """`count` characters by a trained GPT after the prompt, one by one as they come."""
-    generator = torch.Generator(training.device).manual_seed(seed)
-    model, ids = training.model.eval(), data.corpus().encode(prompt).to(training.device)[None]
-    for _ in range(count):
-        ids = model.generate(ids[:, -model.config.context :], 1, temperature, top_k, generator=generator)
-        yield data.corpus().decode(ids[0, -1:])
+    model: GPT, tokenizer: Tokenizer, prompt: str, count: int, temperature: float = 0.8, top_k: int | None = None,
+    top_p: float | None = None, seed: int = 0,
+) -> Iterator[str]:  # fmt: skip
+    """What `count` tokens by a trained GPT after the prompt read as, piece by piece as they come."""
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    ids, told, written = torch.tensor([tokenizer.encode(prompt)], device=device), "", []
+    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    for token in generation.stream(model.eval(), ids, count, **options):
+        written.append(int(token))
+        text = tokenizer.decode(written)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character is not yet whole
+            yield text[len(told) :]
+            told = text
 
 
 def continued(training: Training, prompt: str, count: int, **options) -> str:
     """The prompt and what `continuing` gives, with its options."""
-    return prompt + "".join(continuing(training, prompt, count, **options))
+    return prompt + "".join(continuing(training.model, training.task.data.tokenizer, prompt, count, **options))
 
 
 def filled(training: Training) -> str:
-    """A held-out stretch with holes, and how a trained BERT fills them."""
-    task, corpus = training.task, data.corpus()
-    ids = corpus.held_out[200 : 200 + task.context][None]
-    holes = torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) < task.share
+    """A held-out stretch of characters with holes, and how a trained BERT fills them."""
+    task, corpus = training.task, training.task.data
+    ids = corpus.held_out[200 : 200 + task.config.context][None]
+    holes = torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) < task.recipe.mask_share
     with torch.no_grad():
         seen = torch.where(holes, task.mask_id, ids).to(training.device)
         guess = training.model.eval()(seen).argmax(-1).cpu()

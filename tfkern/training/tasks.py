@@ -1,8 +1,10 @@
-"""What each model learns: its sizes, its batches, its loss, and the figure by which it is judged on held-out data."""
+"""What a model learns: its batches, its loss, and the figure by which it is judged on held-out data.
+
+Here are those of texts; tfkern/training/classifying.py has those with classes.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +12,9 @@ from torch.nn import functional as F
 
 from tfkern.models.bert import BERTConfig, MaskedLM
 from tfkern.models.gpt import GPT, GPTConfig
-from tfkern.models.vit import ViT, ViTConfig
-from tfkern.training import data
+from tfkern.models.tokens import Characters
+from tfkern.training import data, kinds
+from tfkern.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -26,133 +29,158 @@ class Score:
         return f"{self.value:.1%}" if self.unit == "%" else f"{self.value:.3f}{self.unit}"
 
 
-class Task(Protocol):
+class Task:
     """One model and what it is trained for. Everything random comes from the generator given."""
 
     name: str
-    steps: int
-    learning_rate: float
+    kind: str  # of its model, by the names in tfkern/training/kinds.py
+    recipe: Recipe
 
-    def build(self, attention: Callable[..., Tensor]) -> nn.Module: ...
+    @property
+    def steps(self) -> int:
+        return self.recipe.steps
 
-    def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]: ...
+    def build(self, attention: Callable[..., Tensor]) -> nn.Module:
+        """A fresh model; its weights follow from PyTorch's default generator."""
+        raise NotImplementedError
 
-    def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor: ...
+    def batch(self, generator: torch.Generator, rows: int | None = None) -> tuple[Tensor, ...]:
+        """Tensors whose first dim is `rows`, the recipe's by default. Every process draws the whole batch and trains on a part
+        of its rows."""
+        raise NotImplementedError
 
-    def score(self, model: nn.Module, device: torch.device) -> Score: ...
+    def load(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What the loss reads, of some rows of a batch that may only name it."""
+        return batch
+
+    def weight(self, batch: tuple[Tensor, ...]) -> int:
+        """Of how many things the loss is the mean."""
+        return len(batch[0])
+
+    def tokens(self, batch: tuple[Tensor, ...]) -> int:
+        """How many tokens the model reads."""
+        return batch[0].numel()
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        """The mean loss of what `load` gave."""
+        raise NotImplementedError
+
+    def score(self, model: nn.Module, device: torch.device) -> Score:
+        """How good it is on held-out data."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class LearnText:
-    """GPT learns to continue English, character by character."""
+class LearnText(Task):
+    """GPT learns to continue a text."""
 
+    config: GPTConfig
+    recipe: Recipe
+    corpus: data.Corpus | None = None  # None is the built-in text
     name: str = "gpt"
-    steps: int = 500
-    learning_rate: float = 5e-3
-    rows: int = 12
-    context: int = 64
-    layers: int = 2
-    width: int = 128
+    kind = "gpt"
+
+    @property
+    def data(self) -> data.Corpus:
+        return self.corpus or data.corpus()
+
+    @property
+    def model_config(self) -> GPTConfig:
+        return replace(self.config, vocab_size=self.data.tokenizer.size)
 
     def build(self, attention) -> GPT:
-        size = GPTConfig(data.corpus().vocabulary, self.context, self.layers, 4, self.width)
-        return GPT(size, attention)
+        return kinds.build(self.kind, self.model_config, attention)
 
-    def batch(self, generator):
-        corpus = data.corpus()
-        return (corpus.windows(corpus.train, self.rows, self.context + 1, generator),)
+    def batch(self, generator, rows=None):
+        return (self.data.windows(self.data.train, rows or self.recipe.rows, self.config.context + 1, generator),)
+
+    def tokens(self, batch):
+        return batch[0].shape[0] * self.config.context
 
     def loss(self, model, batch):
         (ids,) = batch
-        return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        return F.cross_entropy(model(ids[:, :-1]).float().flatten(0, 1), ids[:, 1:].flatten())
 
     def score(self, model, device):
-        """Mean loss in nats per character over the first held-out stretches."""
-        held_out = data.corpus().held_out
-        rows = 32
-        ids = held_out[: rows * self.context + 1].to(device)
-        logits = model(ids[:-1].view(rows, self.context))
-        return Score("held-out loss", F.cross_entropy(logits.flatten(0, 1), ids[1:]).item(), " nats/char")
+        """Mean loss in nats per token over the first held-out stretches."""
+        held_out, context = self.data.held_out, self.config.context
+        rows = min(32, (len(held_out) - 1) // context)
+        ids = held_out[: rows * context + 1].to(device)
+        logits = model(ids[:-1].view(rows, context)).float()
+        unit = "char" if isinstance(self.data.tokenizer, Characters) else "token"
+        return Score("held-out loss", F.cross_entropy(logits.flatten(0, 1), ids[1:]).item(), f" nats/{unit}")
 
 
 @dataclass(frozen=True)
-class FillIn:
-    """BERT fills in masked characters. Of a share of all, 80 % become the mask and 10 % another character.
+class FillIn(Task):
+    """BERT fills in masked tokens. Of a share of all, 80 % become the mask and 10 % another token.
 
-    It takes a thousand steps to find that neighbours tell: until then it guesses by frequency. The share is 30 %, twice the
-    paper's: so small a model learns faster from more (Wettig et al., "Should You Mask 15% in Masked Language Modeling?", 2023).
+    A small one takes a thousand steps to find that neighbours tell: until then it guesses by frequency.
     """
 
+    config: BERTConfig
+    recipe: Recipe
+    corpus: data.Corpus | None = None  # None is the built-in text
     name: str = "bert"
-    steps: int = 1200
-    learning_rate: float = 2e-3
-    rows: int = 32
-    context: int = 32
-    layers: int = 2
-    width: int = 64
-    share: float = 0.3
+    kind = "bert"
+
+    @property
+    def data(self) -> data.Corpus:
+        return self.corpus or data.corpus(("mask",))
+
+    @property
+    def model_config(self) -> BERTConfig:
+        return replace(self.config, vocab_size=self.data.tokenizer.size)
 
     @property
     def mask_id(self) -> int:
-        return data.corpus().vocabulary
+        return self.data.tokenizer.special("mask")
+
+    @property
+    def framed(self) -> tuple[list[int], list[int]]:
+        """The tokens that begin and end a row, such as [CLS] and [SEP], where the tokenizer has them."""
+        found = (self.data.tokenizer.special(name) for name in ("cls", "sep"))
+        before, after = ([] if token is None else [token] for token in found)
+        return before, after
 
     def build(self, attention) -> MaskedLM:
-        size = BERTConfig(data.corpus().vocabulary + 1, self.context, 1, self.layers, 4, self.width)
-        return MaskedLM(size, attention)
+        return kinds.build(self.kind, self.model_config, attention)
 
-    def batch(self, generator):
-        corpus = data.corpus()
-        return self.mask(corpus.windows(corpus.train, self.rows, self.context, generator), generator)
+    def batch(self, generator, rows=None):
+        return self.mask(self.rows(self.data.train, rows or self.recipe.rows, generator), generator)
+
+    def rows(self, part: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """(count, context) ids: stretches of a part, in their frames."""
+        before, after = self.framed
+        windows = self.data.windows(part, count, self.config.context - len(before) - len(after), generator)
+        frames = (torch.tensor(tokens, dtype=torch.int64).expand(count, -1) for tokens in (before, after))
+        return torch.cat([next(frames), windows, next(frames)], 1)
 
     def mask(self, ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """(ids with holes, the true ids, where to predict)."""
-        chosen = torch.rand(ids.shape, generator=generator) < self.share
+        tokenizer, (before, after) = self.data.tokenizer, self.framed
+        kinds_of_tokens = len(tokenizer.characters) if isinstance(tokenizer, Characters) else tokenizer.size
+        chosen = torch.rand(ids.shape, generator=generator) < self.recipe.mask_share
+        chosen[:, : len(before)] = False
+        chosen[:, ids.shape[1] - len(after) :] = False
         fate = torch.rand(ids.shape, generator=generator)
-        others = torch.randint(self.mask_id, ids.shape, generator=generator)
+        others = torch.randint(kinds_of_tokens, ids.shape, generator=generator)
         seen = torch.where(chosen & (fate < 0.8), self.mask_id, torch.where(chosen & (fate >= 0.9), others, ids))
         return seen, ids, chosen
 
+    def weight(self, batch):
+        return int(batch[2].sum())
+
     def loss(self, model, batch):
         seen, ids, chosen = batch
-        return F.cross_entropy(model(seen)[chosen], ids[chosen])
+        told = F.cross_entropy(model(seen)[chosen].float(), ids[chosen], reduction="sum")
+        return told / chosen.sum().clamp_min(1)
 
     def score(self, model, device):
-        """Share of masked held-out characters told right."""
+        """Share of masked held-out tokens told right."""
         generator = torch.Generator().manual_seed(1)
-        corpus = data.corpus()
-        windows = corpus.windows(corpus.held_out, 32, self.context, generator)
-        seen, ids, chosen = (x.to(device) for x in self.mask(windows, generator))
+        rows = self.rows(self.data.held_out, 32, generator)
+        seen, ids, chosen = (x.to(device) for x in self.mask(rows, generator))
         right = model(seen)[chosen].argmax(-1) == ids[chosen]
-        return Score("masked characters right", right.float().mean().item(), "%")
-
-
-@dataclass(frozen=True)
-class ReadDigits:
-    """ViT reads handwritten digits of 8 x 8 pixels in patches of 2 x 2."""
-
-    name: str = "vit"
-    steps: int = 300
-    learning_rate: float = 4e-3
-    rows: int = 64
-    layers: int = 2
-    width: int = 48
-
-    def build(self, attention) -> ViT:
-        return ViT(ViTConfig(8, 2, 1, 10, self.layers, 4, self.width), attention)
-
-    def batch(self, generator):
-        images, labels = data.digits()[0]
-        chosen = torch.randint(len(labels), (self.rows,), generator=generator)
-        return images[chosen], labels[chosen]
-
-    def loss(self, model, batch):
-        images, labels = batch
-        return F.cross_entropy(model(images), labels)
-
-    def score(self, model, device):
-        """Share of held-out digits read right."""
-        images, labels = (x.to(device) for x in data.digits()[1])
-        return Score("held-out digits right", (model(images).argmax(-1) == labels).float().mean().item(), "%")
-
-
-TASKS: dict[str, Task] = {task.name: task for task in (LearnText(), FillIn(), ReadDigits())}
+        unit = "characters" if isinstance(self.data.tokenizer, Characters) else "tokens"
+        return Score(f"masked {unit} right", right.float().mean().item(), "%")

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tfkern.models.attention_only import AttentionOnly, AttentionOnlyConfig
-from tfkern.training.tasks import Score
+from tfkern.training.recipe import Recipe
+from tfkern.training.tasks import Score, Task
 
 
 @dataclass(frozen=True)
-class LearnRepeats:
+class LearnRepeats(Task):
     """An attention-only transformer reads `context` tokens and predicts each next one; periods go from shortest to longest."""
 
     name: str = "repeats"
@@ -37,6 +38,10 @@ class LearnRepeats:
                 f"shortest and longest must go up from 1 and stay below context, {self.context}, "
                 f"but they are {self.shortest} and {self.longest}"
             )
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(self.steps, self.rows, self.learning_rate)
 
     def build(self, attention: Callable[..., Tensor]) -> AttentionOnly:
         size = AttentionOnlyConfig(self.vocab_size, self.context, self.layers, self.heads, self.width)
