@@ -38,7 +38,7 @@ LAYERS = [
     ["tfkern.layout"],
     ["tfkern.checks"],
     ["tfkern.interpreter", "tfkern.configs", "tfkern.extras", "tfkern.dynamo", "tfkern.tracing"],
-    ["tfkern.tiles", "tfkern.compat", "tfkern.ending", "tfkern.progress"],
+    ["tfkern.tiles", "tfkern.compat", "tfkern.ending", "tfkern.progress", "tfkern.whole"],
     ["tfkern.kernels"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -1,11 +1,9 @@
 """Files of weights: safetensors, PyTorch's pickles without running code from them, whole or in shards, and GGUF.
 
-Whatever a file holds, reading it either gives tensors or raises a WeightsError of one line. Files are written under another
-name first and then renamed, so that one that is there is whole.
+Whatever a file holds, reading it gives tensors or raises a WeightsError of one line. A file is written whole or not at all.
 """
 
 import json
-import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from tfkern.extras import require
 from tfkern.models import gguf_file
+from tfkern.whole import write_whole
 
 NAMES = (
     "model.safetensors",
@@ -88,12 +87,12 @@ def write_safetensors(path: Path, state: dict[str, Tensor]) -> None:
         except SafetensorError as error:  # the package's own kind, for a full disk too
             raise OSError(f"{path} can't be written ({error})") from None
 
-    _whole(path, write)
+    _into_folder(path, write)
 
 
 def write_json(path: Path, told: dict) -> None:
     """A JSON object. OSError where the disk refuses."""
-    _whole(path, lambda partial: partial.write_text(json.dumps(told, indent=2) + "\n", "utf-8"))
+    _into_folder(path, lambda partial: partial.write_text(json.dumps(told, indent=2) + "\n", "utf-8"))
 
 
 def write_nanogpt(path: Path, state: dict[str, Tensor], sizes: dict) -> None:
@@ -103,7 +102,7 @@ def write_nanogpt(path: Path, state: dict[str, Tensor], sizes: dict) -> None:
         with partial.open("wb") as file:  # given a name, torch.save turns errors of the disk into a RuntimeError
             torch.save({"model": state, "model_args": sizes}, file)
 
-    _whole(path, write)
+    _into_folder(path, write)
 
 
 def line(error: Exception) -> str:
@@ -111,18 +110,10 @@ def line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
-def _whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that it is there whole, or as it was before. Its folder is made if it isn't there."""
+def _into_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all. Its folder is made if it isn't there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.touch()
-        mode = partial.stat().st_mode  # what the umask leaves; safetensors would take rights away
-        write(partial)
-        partial.chmod(mode)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, write)
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:

@@ -3,13 +3,13 @@
 import errno
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tfkern.ending import InputError
+from tfkern.whole import write_whole
 
 PREFIX = "tfkern-training-"
 FORMAT = PREFIX + "3"
@@ -30,26 +30,10 @@ def write(path: Path, about: dict[str, str], tensors: dict[str, Tensor]) -> None
 
     about = {"format": FORMAT, **about}
     about["sha256"] = checksum(about, tensors)
-    partial = path.with_name(path.name + ".partial")
     try:
-        save_file(tensors, partial, about)
-        _sync(partial)
-        os.replace(partial, path)
-        _sync(path.parent)
+        write_whole(path, lambda partial: save_file(tensors, partial, about))
     except (OSError, SafetensorError) as error:  # safetensors raises its own for a full disk
-        partial.unlink(missing_ok=True)
         raise OSError(errno.EIO, f"the checkpoint can't be written ({error})", str(path)) from None
-
-
-def _sync(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk before what comes next."""
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def is_one(path: Path) -> bool:
