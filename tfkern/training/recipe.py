@@ -17,7 +17,7 @@ class Recipe:
     rows: int  # examples of one update, all processes and accumulated parts together
     learning_rate: float  # at its peak
     warmup: int | None = None  # steps of linear rise; None is a tenth of all
-    weight_decay: float = 0.01  # of weight matrices alone: no biases, norms, positions
+    weight_decay: float = 0.01  # of weights and embeddings, not of biases and norms
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0  # the largest norm of all gradients together
     accumulate: int = 1  # parts of a batch that run one after the other

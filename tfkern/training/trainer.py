@@ -176,11 +176,9 @@ class Training:
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW, whose weight decay is of weight matrices alone: no biases, norms, positions, class token."""
-    parameters = list(model.named_parameters())
-    matrices = [p for name, p in parameters if p.dim() > 1 and name.endswith("weight")]
-    others = [p for name, p in parameters if not (p.dim() > 1 and name.endswith("weight"))]
-    groups = [dict(params=matrices, weight_decay=recipe.weight_decay), dict(params=others, weight_decay=0.0)]
+    """AdamW, whose weight decay is of tensors with two dims or more: of weights and embeddings, not of biases and norms."""
+    decayed, others = ([p for p in model.parameters() if (p.dim() > 1) is many] for many in (True, False))
+    groups = [dict(params=decayed, weight_decay=recipe.weight_decay), dict(params=others, weight_decay=0.0)]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.learning_rate, betas=recipe.betas)
 
 
