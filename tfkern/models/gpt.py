@@ -1,6 +1,7 @@
 """GPT-2. Radford et al., "Language Models are Unsupervised Multitask Learners" (2019).
 
 A decoder of pre-norm blocks with learned positions, tanh-approximated GELU, and an output head tied to the token embedding.
+The causal self-attention is in tfkern/nn/self_attention.py, one for all models.
 """
 
 import functools

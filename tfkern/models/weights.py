@@ -53,7 +53,7 @@ class Layout:
     old_endings: dict[str, str] = field(default_factory=dict)
     transposed: tuple[str, ...] = ()
     may_lack_biases: bool = False
-    skipped: str = "(?!)"
+    skipped: str = "(?!)"  # matches nothing
     tied: dict[str, str] = field(default_factory=dict)
 
     def theirs(self, ours: str) -> tuple[list[str], bool]:
