@@ -227,3 +227,21 @@ def test_a_cache_refuses_what_does_not_fit():
         layer(x, cache=KeyValueCache(3))
     with pytest.raises(ValueError, match="key_lengths can't be combined with a cache"):
         layer(x, torch.tensor([1, 2]), cache=KeyValueCache(3))
+    with pytest.raises(ValueError, match="a cache needs is_causal=True"):
+        SelfAttention(16, 2)(x, cache=KeyValueCache(3))
+    k, v = kv(1, 1, 1, 8)
+    with pytest.raises(ValueError, match="keeps no gradients, but v needs one"):
+        KeyValueCache(3).extended(k, v.requires_grad_())
+
+
+@torch.no_grad()
+def test_each_layer_has_a_cache_of_its_own():
+    """All of one length. One for all layers would mix their keys up."""
+    model, ids = gpt(), prompts(4)
+    one, longer = KeyValueCache(CONTEXT), KeyValueCache(CONTEXT)
+    longer.extended(*torch.ones(2, 3, 2, 1, 16))
+    for wrong in ([one, one], [one], [one, KeyValueCache(CONTEXT), KeyValueCache(CONTEXT)], [one, longer], []):
+        with pytest.raises(
+            ValueError, match="cache must have a KeyValueCache of its own for each of 2 blocks, all of one length"
+        ):
+            model(ids, wrong)

@@ -185,6 +185,36 @@ def test_the_shape_of_c_attn_tells_the_layout(tmp_path):
                 from_pretrained(tmp_path / "model.bin", GPT, config=model.config, source=other)
 
 
+@pytest.mark.parametrize("before", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+def test_names_of_wrapped_models(before, tmp_path):
+    """As torch.compile and DistributedDataParallel leave them; a block may be compiled alone."""
+    model = saved(tmp_path)
+    state = files.read(tmp_path / "model.safetensors")[0]
+    for inner in ("h.1.", "h.1._orig_mod."):
+        torch.save({before + name.replace("h.1.", inner): x for name, x in state.items()}, tmp_path / "a.bin")
+        assert same(from_pretrained(tmp_path / "a.bin"), model)
+    torch.save({**state, before + "transformer.wte.weight": torch.ones(11, 24)}, tmp_path / "a.bin")
+    with pytest.raises(WeightsError, match="must hold each weight once"):
+        from_pretrained(tmp_path / "a.bin")
+
+
+def test_nanogpt_beside_other_weights(tmp_path):
+    """A folder whose model.safetensors would be read in place of what is written."""
+    model = saved(tmp_path, replace(TINY, gelu="none"))
+    with pytest.raises(WeightsError, match=r"has model.safetensors, which would be read in place of ckpt.pt; choose another"):
+        save_pretrained(model, tmp_path, "nanoGPT")
+    assert not (tmp_path / "ckpt.pt").exists()
+
+
+def test_a_hidden_width_told_in_full(tmp_path):
+    """4 * width is what a config without one has, in every layout."""
+    model = gpt(replace(TINY, gelu="none", hidden=96))
+    for source in ("transformers", "nanoGPT"):
+        save_pretrained(model, tmp_path / source, source)
+        assert from_pretrained(tmp_path / source).config == replace(TINY, gelu="none")
+    assert files.read_json(tmp_path / "transformers" / "config.json")["n_inner"] == 96
+
+
 def test_nanogpt_has_no_other_gelu(tmp_path):
     with pytest.raises(WeightsError, match="gelu must be 'none' in the layout of nanoGPT, but is 'tanh'"):
         save_pretrained(gpt(), tmp_path / "new", source="nanoGPT")
@@ -293,6 +323,7 @@ def test_one_weight_by_two_names(tmp_path):
         ("layer_norm_epsilon", float("inf"), "must tell layer_norm_epsilon, a number of 0 or more, for GPT, but it is inf"),
         ("activation_function", "relu", "activation_function must be 'gelu_new' or 'gelu_pytorch_tanh' or 'gelu' for GPT"),
         ("activation_function", ["gelu"], "activation_function must be 'gelu_new' or"),
+        ("is_causal", False, "is_causal must be True for GPT, but is False"),
         ("scale_attn_weights", False, "scale_attn_weights must be True for GPT, but is False"),
         ("architectures", ["T5Model"], r"config.json must name one of .*GPT2LMHeadModel.* but has \['T5Model'\]; give model="),
         ("architectures", "GPT2LMHeadModel", "must name one of"),
@@ -573,6 +604,15 @@ def test_nothing_is_drawn_for_weights_that_are_read(tmp_path):
     before = torch.get_rng_state()
     from_pretrained(tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.filterwarnings("ignore:of the weights")
+@pytest.mark.parametrize("change", [lambda state, told: None, three_faults])
+def test_on_the_cpu_whatever_the_default_device(change, tmp_path):
+    altered(tmp_path, change)
+    with torch.device("meta"):
+        model = from_pretrained(tmp_path, strict=False)
+        assert {p.device.type for p in model.parameters()} == {"cpu"}
 
 
 def test_classes_by_their_table(tmp_path):

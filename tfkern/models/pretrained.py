@@ -3,7 +3,6 @@
 What everything is called there is in the tables of tfkern/models/weights.py.
 """
 
-import contextlib
 import re
 import warnings
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from tfkern.functional import attention as fused_attention
 from tfkern.models.files import (
+    NAMES,
     WeightsError,
     line,
     read,
@@ -90,7 +90,7 @@ def from_pretrained(
         raise WeightsError(
             f"the weights of {file} don't fit {model.__name__} in the layout of {fit.layout.source}:\n{fit.report}"
         )
-    with contextlib.nullcontext() if fit.report else torch.device("meta"):  # where all is read, nothing is drawn
+    with torch.device("cpu" if fit.report else "meta"):  # where all is read, nothing is drawn
         new = model(fit.config, attention)
     new.load_state_dict(fit.weights(state, dtype), strict=False, assign=True)
     if fit.report:
@@ -104,7 +104,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, source: str = "transfo
     For nanoGPT it is ckpt.pt, with the sizes as model_args, for all others model.safetensors and config.json. A file is
     there whole, or as it was before.
 
-    Raises: WeightsError for a model that the source has no layout for; OSError where the disk refuses.
+    Raises: WeightsError for a model that the source has no layout for, or a folder whose other weights from_pretrained would
+        read first; OSError where the disk refuses.
     """
     layout, folder = _layout(type(model), source), Path(folder)
     if layout.source == "gguf":
@@ -112,6 +113,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, source: str = "transfo
     told, state = told_config(model.config, layout), named(model, layout)
     if layout.source == "nanoGPT":
         state |= {copy: state[layout.prefix + name] for copy, name in layout.tied.items()}  # which nanoGPT wants to find
+        if others := [name for name in NAMES if name != "ckpt.pt" and (folder / name).exists()]:
+            raise WeightsError(f"{folder} has {others[0]}, which would be read in place of ckpt.pt; choose another folder")
         write_nanogpt(folder / "ckpt.pt", state, {key: told[key] for key in told if key != "architectures"})
     else:
         write_safetensors(folder / "model.safetensors", state)
@@ -138,7 +141,7 @@ class Row(NamedTuple):
     def value(self, state: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The weight, in memory of its own. It is taken out of the state, so that a large model is not there twice."""
         if not self.theirs:
-            return torch.zeros(self.shape, dtype=dtype)
+            return torch.zeros(self.shape, dtype=dtype, device="cpu")
         parts = [state.pop(name) for name in self.theirs]
         return torch.cat([part.t() if self.transposed else part for part in parts]).to(dtype)
 

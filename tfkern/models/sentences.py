@@ -40,18 +40,27 @@ class Sentences:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, attention: Callable[..., Tensor] = fused_attention) -> "Sentences":
-        """Read a folder as sentence-transformers writes it: a BERT, tokenizer.json, and if they are there
-        1_Pooling/config.json and sentence_bert_config.json. WeightsError for what is not computed here."""
+        """Read a folder as sentence-transformers writes it: a BERT, tokenizer.json, and if they are there modules.json, the
+        config of its Pooling, sentence_bert_config.json and more. WeightsError for what is not computed here."""
         folder = Path(folder)
+        pooling = folder / "1_Pooling"
         for module in _told(folder / "modules.json", []):
-            if (kind := module["type"].rpartition(".")[2]) not in MODULES:
+            told = module if isinstance(module, dict) else {}
+            if (kind := str(told.get("type")).rpartition(".")[2]) not in MODULES:
                 raise WeightsError(f"{folder} has a module {kind}, but only {', '.join(sorted(MODULES))} are known here")
+            if kind == "Pooling":
+                pooling = folder / str(told.get("path", "1_Pooling"))
+        if prompt := _told(folder / "config_sentence_transformers.json", {}).get("default_prompt_name"):
+            raise WeightsError(f"{folder} puts its prompt {prompt!r} before each sentence, which is not done here")
         told = _told(folder / "sentence_bert_config.json", {})
         if told.get("do_lower_case"):
             raise WeightsError(f"{folder}/sentence_bert_config.json has do_lower_case, which only a tokenizer does here")
         model = from_pretrained(folder, BERT, attention=attention)
-        length = min(told.get("max_seq_length") or model.config.context, model.config.context)
-        return cls(model, Subwords.read(folder), length, _pooling(folder / "1_Pooling" / "config.json"))
+        length = told.get("max_seq_length") or _told(folder / "tokenizer_config.json", {}).get("model_max_length")
+        if length is not None and type(length) is not int:
+            raise WeightsError(f"{folder} must tell the most tokens of a sentence as a whole number, but tells {length!r:.80}")
+        length = min(length or model.config.context, model.config.context)
+        return cls(model, Subwords.read(folder), length, _pooling(pooling / "config.json"))
 
     def ids(self, sentence: str) -> list[int]:
         """All tokens of a sentence, special ones too, however many are read. ValueError if there are only special ones."""
