@@ -33,7 +33,7 @@ def prompts(n: int) -> torch.Tensor:
     return torch.randint(VOCAB, (3, n), generator=torch.Generator().manual_seed(n))
 
 
-@pytest.mark.parametrize("n", [1, 5, CONTEXT, CONTEXT + 9])
+@pytest.mark.parametrize("n", [1, pytest.param(5, marks=pytest.mark.slow), CONTEXT, CONTEXT + 9])
 @pytest.mark.parametrize("sampling", SAMPLING)
 def test_same_tokens_with_and_without_cache(sampling, n, device):
     """Far past the context: its window moves more than five times."""
@@ -55,7 +55,7 @@ def learned() -> tuple[GPT, torch.Tensor]:
     model = GPT(GPTConfig(vocab_size=20, context=CONTEXT, layers=2, heads=2, width=32))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     endless = text.repeat(2)
-    for _ in range(150):
+    for _ in range(100):
         batch = torch.stack([endless[i : i + CONTEXT + 1] for i in torch.randint(60, (32,))])
         loss = nn.functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
         optimizer.zero_grad()

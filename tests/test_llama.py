@@ -82,7 +82,7 @@ def test_bad_sizes():
 # ---- text ----
 
 
-@pytest.mark.parametrize("n", [3, 24, 30])
+@pytest.mark.parametrize("n", [pytest.param(3, marks=pytest.mark.slow), pytest.param(24, marks=pytest.mark.slow), 30])
 def test_same_tokens_with_and_without_cache(n, device):
     """Far past the context."""
     model, ids = small().to(device), torch.randint(19, (3, n), generator=torch.Generator().manual_seed(n)).to(device)
@@ -326,7 +326,8 @@ def test_gguf_of_something_else(tmp_path):
 
 @GGUF
 @pytest.mark.filterwarnings("ignore")
-def test_damaged_gguf(tmp_path):
+@pytest.mark.parametrize("files_changed", [60, pytest.param(300, marks=pytest.mark.slow)])
+def test_damaged_gguf(files_changed, tmp_path):
     written(tmp_path / "a.gguf", small())
     content = (tmp_path / "a.gguf").read_bytes()
     for length in [*range(0, 64, 3), *range(64, len(content) - 1, len(content) // 30), len(content) - 40]:
@@ -335,7 +336,7 @@ def test_damaged_gguf(tmp_path):
             from_pretrained(tmp_path / "a.gguf")
         assert "\n" not in str(error.value)
     chance, told = random.Random(0), []
-    for _ in range(300):  # most of them in the header, where lengths and counts are
+    for _ in range(files_changed):  # most of them in the header, where lengths and counts are
         changed = bytearray(content)
         for _ in range(chance.choice([1, 3])):
             changed[chance.randrange(min(chance.choice([64, 2500]), len(content)))] = chance.choice(
@@ -346,7 +347,7 @@ def test_damaged_gguf(tmp_path):
             from_pretrained(tmp_path / "a.gguf")
         except WeightsError as error:
             told.append(str(error))
-    assert len(told) > 100
+    assert len(told) > files_changed // 3
     assert all("\n" not in text or "don't fit" in text for text in told)
 
 
