@@ -172,8 +172,7 @@ def translated(
 
 def _best_fit(model, state, told, config, source, changes) -> Fit:
     """By that of a model's layouts which leaves least over."""
-    if model not in LAYOUTS:
-        raise WeightsError(f"model must be one of {', '.join(m.__name__ for m in LAYOUTS)}, but is {model!r}")
+    _check(model)
     named = [layout for layout in LAYOUTS[model] if layout.architecture in _architectures(told)]
     fits, problems = [], []
     for layout in [_layout(model, source)] if source else named or LAYOUTS[model]:
@@ -238,10 +237,18 @@ def _model_named(told: dict, beside: Path) -> type[nn.Module]:
     )
 
 
+def _check(model: type[nn.Module]) -> None:
+    if model not in LAYOUTS:
+        raise WeightsError(
+            f"model must be one of {', '.join(m.__name__ for m in LAYOUTS)}, but is {model!r}; unwrap it, if it is wrapped"
+        )
+
+
 def _layout(model: type[nn.Module], source: str) -> Layout:
-    layouts = {layout.source: layout for layout in LAYOUTS.get(model, ())}
+    _check(model)
+    layouts = {layout.source: layout for layout in LAYOUTS[model]}
     if source not in layouts:
-        raise WeightsError(f"source must be one of {', '.join(layouts) or 'none'} for {model.__name__}, but is {source!r}")
+        raise WeightsError(f"source must be one of {', '.join(layouts)} for {model.__name__}, but is {source!r}")
     return layouts[source]
 
 
