@@ -132,7 +132,7 @@ def test_what_a_tokenizer_tells(folder, tmp_path):
     write(tmp_path, "tokenizer.json", told | {"normalizer": bert})
     assert Sentences.from_pretrained(tmp_path)
     write(tmp_path, "tokenizer.json", told | {"normalizer": bert | dict(lowercase=True)})
-    with pytest.raises(WeightsError, match=r"has do_lower_case False, but tokenizer.json lowercase True; make them agree"):
+    with pytest.raises(WeightsError, match=r"has do_lower_case False, tokenizer.json lowercase True; make them agree"):
         Sentences.from_pretrained(tmp_path)
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tfkern.functional import attention as fused_attention
 from tfkern.models.files import (
@@ -90,8 +91,11 @@ def from_pretrained(
         raise WeightsError(
             f"the weights of {file} don't fit {model.__name__} in the layout of {fit.layout.source}:\n{fit.report}"
         )
-    with torch.device("cpu" if fit.report else "meta"):  # where all is read, nothing is drawn
-        new = model(fit.config, attention)
+    if fit.report:
+        with torch.device("cpu"):
+            new = model(fit.config, attention)
+    else:  # where all is read, nothing is drawn
+        new = _without_memory(model, fit.config, attention)
     new.load_state_dict(fit.weights(state, dtype), strict=False, assign=True)
     if fit.report:
         warnings.warn(f"of the weights of {file}, these are not used, or keep their first values:\n{fit.report}", stacklevel=2)
@@ -216,10 +220,21 @@ def _unfilled(model: type[nn.Module], config, weights: int) -> nn.Module:
     if config.layers > weights:
         raise WeightsError(f"the config tells {config.layers} layers, but there are {weights} weights; one of both is wrong")
     try:
-        with torch.device("meta"):
-            return model(config)
+        return _without_memory(model, config)
     except (ValueError, RuntimeError) as error:  # sizes that don't fit each other, or beyond all memory
         raise WeightsError(f"the config can't be that of a {model.__name__}: {line(error)}") from None
+
+
+class _Undrawn(TorchFunctionMode):
+    """nn.init.normal_ draws nothing. For tensors without memory PyTorch would import its compiler to do so, in seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return None if function is nn.init.normal_ else function(*args, **(kwargs or {}))
+
+
+def _without_memory(model: type[nn.Module], *arguments) -> nn.Module:
+    with torch.device("meta"), _Undrawn():
+        return model(*arguments)
 
 
 def _architectures(told: dict) -> list:

@@ -54,7 +54,7 @@ class Sentences:
         lower, wanted = getattr(tokenizer.tokenizer.normalizer, "lowercase", None), settings.get("do_lower_case")
         if type(lower) is type(wanted) is bool and lower != wanted:  # transformers goes by the settings
             raise WeightsError(
-                f"{folder}/tokenizer_config.json has do_lower_case {wanted}, but tokenizer.json lowercase {lower}; make them agree"
+                f"{folder}/tokenizer_config.json has do_lower_case {wanted}, tokenizer.json lowercase {lower}; make them agree"
             )
         length = told.get("max_seq_length") or settings.get("model_max_length") or model.config.context
         if type(length) is not int:
