@@ -82,6 +82,16 @@ def test_both_ways(ours, size, transformers, tmp_path):
     agree(from_pretrained(tmp_path / "ours"), reference, inputs)
 
 
+@pytest.mark.parametrize("ours", MODELS, ids=lambda cls: cls.__name__)
+def test_ours_first(ours, transformers, tmp_path):
+    """A model of ours with the usual MLP, which our config leaves open and theirs must tell."""
+    config = BERTConfig(vocab_size=40, context=24, layers=1, heads=2, width=16)
+    model = foreign.filled(ours(config))
+    save_pretrained(model, tmp_path)
+    agree(model, foreign.loaded(getattr(transformers, MODELS[ours]), tmp_path), batch(config))
+    assert from_pretrained(tmp_path).config == config
+
+
 def test_old_names(transformers, tmp_path):
     """gamma and beta, ids of positions that are no weights, a head for next sentences, and a copy of the tied decoder."""
     reference = theirs(transformers, MaskedLM)
@@ -140,7 +150,13 @@ def test_pieces_and_changes(transformers, tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("hidden_act", "relu"), ("position_embedding_type", "relative_key"), ("model_type", "roberta"), ("is_decoder", True)],
+    [
+        ("hidden_act", "relu"),
+        ("position_embedding_type", "relative_key"),
+        ("model_type", "roberta"),
+        ("is_decoder", True),
+        ("is_causal", True),
+    ],
 )
 def test_what_this_bert_does_not_compute(key, value, transformers, tmp_path):
     theirs(transformers, BERT).save_pretrained(tmp_path)

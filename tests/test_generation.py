@@ -33,7 +33,7 @@ def prompts(n: int) -> torch.Tensor:
     return torch.randint(VOCAB, (3, n), generator=torch.Generator().manual_seed(n))
 
 
-@pytest.mark.parametrize("n", [1, 5, CONTEXT, CONTEXT + 9])
+@pytest.mark.parametrize("n", [1, pytest.param(5, marks=pytest.mark.slow), CONTEXT, CONTEXT + 9])
 @pytest.mark.parametrize("sampling", SAMPLING)
 def test_same_tokens_with_and_without_cache(sampling, n, device):
     """Far past the context: its window moves more than five times."""
@@ -55,7 +55,7 @@ def learned() -> tuple[GPT, torch.Tensor]:
     model = GPT(GPTConfig(vocab_size=20, context=CONTEXT, layers=2, heads=2, width=32))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     endless = text.repeat(2)
-    for _ in range(150):
+    for _ in range(100):
         batch = torch.stack([endless[i : i + CONTEXT + 1] for i in torch.randint(60, (32,))])
         loss = nn.functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
         optimizer.zero_grad()
@@ -227,3 +227,21 @@ def test_a_cache_refuses_what_does_not_fit():
         layer(x, cache=KeyValueCache(3))
     with pytest.raises(ValueError, match="key_lengths can't be combined with a cache"):
         layer(x, torch.tensor([1, 2]), cache=KeyValueCache(3))
+    with pytest.raises(ValueError, match="a cache needs is_causal=True"):
+        SelfAttention(16, 2)(x, cache=KeyValueCache(3))
+    k, v = kv(1, 1, 1, 8)
+    with pytest.raises(ValueError, match="keeps no gradients, but v needs one"):
+        KeyValueCache(3).extended(k, v.requires_grad_())
+
+
+@torch.no_grad()
+def test_each_layer_has_a_cache_of_its_own():
+    """All of one length. One for all layers would mix their keys up."""
+    model, ids = gpt(), prompts(4)
+    one, longer = KeyValueCache(CONTEXT), KeyValueCache(CONTEXT)
+    longer.extended(*torch.ones(2, 3, 2, 1, 16))
+    for wrong in ([one, one], [one], [one, KeyValueCache(CONTEXT), KeyValueCache(CONTEXT)], [one, longer], []):
+        with pytest.raises(
+            ValueError, match="cache must have a KeyValueCache of its own for each of 2 blocks, all of one length"
+        ):
+            model(ids, wrong)

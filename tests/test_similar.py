@@ -91,9 +91,48 @@ def test_what_a_folder_tells(folder, tmp_path):
     write(tmp_path, "modules.json", [{"type": "sentence_transformers.models.Dense"}])
     with pytest.raises(WeightsError, match="has a module Dense, but only Normalize, Pooling, Transformer are known"):
         Sentences.from_pretrained(tmp_path)
+    for wrong in ([{"path": ""}], ["Pooling"], [{"type": 3}]):
+        write(tmp_path, "modules.json", wrong)
+        with pytest.raises(WeightsError, match=r"has a module .*, but only Normalize"):
+            Sentences.from_pretrained(tmp_path)
+    write(tmp_path, "modules.json", [{"type": "sentence_transformers.models.Pooling", "path": "2_Pooling"}])
+    write(tmp_path, "2_Pooling/config.json", dict(pooling_mode_cls_token=False, pooling_mode_mean_tokens=True))
+    assert Sentences.from_pretrained(tmp_path).pooling == "mean"  # whatever else the folder has
     (tmp_path / "modules.json").unlink()
     write(tmp_path, "sentence_bert_config.json", dict(do_lower_case=True))
     with pytest.raises(WeightsError, match="do_lower_case"):
+        Sentences.from_pretrained(tmp_path)
+
+
+def test_what_a_tokenizer_tells(folder, tmp_path):
+    """Its length, a prompt, and whether letters become small."""
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    write(tmp_path, "sentence_bert_config.json", {})
+    for told, length in [(7, 7), (int(1e30), 24), (None, 24)]:
+        write(tmp_path, "tokenizer_config.json", dict(model_max_length=told))
+        assert Sentences.from_pretrained(tmp_path).length == length
+    write(tmp_path, "sentence_bert_config.json", dict(max_seq_length="9"))
+    with pytest.raises(WeightsError, match="must tell the most tokens of a sentence as a whole number, but tells '9'"):
+        Sentences.from_pretrained(tmp_path)
+    write(tmp_path, "config_sentence_transformers.json", dict(prompts=dict(query="Find: "), default_prompt_name=None))
+    write(tmp_path, "sentence_bert_config.json", {})
+    assert Sentences.from_pretrained(tmp_path)
+    write(tmp_path, "config_sentence_transformers.json", dict(prompts=dict(query="Find: "), default_prompt_name="query"))
+    with pytest.raises(WeightsError, match="puts its prompt 'query' before each sentence, which is not done here"):
+        Sentences.from_pretrained(tmp_path)
+    (tmp_path / "config_sentence_transformers.json").unlink()
+    for lower in (True, False):
+        write(tmp_path, "tokenizer_config.json", dict(do_lower_case=lower))
+        assert Sentences.from_pretrained(tmp_path)  # this tokenizer.json says nothing of it
+    told = json.loads((tmp_path / "tokenizer.json").read_text())
+    write(tmp_path, "tokenizer.json", told | {"normalizer": dict(type="Lowercase")})
+    assert Sentences.from_pretrained(tmp_path)
+    bert = dict(type="BertNormalizer", clean_text=True, handle_chinese_chars=True, strip_accents=None, lowercase=False)
+    write(tmp_path, "tokenizer.json", told | {"normalizer": bert})
+    assert Sentences.from_pretrained(tmp_path)
+    write(tmp_path, "tokenizer.json", told | {"normalizer": bert | dict(lowercase=True)})
+    with pytest.raises(WeightsError, match=r"has do_lower_case False, tokenizer.json lowercase True; make them agree"):
         Sentences.from_pretrained(tmp_path)
 
 

@@ -1,5 +1,6 @@
 """ViT beside transformers and timm: the layouts of both, both ways, images of any size, LayerScale as in DINOv2."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -57,6 +58,37 @@ def test_files_of_transformers_both_ways(transformers, tmp_path):
         for name, tensor in reference.state_dict().items():
             assert torch.equal(tensor, again.state_dict()[name]), name
         assert torch.equal(from_pretrained(tmp_path / source)(IMAGES), model(IMAGES))
+
+
+@hf
+@pytest.mark.parametrize("classes", [3, 0])
+@torch.no_grad()
+def test_ours_first(classes, transformers, tmp_path):
+    """A model with the usual MLP, which our config leaves open and theirs must tell; without a classifier, too."""
+    config = ViTConfig(image=24, patch=4, classes=classes, layers=1, heads=2, width=16)
+    model = foreign.filled(ViT(config))
+    save_pretrained(model, tmp_path / "ours")
+    again = foreign.loaded(transformers.ViTForImageClassification, tmp_path / "ours")
+    wanted = again(IMAGES).logits
+    foreign.same(model(IMAGES), wanted if classes else wanted[:, 0] if wanted.dim() == 3 else wanted)
+    again.save_pretrained(tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        assert from_pretrained(tmp_path / folder).config == config
+
+
+@hf
+def test_what_a_config_leaves_out(transformers, tmp_path):
+    """It means what transformers takes for it."""
+    usual = transformers.ViTConfig()
+    model = ViT(ViTConfig(image=24, patch=4, classes=3, layers=1, heads=2, width=16, eps=usual.layer_norm_eps))
+    save_pretrained(model, tmp_path)
+    told = json.loads((tmp_path / "config.json").read_text())
+    assert (told.pop("layer_norm_eps"), told.pop("num_channels")) == (usual.layer_norm_eps, usual.num_channels)
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    assert from_pretrained(tmp_path).config == model.config
+    (tmp_path / "config.json").write_text(json.dumps(told | {"is_causal": True}))
+    with pytest.raises(WeightsError, match="is_causal must be False for ViT, but is True"):
+        from_pretrained(tmp_path)
 
 
 @hf
@@ -162,6 +194,8 @@ def test_dinov2_both_ways(transformers, tmp_path):
         save_pretrained(ViT(SMALL), tmp_path / "no", "dinov2")
     with pytest.raises(WeightsError, match=r"the layout of transformers has no name for blocks\.0\.scale_1\.weight"):
         save_pretrained(model, tmp_path / "no")
+    with pytest.raises(WeightsError, match="antialias must be False in the layout of transformers, but is True; choose"):
+        save_pretrained(ViT(TIMM), tmp_path / "no")  # other sizes would have other positions there
     assert not (tmp_path / "no").exists()
 
 
@@ -185,6 +219,18 @@ def test_images_that_will_not_do():
     for shape in [(1, 3, 24, 26), (1, 3, 23, 24), (1, 1, 24, 24), (3, 24, 24), (1, 3, 0, 24)]:
         with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), H and W multiples of the patch size, 4, but are"):
             model(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+@torch.no_grad()
+def test_positions_of_other_dtypes(antialias):
+    """Interpolated as in float32 or better, whatever filters the CPU has."""
+    model = ViT(ViTConfig(**{**vars(SMALL), "antialias": antialias}))
+    wanted = model.double().positions_of(9, 5)
+    torch.testing.assert_close(model.float().positions_of(9, 5).double(), wanted, rtol=0, atol=1e-7)
+    half = model.bfloat16().positions_of(9, 5)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.double(), wanted, rtol=1e-2, atol=1e-3)
 
 
 def test_positions_learn_through_interpolation():

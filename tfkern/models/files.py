@@ -149,12 +149,17 @@ def _pickled(path: Path) -> object:
 
 
 def _tensors(path: Path, held: object) -> dict[str, Tensor]:
-    """A state dict, without the prefix that torch.compile adds."""
+    """A state dict, without what torch.compile and DistributedDataParallel put before names."""
     if not isinstance(held, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in held.items()):
         raise WeightsError(f"{path} must hold a state dict, names with tensors, but holds something else")
     if odd := [name for name, x in held.items() if x.layout != torch.strided or x.is_quantized or x.device.type != "cpu"]:
         raise WeightsError(f"{path} must hold dense tensors, but {odd[0]} is none; save it anew as one")
-    return {name.removeprefix("_orig_mod."): tensor for name, tensor in held.items()}
+    plain = {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in held.items()}
+    if len(plain) < len(held):
+        raise WeightsError(
+            f"{path} must hold each weight once, but holds some with and without _orig_mod. or module. before it"
+        )
+    return plain
 
 
 def _shards(index: Path) -> dict[str, Tensor]:

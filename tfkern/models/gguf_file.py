@@ -87,6 +87,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
         if name.endswith(("attn_q.weight", "attn_k.weight")):
             weight = _halves(weight, told.get("llama.attention.head_count" + ("_kv" if "attn_k" in name else "")))
         state[name] = weight
+    keys = ("rope.dimension_count", "attention.head_count", "embedding_length")
+    turned, heads, width = sizes = [told.get(f"llama.{key}") for key in keys]
+    if turned is not None and not (all(type(size) is int for size in sizes) and turned * heads == width):
+        raise ValueError(f"rotary positions turn {turned} dimensions of each head, not all of {width} / {heads}")
     told |= {"architectures": ["llama.cpp"], "tied": "output.weight" not in state}
     return state, told
 
@@ -134,7 +138,7 @@ def _expanded(header: Header, name: str, shape: list[int], kind: int, place: int
             raise ValueError(f"{name} has the shape {shape}, not of whole blocks of {numbers}")
         stored = [*shape[:-1], shape[-1] // numbers * size]
         data = numpy.frombuffer(header.bytes_of(place, math.prod(stored)), numpy.uint8).reshape(stored)
-        return torch.tensor(gguf.quants.dequantize(data, kind))
+        return torch.tensor(gguf.quants.dequantize(data, kind), device="cpu")
     except (NotImplementedError, KeyError) as error:
         raise ValueError(f"{name} can't be expanded ({error})") from None
 

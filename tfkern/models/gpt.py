@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from tfkern.functional import attention as fused_attention
 from tfkern.models import generation
 from tfkern.nn import KeyValueCache, SelfAttention
+from tfkern.nn.cache import positions_before
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class GPT(nn.Module):
 
         Raises: ValueError for more tokens than `context`, those before ids included.
         """
-        start = cache[0].length if cache else 0
+        start = positions_before(cache, len(self.blocks))
         end = start + ids.shape[1]
         if end > self.config.context:
             raise ValueError(f"ids must have at most {self.config.context} positions, the context, but has {end}; cut them")

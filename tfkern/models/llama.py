@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from tfkern.functional import attention as fused_attention
 from tfkern.models import generation
 from tfkern.nn import KeyValueCache
+from tfkern.nn.cache import positions_before
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Llama(nn.Module):
     def forward(self, ids: Tensor, cache: list[KeyValueCache] | None = None, last: bool = False) -> Tensor:
         """Logits of the token after each. Arguments, result and errors as GPT.forward's."""
         c = self.config
-        start = cache[0].length if cache else 0
+        start = positions_before(cache, len(self.blocks))
         end = start + ids.shape[1]
         if end > c.context:
             raise ValueError(f"ids must have at most {c.context} positions, the context, but has {end}; cut them")

@@ -3,7 +3,6 @@
 What everything is called there is in the tables of tfkern/models/weights.py.
 """
 
-import contextlib
 import re
 import warnings
 from collections.abc import Callable
@@ -13,9 +12,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tfkern.functional import attention as fused_attention
 from tfkern.models.files import (
+    NAMES,
     WeightsError,
     line,
     read,
@@ -90,8 +91,11 @@ def from_pretrained(
         raise WeightsError(
             f"the weights of {file} don't fit {model.__name__} in the layout of {fit.layout.source}:\n{fit.report}"
         )
-    with contextlib.nullcontext() if fit.report else torch.device("meta"):  # where all is read, nothing is drawn
-        new = model(fit.config, attention)
+    if fit.report:
+        with torch.device("cpu"):
+            new = model(fit.config, attention)
+    else:  # where all is read, nothing is drawn
+        new = _without_memory(model, fit.config, attention)
     new.load_state_dict(fit.weights(state, dtype), strict=False, assign=True)
     if fit.report:
         warnings.warn(f"of the weights of {file}, these are not used, or keep their first values:\n{fit.report}", stacklevel=2)
@@ -104,7 +108,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, source: str = "transfo
     For nanoGPT it is ckpt.pt, with the sizes as model_args, for all others model.safetensors and config.json. A file is
     there whole, or as it was before.
 
-    Raises: WeightsError for a model that the source has no layout for; OSError where the disk refuses.
+    Raises: WeightsError for a model that the source has no layout for, or a folder whose other weights from_pretrained would
+        read first; OSError where the disk refuses.
     """
     layout, folder = _layout(type(model), source), Path(folder)
     if layout.source == "gguf":
@@ -112,6 +117,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, source: str = "transfo
     told, state = told_config(model.config, layout), named(model, layout)
     if layout.source == "nanoGPT":
         state |= {copy: state[layout.prefix + name] for copy, name in layout.tied.items()}  # which nanoGPT wants to find
+        if others := [name for name in NAMES if name != "ckpt.pt" and (folder / name).exists()]:
+            raise WeightsError(f"{folder} has {others[0]}, which would be read in place of ckpt.pt; choose another folder")
         write_nanogpt(folder / "ckpt.pt", state, {key: told[key] for key in told if key != "architectures"})
     else:
         write_safetensors(folder / "model.safetensors", state)
@@ -138,7 +145,7 @@ class Row(NamedTuple):
     def value(self, state: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The weight, in memory of its own. It is taken out of the state, so that a large model is not there twice."""
         if not self.theirs:
-            return torch.zeros(self.shape, dtype=dtype)
+            return torch.zeros(self.shape, dtype=dtype, device="cpu")
         parts = [state.pop(name) for name in self.theirs]
         return torch.cat([part.t() if self.transposed else part for part in parts]).to(dtype)
 
@@ -169,8 +176,7 @@ def translated(
 
 def _best_fit(model, state, told, config, source, changes) -> Fit:
     """By that of a model's layouts which leaves least over."""
-    if model not in LAYOUTS:
-        raise WeightsError(f"model must be one of {', '.join(m.__name__ for m in LAYOUTS)}, but is {model!r}")
+    _check(model)
     named = [layout for layout in LAYOUTS[model] if layout.architecture in _architectures(told)]
     fits, problems = [], []
     for layout in [_layout(model, source)] if source else named or LAYOUTS[model]:
@@ -214,10 +220,21 @@ def _unfilled(model: type[nn.Module], config, weights: int) -> nn.Module:
     if config.layers > weights:
         raise WeightsError(f"the config tells {config.layers} layers, but there are {weights} weights; one of both is wrong")
     try:
-        with torch.device("meta"):
-            return model(config)
+        return _without_memory(model, config)
     except (ValueError, RuntimeError) as error:  # sizes that don't fit each other, or beyond all memory
         raise WeightsError(f"the config can't be that of a {model.__name__}: {line(error)}") from None
+
+
+class _Undrawn(TorchFunctionMode):
+    """nn.init.normal_ draws nothing. For tensors without memory PyTorch would import its compiler to do so, in seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return None if function is nn.init.normal_ else function(*args, **(kwargs or {}))
+
+
+def _without_memory(model: type[nn.Module], *arguments) -> nn.Module:
+    with torch.device("meta"), _Undrawn():
+        return model(*arguments)
 
 
 def _architectures(told: dict) -> list:
@@ -235,10 +252,18 @@ def _model_named(told: dict, beside: Path) -> type[nn.Module]:
     )
 
 
+def _check(model: type[nn.Module]) -> None:
+    if model not in LAYOUTS:
+        raise WeightsError(
+            f"model must be one of {', '.join(m.__name__ for m in LAYOUTS)}, but is {model!r}; unwrap it, if it is wrapped"
+        )
+
+
 def _layout(model: type[nn.Module], source: str) -> Layout:
-    layouts = {layout.source: layout for layout in LAYOUTS.get(model, ())}
+    _check(model)
+    layouts = {layout.source: layout for layout in LAYOUTS[model]}
     if source not in layouts:
-        raise WeightsError(f"source must be one of {', '.join(layouts) or 'none'} for {model.__name__}, but is {source!r}")
+        raise WeightsError(f"source must be one of {', '.join(layouts)} for {model.__name__}, but is {source!r}")
     return layouts[source]
 
 

@@ -40,18 +40,26 @@ class Sentences:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, attention: Callable[..., Tensor] = fused_attention) -> "Sentences":
-        """Read a folder as sentence-transformers writes it: a BERT, tokenizer.json, and if they are there
-        1_Pooling/config.json and sentence_bert_config.json. WeightsError for what is not computed here."""
+        """Read a folder as sentence-transformers writes it: a BERT, tokenizer.json, and if they are there modules.json, the
+        config of its Pooling, sentence_bert_config.json and more. WeightsError for what is not computed here."""
         folder = Path(folder)
-        for module in _told(folder / "modules.json", []):
-            if (kind := module["type"].rpartition(".")[2]) not in MODULES:
-                raise WeightsError(f"{folder} has a module {kind}, but only {', '.join(sorted(MODULES))} are known here")
-        told = _told(folder / "sentence_bert_config.json", {})
+        pooling = _pooling(_pooling_folder(folder) / "config.json")
+        if prompt := _told(folder / "config_sentence_transformers.json", {}).get("default_prompt_name"):
+            raise WeightsError(f"{folder} puts its prompt {prompt!r} before each sentence, which is not done here")
+        told, settings = (_told(folder / f"{name}_config.json", {}) for name in ("sentence_bert", "tokenizer"))
         if told.get("do_lower_case"):
             raise WeightsError(f"{folder}/sentence_bert_config.json has do_lower_case, which only a tokenizer does here")
         model = from_pretrained(folder, BERT, attention=attention)
-        length = min(told.get("max_seq_length") or model.config.context, model.config.context)
-        return cls(model, Subwords.read(folder), length, _pooling(folder / "1_Pooling" / "config.json"))
+        tokenizer = Subwords.read(folder)
+        lower, wanted = getattr(tokenizer.tokenizer.normalizer, "lowercase", None), settings.get("do_lower_case")
+        if type(lower) is type(wanted) is bool and lower != wanted:  # transformers goes by the settings
+            raise WeightsError(
+                f"{folder}/tokenizer_config.json has do_lower_case {wanted}, tokenizer.json lowercase {lower}; make them agree"
+            )
+        length = told.get("max_seq_length") or settings.get("model_max_length") or model.config.context
+        if type(length) is not int:
+            raise WeightsError(f"{folder} must tell the most tokens of a sentence as a whole number, but tells {length!r:.80}")
+        return cls(model, tokenizer, min(length, model.config.context), pooling)
 
     def ids(self, sentence: str) -> list[int]:
         """All tokens of a sentence, special ones too, however many are read. ValueError if there are only special ones."""
@@ -93,8 +101,20 @@ def _told(path: Path, otherwise):
     return read_json(path, type(otherwise)) if path.is_file() else otherwise
 
 
+def _pooling_folder(folder: Path) -> Path:
+    """Where a folder has its Pooling. WeightsError for a module that is not computed here."""
+    found = folder / "1_Pooling"
+    for module in _told(folder / "modules.json", []):
+        told = module if isinstance(module, dict) else {}
+        if (kind := str(told.get("type")).rpartition(".")[2]) not in MODULES:
+            raise WeightsError(f"{folder} has a module {kind}, but only {', '.join(sorted(MODULES))} are known here")
+        if kind == "Pooling":
+            found = folder / str(told.get("path", "1_Pooling"))
+    return found
+
+
 def _pooling(path: Path) -> str:
-    """Which of POOLINGS a 1_Pooling/config.json tells; without the file the mean, as in sentence-transformers."""
+    """Which of POOLINGS the config.json of a Pooling tells; without the file the mean, as in sentence-transformers."""
     names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
     chosen = [key for key, value in _told(path, {"pooling_mode_mean_tokens": True}).items() if value is True and "mode" in key]
     if len(chosen) != 1 or chosen[0] not in names:

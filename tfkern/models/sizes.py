@@ -1,20 +1,17 @@
 """Sizes and settings of the reference models: our configs from what others' config.json tells, and back."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from torch import nn
 
 from tfkern.models.files import WeightsError
 from tfkern.models.weights import Layout
 
-OPTIONAL = {"hidden", "eps", "segments", "channels"}  # fields that others' configs may leave out
-
 
 def config_from(told: dict, layout: Layout, model: type[nn.Module], **changes):
     """The config of a model from what a config.json tells. WeightsError for what is not there or not computed."""
-    # transformers 5 tells the rotary angles in a table within the config; the files before it tell them beside the rest
-    told = {"num_labels": _count(told.get("id2label")), **told, **_parts(told, "rope_parameters")}
+    told = {**layout.defaults, "num_labels": _count(told.get("id2label")), **told, **_rotary(told)}
     values = dict(layout.fixed)
     for key, allowed in layout.settings.items():
         if key in told and told[key] not in allowed:
@@ -26,13 +23,13 @@ def config_from(told: dict, layout: Layout, model: type[nn.Module], **changes):
             values[name] = meanings[told[key]]
     defaults = {f.name: f.default for f in fields(model.config_class)}
     for name, key in layout.sizes.items():
-        value, default = told.get(key, defaults[name] if name in OPTIONAL else None), defaults[name]
+        value, default = told.get(key), defaults[name]
         if wanted := _wanted(value, default, least=0 if name == "classes" else 1):
             raise WeightsError(
                 f"the config must tell {key}, {wanted}, for {model.__name__}, but it is {value!r:.80}; or give config="
             )
         values[name] = float(value) if type(default) is float else value
-    return model.config_class(**{**values, **changes})
+    return _usual(model.config_class(**{**values, **changes}))
 
 
 def _wanted(value: object, default: object, least: int) -> str | None:
@@ -49,16 +46,27 @@ def _wanted(value: object, default: object, least: int) -> str | None:
 
 def _count(labels: object) -> int:
     """The number of classes by their table; without one transformers means 2."""
-    return len(labels) if isinstance(labels, dict) and labels else 2
+    return len(labels) if isinstance(labels, dict) else 2
 
 
-def _parts(told: dict, key: str) -> dict:
-    """What a table within the config tells."""
-    return told[key] if isinstance(told.get(key), dict) else {}
+def _rotary(told: dict) -> dict:
+    """What a config tells of the rotary angles. transformers 5 does so in a table; `type` is an older name in it."""
+    table = told.get("rope_parameters")
+    if not isinstance(table, dict):
+        return {}
+    return {"rope_type": table["type"], **table} if "type" in table else table
+
+
+def _usual(config):
+    """The config with hidden=None for 4 * width, where None means that."""
+    if getattr(type(config), "hidden", 0) is None and config.hidden == 4 * config.width:
+        return replace(config, hidden=None)
+    return config
 
 
 def told_config(config, layout: Layout) -> dict:
     """What a config.json of the layout's source tells of a config. WeightsError if it can't tell it."""
+    config = _usual(config)
     for name, value in layout.fixed.items():
         if getattr(config, name) != value:
             raise WeightsError(
@@ -70,4 +78,6 @@ def told_config(config, layout: Layout) -> dict:
     for name, (key, meanings) in layout.choices.items():
         told[key] = next(theirs for theirs, ours in meanings.items() if ours == getattr(config, name))
     told |= {key: getattr(config, name) for name, key in layout.sizes.items()}
+    if (key := layout.sizes.get("hidden")) and told[key] is None:  # most of others' configs must tell it
+        told[key] = 4 * config.width
     return told

@@ -118,7 +118,8 @@ class ViT(nn.Module):
         if (rows, columns) == (side, side):
             return self.positions
         grid = self.positions[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, C, side, side)
-        grid = F.interpolate(grid, (rows, columns), mode="bicubic", antialias=self.config.antialias)
+        exact = grid.to(torch.promote_types(grid.dtype, torch.float32))  # CPUs filter no bfloat16
+        grid = F.interpolate(exact, (rows, columns), mode="bicubic", antialias=self.config.antialias).to(grid.dtype)
         return torch.cat([self.positions[:, :1], grid.flatten(2).transpose(1, 2)], 1)
 
 

@@ -27,6 +27,7 @@ class Layout:
             joined by " + ", the tensors stand behind each other in ours.
         architecture: the class that their config.json names; "" where they have none.
         sizes: field of our config -> key of their config.json.
+        defaults: key of their config.json -> what it means if the file lacks it.
         choices: field of our config -> (key of their config.json, what its values are in ours). A value that is not there is
             refused. Of several that mean the same the first is written.
         settings: key of their config.json -> the values that mean what our model computes; a file that says another is
@@ -45,6 +46,7 @@ class Layout:
     names: dict[str, str]
     architecture: str = ""
     sizes: dict[str, str] = field(default_factory=dict)
+    defaults: dict[str, object] = field(default_factory=dict)
     choices: dict[str, tuple[str, dict]] = field(default_factory=dict)
     settings: dict[str, tuple] = field(default_factory=dict)
     fixed: dict[str, object] = field(default_factory=dict)
@@ -150,7 +152,9 @@ BERT_SETTINGS = {
     "hidden_act": ("gelu",),
     "position_embedding_type": ("absolute",),
     "is_decoder": (False,),
+    "is_causal": (False,),
 }
+BERT_DEFAULTS = {"type_vocab_size": 2, "layer_norm_eps": 1e-12}
 BERT_ENDINGS = {".gamma": ".weight", ".beta": ".bias"}
 BERT_BUFFERS = r"(bert\.)?embeddings\.(position_ids|token_type_ids)"
 
@@ -202,7 +206,7 @@ VIT_SIZES = {
     "width": "hidden_size",
     "eps": "layer_norm_eps",
 }
-VIT_SETTINGS = {"model_type": ("vit",), "hidden_act": ("gelu",), "qkv_bias": (True,)}
+VIT_SETTINGS = {"model_type": ("vit",), "hidden_act": ("gelu",), "qkv_bias": (True,), "is_causal": (False,)}
 TIMM_VIT = {
     "class_token": "cls_token",
     "positions": "pos_embed",
@@ -237,7 +241,9 @@ def _vit_of_transformers(source: str, body: dict[str, str]) -> Layout:
         names={**_under("", "vit.", body), "head": "classifier"},
         architecture="ViTForImageClassification",
         sizes={**VIT_SIZES, "hidden": "intermediate_size", "classes": "num_labels"},
+        defaults={"num_channels": 3, "layer_norm_eps": 1e-12},
         settings=VIT_SETTINGS,
+        fixed={"antialias": False},
         body="vit.",
         skipped=r"vit\.pooler\..*|vit\.embeddings\.mask_token",
     )
@@ -253,10 +259,11 @@ LAYOUTS: dict[type[nn.Module], tuple[Layout, ...]] = {
                 "vocab_size": "vocab_size", "context": "n_positions", "layers": "n_layer", "heads": "n_head", "width": "n_embd",
                 "hidden": "n_inner", "eps": "layer_norm_epsilon",
             },
+            defaults={"layer_norm_epsilon": 1e-5},
             choices={"gelu": ("activation_function", {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"})},
             settings={
                 "model_type": ("gpt2",), "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
-                "add_cross_attention": (False,), "tie_word_embeddings": (True,),
+                "add_cross_attention": (False,), "tie_word_embeddings": (True,), "is_causal": (True,),
             },
             prefix="transformer.",
             transposed=GPT2_MATRICES,
@@ -288,9 +295,10 @@ LAYOUTS: dict[type[nn.Module], tuple[Layout, ...]] = {
                 "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "width": "hidden_size",
                 "hidden": "intermediate_size", "theta": "rope_theta", "eps": "rms_norm_eps", "tied": "tie_word_embeddings",
             },
+            defaults={"rope_theta": 10_000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
             settings={
                 "model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,),
-                "rope_scaling": (None,), "rope_type": ("default",), "partial_rotary_factor": (1.0,),
+                "rope_scaling": (None,), "rope_type": ("default",), "partial_rotary_factor": (1.0,), "is_causal": (True,),
             },
             skipped=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
             tied={"lm_head.weight": "model.embed_tokens.weight"},
@@ -305,7 +313,9 @@ LAYOUTS: dict[type[nn.Module], tuple[Layout, ...]] = {
                 "width": "llama.embedding_length", "hidden": "llama.feed_forward_length", "theta": "llama.rope.freq_base",
                 "eps": "llama.attention.layer_norm_rms_epsilon", "tied": "tied",
             },
-            settings={"llama.rope.scaling.type": ("none",)},
+            settings={
+                "llama.rope.scaling.type": ("none",), "llama.rope.scale_linear": (1.0,), "llama.attention.causal": (True,),
+            },
         ),
     ),
     BERT: (
@@ -314,6 +324,7 @@ LAYOUTS: dict[type[nn.Module], tuple[Layout, ...]] = {
             names=BERT_BODY,
             architecture="BertModel",
             sizes=BERT_SIZES,
+            defaults=BERT_DEFAULTS,
             settings=BERT_SETTINGS,
             old_endings=BERT_ENDINGS,
             prefix="bert.",
@@ -331,6 +342,7 @@ LAYOUTS: dict[type[nn.Module], tuple[Layout, ...]] = {
             },
             architecture="BertForMaskedLM",
             sizes=BERT_SIZES,
+            defaults=BERT_DEFAULTS,
             settings=BERT_SETTINGS,
             old_endings=BERT_ENDINGS,
             body="bert.",
@@ -347,6 +359,7 @@ LAYOUTS: dict[type[nn.Module], tuple[Layout, ...]] = {
             names={**_under("bert.", "bert.", BERT_BODY), "head": "classifier"},
             architecture="BertForSequenceClassification",
             sizes={**BERT_SIZES, "classes": "num_labels"},
+            defaults=BERT_DEFAULTS,
             settings=BERT_SETTINGS,
             old_endings=BERT_ENDINGS,
             body="bert.",
@@ -363,9 +376,10 @@ LAYOUTS: dict[type[nn.Module], tuple[Layout, ...]] = {
             sizes=VIT_SIZES,
             settings={
                 "model_type": ("dinov2",), "hidden_act": ("gelu",), "qkv_bias": (True,), "mlp_ratio": (4,),
-                "use_swiglu_ffn": (False,), "use_mask_token": (False, True),
+                "use_swiglu_ffn": (False,), "use_mask_token": (False, True), "is_causal": (False,),
             },
-            fixed={"layer_scale": True, "classes": 0, "hidden": None},
+            defaults={"num_channels": 3, "layer_norm_eps": 1e-6},
+            fixed={"layer_scale": True, "classes": 0, "hidden": None, "antialias": False},
             prefix="dinov2.",
             skipped=r"embeddings\.mask_token",
         ),

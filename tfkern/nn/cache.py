@@ -28,8 +28,9 @@ class KeyValueCache:
         start, end = self.length, self.length + k.shape[2]
         if end > self.room:
             raise ValueError(f"the cache has room for {self.room} positions, but {end} come; clear it, or make a larger one")
-        if torch.is_grad_enabled() and k.requires_grad:
-            raise ValueError("the cache keeps no gradients, but k needs one; call the model under torch.no_grad()")
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+            name = "k" if k.requires_grad else "v"
+            raise ValueError(f"the cache keeps no gradients, but {name} needs one; call the model under torch.no_grad()")
         self._kept = self._kept or [x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in (k, v)]
         for name, kept, x in zip("kv", self._kept, (k, v), strict=True):
             wanted = (*kept.shape[:2], end - start, kept.shape[3])
@@ -43,3 +44,17 @@ class KeyValueCache:
     def clear(self) -> None:
         """Forget all positions; the memory stays."""
         self.length = 0
+
+
+def positions_before(caches: list[KeyValueCache] | None, layers: int) -> int:
+    """How many positions the caches of a model's layers have; 0 without caches. ValueError unless each layer has its own, and
+    all have as many."""
+    if caches is None:
+        return 0
+    lengths = [cache.length for cache in caches]
+    if not len(set(caches)) == len(caches) == layers or len(set(lengths)) > 1:
+        raise ValueError(
+            f"cache must have a KeyValueCache of its own for each of {layers} blocks, all of one length, but has "
+            f"{len(set(caches))}, of the lengths {lengths}; make new ones"
+        )
+    return lengths[0]

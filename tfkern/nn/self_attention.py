@@ -48,8 +48,12 @@ class SelfAttention(nn.Module):
             cache: keys and values of the positions before x, to which those of x are appended. Position i of x then attends
                 as position length + i.
 
-        Raises: ValueError for a cache together with key_lengths.
+        Raises: ValueError for a cache together with key_lengths, or in a layer that is not causal.
         """
+        if cache is not None and not self.is_causal:
+            raise ValueError(
+                "a cache needs is_causal=True: else earlier positions attend to later ones, which are not there yet"
+            )
         if cache is not None and key_lengths is not None:
             raise ValueError("key_lengths can't be combined with a cache: its positions are all there; leave one out")
         b, n, c = x.shape
