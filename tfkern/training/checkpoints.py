@@ -1,6 +1,5 @@
 """Checkpoint files: safetensors, whole or not at all, with a checksum of everything in them."""
 
-import errno
 import hashlib
 import json
 import os
@@ -25,20 +24,19 @@ def write(path: Path, about: dict[str, str], tensors: dict[str, Tensor]) -> None
 
     OSError, and nothing left behind, if it can't be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     about = {"format": FORMAT, **about}
     about["sha256"] = checksum(about, tensors)
     partial = path.with_name(path.name + ".partial")
     try:
-        save_file(tensors, partial, about)
+        partial.write_bytes(save(tensors, about))  # save_file would write to a name of its own, which a kill leaves behind
         _sync(partial)
         os.replace(partial, path)
         _sync(path.parent)
-    except (OSError, SafetensorError) as error:  # safetensors raises its own for a full disk
+    except OSError as error:
         partial.unlink(missing_ok=True)
-        raise OSError(errno.EIO, f"the checkpoint can't be written ({error})", str(path)) from None
+        raise OSError(error.errno, f"the checkpoint can't be written ({error.strerror})", str(path)) from None
 
 
 def _sync(path: Path) -> None:
