@@ -241,6 +241,7 @@ def test_flags_that_do_not_fit(run, tmp_path):
         (["gpt", "--resume", "--from", "x"], "--from can't be given with --resume"),
         (["gpt", "--amp", "fp8"], "argument --amp: invalid choice: 'fp8'"),
         (["gpt", "--mask-share", "1.5"], "argument --mask-share: must be a number, from 0.01 to 1.0, but is '1.5'"),
+        (["gpt", "--learning-rate", "1e300"], "must be a number, from 0.0 to 1000000.0, but is '1e300'"),
         (["bert", "--mask-share", "0"], "argument --mask-share: must be a number, from 0.01 to 1.0, but is '0'"),
         (["gpt", "--mask-share", "0.5"], "--mask-share is for the pre-training of bert, but this trains gpt; leave it out"),
     ]:

@@ -21,9 +21,9 @@ POSITIVE = number(int, 1)
 RECIPE = {
     "steps": (POSITIVE, "updates in all"),
     "rows": (POSITIVE, "examples of one update, of all processes and accumulated parts together"),
-    "learning_rate": (number(float, 0.0), "at its peak"),
+    "learning_rate": (number(float, 0.0, 1e6), "at its peak"),
     "warmup": (number(int, 0), "steps in which the learning rate rises"),
-    "weight_decay": (number(float, 0.0), "of weight matrices"),
+    "weight_decay": (number(float, 0.0, 1e6), "of weight matrices"),
     "clip": (number(float, 1e-6), "the largest norm of all gradients together"),
     "accumulate": (POSITIVE, "parts in which a batch is run, one after the other, to save memory"),
     "mask_share": (number(float, 0.01, 1.0), "bert's pre-training: the share of tokens to be told"),
