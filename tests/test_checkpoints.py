@@ -1,6 +1,8 @@
 """Checkpoints: whole or not at all, refused where damaged or of others, resumable after a kill at any moment."""
 
 import dataclasses
+import errno
+import os
 import resource
 import subprocess
 import sys
@@ -24,11 +26,11 @@ def test_save_is_whole_or_not_at_all(tmp_path, monkeypatch):
     training.save(path)
     before = path.read_bytes()
 
-    def full_disk(tensors, where, metadata):
-        where.write_bytes(b"half")
-        raise OSError("no space left on device")
+    def full_disk(partial):
+        assert partial.stat().st_size
+        raise OSError(errno.ENOSPC, "no space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
+    monkeypatch.setattr(checkpoints, "_sync", full_disk)
     training.step()
     with pytest.raises(OSError, match=r"the checkpoint can't be written .no space"):
         training.save(path)
@@ -61,6 +63,16 @@ def test_bad_checkpoints(tmp_path):
         Training.load(tmp_path / "foreign", tfkern.attention)
 
 
+def test_others_may_read_it(tmp_path):
+    """As far as the umask allows."""
+    before = os.umask(0o027)
+    try:
+        checkpoints.write(tmp_path / "c", {}, {"x": torch.zeros(1)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "c").stat().st_mode & 0o777 == 0o640
+
+
 @pytest.fixture
 def saved(tmp_path):
     """A small checkpoint."""
@@ -75,11 +87,11 @@ def test_a_flipped_bit_anywhere_is_noticed(saved):
     whole = saved.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
     generator = torch.Generator().manual_seed(0)
-    places = [*range(0, header, 37), *torch.randint(header, len(whole), (100,), generator=generator).tolist()]
+    places = [*range(0, header, 37), *torch.randint(header, len(whole), (50,), generator=generator).tolist()]
     for number, place in enumerate(places):
         saved.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << number % 8]) + whole[place + 1 :])
         with pytest.raises(CheckpointError, match=r"damaged|not a whole|no checkpoint of|of another version"):
-            Training.load(saved, tfkern.attention)
+            checkpoints.read(saved)
     saved.write_bytes(whole)
     assert len(Training.load(saved, tfkern.attention).losses) == 1
 
@@ -156,7 +168,7 @@ def test_what_a_kill_left_does_not_disturb(saved):
 
 
 KILLED = """
-import os, random, signal, sys, time
+import os, random, signal, struct, sys, time
 from pathlib import Path
 import torch
 import tfkern
@@ -175,14 +187,18 @@ for _ in range(rounds):
         os.write(writer, b"x")
         while True:
             training.step()
+            begun = time.perf_counter()
             training.save(path)
+            os.write(writer, struct.pack("d", time.perf_counter() - begun))
     os.read(reader, 1)
-    time.sleep(random_.uniform(0.0, 0.2))
+    (took,) = struct.unpack("d", os.read(reader, 8))
+    time.sleep(random_.uniform(0.0, 2.0) * took)  # while another step is made, saved, or done
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     about, tensors = checkpoints.read(path)
     done = len(tensors["losses"])
-    assert done >= saved, (done, saved)
+    assert done > saved, (done, saved)
+    assert {p.name for p in path.parent.iterdir()} <= {path.name, path.name + ".partial"}
     saved, whole = done, whole + 1
 print(whole, saved)
 """
@@ -197,17 +213,16 @@ def killed(path: Path, rounds: int) -> tuple[int, int]:
     return int(whole), int(saved)
 
 
-@pytest.mark.parametrize("rounds", [8, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [5, pytest.param(60, marks=pytest.mark.slow)])
 def test_killed_while_saving(tmp_path, rounds):
     """Whatever moment the kill comes, the file is whole, and what it goes on to is what an undisturbed training does."""
-    task = small("vit")
-    task = dataclasses.replace(task, config=dataclasses.replace(task.config, width=256))  # a file that takes a while to write
+    task = small("gpt")  # whose data takes no scikit-learn
+    task = dataclasses.replace(task, config=dataclasses.replace(task.config, width=128))  # a file that takes a while to write
     straight = Training.start(task, tfkern.attention, steps=100_000)
     straight.step()
     straight.save(tmp_path / "c.safetensors")
     whole, saved = killed(tmp_path / "c.safetensors", rounds)
     assert whole == rounds
-    assert saved > 3
     straight.run(until=saved + 2)
     resumed = Training.load(tmp_path / "c.safetensors", tfkern.attention)
     resumed.run(until=saved + 2)

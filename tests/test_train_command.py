@@ -2,8 +2,11 @@
 
 import contextlib
 import io
+import json
 import re
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 
 import tfkern
 from tfkern import cli
-from tfkern.commands import train_progress
+from tfkern.commands import train, train_progress
 from tfkern.models.bert import BERTConfig, MaskedLM
 from tfkern.models.pretrained import save_pretrained
 from tfkern.models.tokens import Subwords
@@ -237,7 +240,10 @@ def test_flags_that_do_not_fit(run, tmp_path):
         (["gpt", "--resume", "--preset", "gpt2"], "--preset can't be given with --resume, which takes everything from the"),
         (["gpt", "--resume", "--from", "x"], "--from can't be given with --resume"),
         (["gpt", "--amp", "fp8"], "argument --amp: invalid choice: 'fp8'"),
-        (["gpt", "--mask-share", "1.5"], "argument --mask-share: must be a number, from 0.0 to 1.0, but is '1.5'"),
+        (["gpt", "--mask-share", "1.5"], "argument --mask-share: must be a number, from 0.01 to 1.0, but is '1.5'"),
+        (["gpt", "--learning-rate", "1e300"], "must be a number, from 0.0 to 1000000.0, but is '1e300'"),
+        (["bert", "--mask-share", "0"], "argument --mask-share: must be a number, from 0.01 to 1.0, but is '0'"),
+        (["gpt", "--mask-share", "0.5"], "--mask-share is for the pre-training of bert, but this trains gpt; leave it out"),
     ]:
         status, _, err = run("train", *arguments)
         assert (status, message in err) == (2, True), err
@@ -266,15 +272,13 @@ class Terminal(io.StringIO):
 def test_a_bar_on_a_terminal(monkeypatch):
     """One line that is drawn over, with what the lines of a log have and the time that is left."""
     monkeypatch.setattr(sys, "stdout", Terminal())
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm")
     training = Training.start(small("vit"), tfkern.attention, steps=4)
     with train_progress.Steps(training) as steps:
         training.run(on_step=steps.show)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sys.stdout.getvalue())
-    assert re.search(
-        rf"step 4 of 4 .*loss {training.losses[-1]:.4f}  [\d,]+ tokens/s  \d+% of step 3 in attention 0:00:\d\d left", text
-    )
+    assert re.search(rf"step 4/4 ━.*loss {training.losses[-1]:.4f}  [\d,]+ tokens/s  \d+% in attention 0:00:\d\d\n", text)
 
 
 def test_tokens_a_second(monkeypatch, capsys):
@@ -288,3 +292,41 @@ def test_tokens_a_second(monkeypatch, capsys):
     assert re.findall(r"step +(\d+) of 30  loss \d\.\d{4}  ([\d,]+) tokens/s", capsys.readouterr().out) == [
         ("10", "680"), ("20", "680"), ("30", "680"),
     ]  # fmt: skip
+
+
+def test_two_trainings_into_one_folder(run, tmp_path):
+    """The second is refused; the lock of one that was killed is in nobody's way."""
+    fcntl = pytest.importorskip("fcntl")
+    beside = tmp_path / "tfkern-out" / "vit.safetensors.lock"
+    beside.parent.mkdir()
+    with open(beside, "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        for arguments in (["--steps", 1], ["--resume"]):
+            status, _, err = run("train", "vit", *arguments)
+            assert status == 2
+            assert "another training writes tfkern-out/vit.safetensors: wait for its end, or name another --out" in err
+    assert beside.exists()
+    done(run("train", "vit", "--steps", 1, *TINY))
+    assert [path.name for path in beside.parent.iterdir()] == ["vit.safetensors"]
+
+
+def test_a_second_interrupt_ends_at_once():
+    event = threading.Event()
+    with train._signals_set(event):
+        for number in (signal.SIGTERM, signal.SIGTERM):  # as a manager of processes may send it
+            signal.raise_signal(number)
+        assert event.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_prompts_without_tokens(run, tmp_path, tokenizer):
+    (tmp_path / "own.txt").write_text("xa y " * 200)
+    made = json.loads(tokenizer.read_text("utf-8"))
+    made["normalizer"] = {"type": "Strip", "strip_left": True, "strip_right": True}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made))
+    done(run("train", "gpt", "--data", "own.txt", "--tokenizer", "tokenizer.json", "--steps", 1, "--context", 8, *TINY))
+    status, _, err = run("generate", " ")
+    assert (status, "the prompt must have a token or more, but ' ' has none" in err) == (2, True)
+    status, _, err = run("generate", "\udcff")
+    assert (status, r"the text must be UTF-8, but is '\udcff'" in err) == (2, True)

@@ -1,5 +1,7 @@
 """A user's own data: what is read, what is held out, and what each broken file is told."""
 
+import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -104,6 +106,26 @@ def test_sentences(tmp_path, subwords):
     assert ids.tolist() == [[2, 1, 0]]  # the mask stands where no tokenizer has a [CLS]
 
 
+def test_rows_have_room_for_tokens(tmp_path, subwords):
+    (tmp_path / "t").write_text("x y a b " * 100)
+    tokenizer = Subwords.read(subwords)
+    config = dataclasses.replace(PRESETS["bert-small"].config, context=2)
+    for kind, path in (("bert", tmp_path / "t"), ("bert-classifier", sentences(tmp_path / "s"))):
+        with pytest.raises(InputError, match="--context must be 3 or more, since 2 tokens frame each row, but is 2"):
+            opening.task(kind, config, RECIPE, path, tokenizer)
+        opening.task(kind, dataclasses.replace(config, context=3), RECIPE, path, tokenizer)
+
+
+def test_sentences_as_others_write_them(tmp_path):
+    """A byte order mark, CRLF, further tabs, and what Python takes for ends of lines, too."""
+    (tmp_path / "s").write_bytes('\ufeffa\t"x"\ty\r\na\tu\u2028v\r\nb\tx\x0cy\r\n\r\nb\tz\x85\r\n'.encode())
+    found = files.sentences(tmp_path / "s", None)
+    assert found.classes == ("a", "b")
+    assert [found.tokenizer.decode(ids) for ids in found.ids] == ['"x"\ty', "u\u2028v", "x\x0cy", "z"]
+    (tmp_path / "t").write_bytes("\ufefftext".encode() * 2)
+    assert files.text(tmp_path / "t") == "text\ufefftext"
+
+
 def test_sentences_that_will_not_do(tmp_path):
     for content, message in [
         ("a\tx\nno tab here\n", "line 2, must be a label, a tab and a sentence, but is 'no tab here'"),
@@ -138,6 +160,7 @@ def test_pictures_of_every_kind(tmp_path):
     turned.save(other / "turned.png", exif=exif)
     (other / "notes.txt").write_text("no image")
     (folder / ".hidden").mkdir()
+    (other / "._grey.png").write_text("what macOS writes beside files")
     for channels in (1, 3):
         task = vit(folder, channels)
         assert task.data.classes == ("bright", "dark", "other")
@@ -170,6 +193,12 @@ def test_pictures_that_stay_in_memory_are_those_on_the_disk(tmp_path, monkeypatc
     assert read.source == kept.source
     Image.new("RGB", (9, 9), (1, 2, 3)).save(folder / "dark" / "3.png")
     assert vit(folder).data.source.digest != kept.source.digest
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    folder = pictures(tmp_path / "p", 2)
+    (folder / "dark").rename(folder / os.fsdecode(b"\xff"))
+    assert vit(folder).data.classes == ("bright", "\udcff")
 
 
 def test_the_held_out_part_is_always_the_same(tmp_path):

@@ -44,6 +44,8 @@ def run(args) -> int:
     trained = Trained.read(path, tfkern.attention, "cuda" if torch.cuda.is_available() else "cpu", ("gpt",))
     tokenizer = trained.form.tokenizer
     ids = tokenizer.encode(args.prompt)  # refuses one with characters that the model does not know
+    if not ids:
+        raise InputError(f"the prompt must have a token or more, but {args.prompt!r} has none")
     seen = torch.tensor([ids[-trained.form.config.context :]], device=trained.device)
     attention = provenance.label(provenance.chosen(trained.model, lambda: trained.model(seen)), trained.device)
     print(f"by {path}, after step {trained.done} of {trained.steps}, attention by {attention}:", file=sys.stderr, flush=True)

@@ -36,6 +36,13 @@ def run(args) -> int:
 
 def _run(args, ranks: Ranks, device: torch.device) -> int:
     path = args.out / f"{train_arguments.kind(args)}.safetensors"
+    if not args.resume or args.out.exists():
+        writable(args.out)
+    with _locked(path) if ranks.first else contextlib.nullcontext():
+        return _trained(args, path, ranks, device)
+
+
+def _trained(args, path: Path, ranks: Ranks, device: torch.device) -> int:
     training = begun(args, path, ranks, device)
     if attention := provenance.backend(training):
         print(f"attention by {provenance.label(attention, device)}", flush=True)
@@ -63,7 +70,6 @@ def _run(args, ranks: Ranks, device: torch.device) -> int:
 def begun(args, path: Path, ranks: Ranks, device: torch.device) -> Training:
     """A training from its start, or from where its checkpoint is."""
     if not args.resume:
-        writable(args.out)
         if path.exists():
             raise InputError(
                 f"{path} exists and is not overwritten: --resume goes on from it; or remove it, or name another --out"
@@ -76,7 +82,6 @@ def begun(args, path: Path, ranks: Ranks, device: torch.device) -> Training:
     data = args.classify or args.data
     training = Training.load(path, tfkern.attention, device, train_arguments.kind(args), ranks, data)
     train_arguments.refuse_changes(args, path, training.recipe, training.model.config)
-    writable(args.out)
     print(f"going on after step {len(training.losses)} of {training.steps}", flush=True)
     return training
 
@@ -92,6 +97,30 @@ def _what(task: Task) -> str:
 
 
 @contextlib.contextmanager
+def _locked(path: Path):
+    """Within the block no other training writes this checkpoint. InputError if one does. The system takes the lock away from a
+    process that ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    if not path.parent.exists():  # nothing to resume, which reading it tells
+        yield
+        return
+    beside = path.with_name(path.name + ".lock")
+    with open(beside, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another training writes {path}: wait for its end, or name another --out") from None
+        try:
+            yield
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def _only_the_first_prints(ranks: Ranks):
     """Of several processes one tells what all do."""
     with open(os.devnull, "w") as nowhere, contextlib.nullcontext() if ranks.first else contextlib.redirect_stdout(nowhere):
@@ -100,8 +129,15 @@ def _only_the_first_prints(ranks: Ranks):
 
 @contextlib.contextmanager
 def _signals_set(event: threading.Event):
-    """Within the block an interrupt or a termination sets the event: a step is never left half done, nor a save."""
-    before = {number: signal.signal(number, lambda *_: event.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Within the block an interrupt or a termination sets the event: a step is never left half done, nor a save. A second
+    interrupt ends at once."""
+
+    def stop(number: int, _) -> None:
+        if event.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        event.set()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

@@ -16,17 +16,17 @@ from tfkern.training.presets import PRESETS
 from tfkern.training.recipe import AMP, Recipe
 from tfkern.training.tasks import Task
 
-POSITIVE, SHARE = number(int, 1), number(float, 0.0, 1.0)
+POSITIVE = number(int, 1)
 # Flags that change one value of a recipe, by its name there.
 RECIPE = {
     "steps": (POSITIVE, "updates in all"),
     "rows": (POSITIVE, "examples of one update, of all processes and accumulated parts together"),
-    "learning_rate": (number(float, 0.0), "at its peak"),
+    "learning_rate": (number(float, 0.0, 1e6), "at its peak"),
     "warmup": (number(int, 0), "steps in which the learning rate rises"),
-    "weight_decay": (number(float, 0.0), "of weights and embeddings, not of biases and norms"),
+    "weight_decay": (number(float, 0.0, 1e6), "of weights and embeddings, not of biases and norms"),
     "clip": (number(float, 1e-6), "the largest norm of all gradients together"),
     "accumulate": (POSITIVE, "parts in which a batch is run, one after the other, to save memory"),
-    "mask_share": (SHARE, "bert's pre-training: the share of tokens to be told"),
+    "mask_share": (number(float, 0.01, 1.0), "bert's pre-training: the share of tokens to be told"),
 }
 # Flags that change one size of a model, by its name in the config.
 SIZES = {
@@ -36,7 +36,7 @@ SIZES = {
     "layers": (POSITIVE, "blocks"),
     "heads": (POSITIVE, "attention heads of a block"),
     "width": (POSITIVE, "numbers of a token"),
-    "dropout": (SHARE, "after the embeddings and each residual branch"),
+    "dropout": (number(float, 0.0, 1.0), "after the embeddings and each residual branch"),
 }
 
 
@@ -81,6 +81,8 @@ def check(args) -> None:
         raise InputError(f"--classify is for bert, but the model is {args.model}")
     if args.classify and args.data:
         raise InputError("--classify and --data can't be given together: sentences are in the file that --classify names")
+    if args.mask_share is not None and kind(args) != "bert":
+        raise InputError(f"--mask-share is for the pre-training of bert, but this trains {kind(args)}; leave it out")
     if args.tokenizer and not texts:
         raise InputError(f"--tokenizer is for gpt and bert, but the model is {args.model}")
     sizes = [name for name in SIZES if getattr(args, name) is not None]
@@ -134,9 +136,11 @@ def refuse_changes(args, path: Path, recipe: Recipe, config: kinds.Config) -> No
     """InputError for a flag beside --resume that says otherwise than the checkpoint."""
     for told, names in ((recipe, (*RECIPE, "amp", "compile")), (config, SIZES)):
         for name, value in _given(args, names).items():
-            if value != getattr(told, name):
+            own = getattr(told, name)
+            if value != own:
                 flag = f"--{name.replace('_', '-')}"
                 raise InputError(
-                    f"{path} is of a training with {flag} {getattr(told, name)}, on which what comes next depends; "
+                    f"{path} is of a training {f'without {flag}' if own in (None, False) else f'with {flag} {own}'}, on which "
+                    f"what comes next depends; "
                     f"{flag} {value} does not fit: leave it out, or train anew into another --out"
                 )

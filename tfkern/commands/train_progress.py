@@ -20,11 +20,12 @@ class Steps:
         if sys.stdout.isatty() and not quiet:
             rich = require("rich.progress", "demo")
             columns = (
-                rich.TextColumn("step {task.completed} of {task.total}"),
+                rich.TextColumn("step {task.completed}/{task.total}"),
                 rich.BarColumn(),
                 rich.TextColumn("{task.description}"),
+                rich.TimeRemainingColumn(),
             )
-            self.bar = rich.Progress(*columns, rich.TimeRemainingColumn(), rich.TextColumn("left"))
+            self.bar = rich.Progress(*columns)
             self.task = self.bar.add_task("", total=training.steps, completed=len(training.losses))
 
     def __enter__(self) -> "Steps":
@@ -45,10 +46,10 @@ class Steps:
             print(f"step {done:5} of {training.steps}  {self.told(training)}", flush=True)
 
     def told(self, training: Training) -> str:
-        """Loss and speed, in one line."""
+        """Loss and speed, in one line; beside a bar, which 80 columns must have room for, in fewer words."""
         (start, before), (end, after) = self.recent[0], self.recent[-1]
         text = f"loss {training.losses[-1]:.4f}  {(after - before) / (end - start):,.0f} tokens/s"
         if training.share is None:
             return text
         step, share = training.share
-        return f"{text}  {share:.0%} of step {step} in attention"
+        return f"{text}  {share:.0%}{'' if self.bar else f' of step {step}'} in attention"

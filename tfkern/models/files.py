@@ -7,6 +7,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -78,31 +79,20 @@ def read_json(path: Path, kind: type = dict) -> dict | list:
 def write_safetensors(path: Path, state: dict[str, Tensor]) -> None:
     """Tensors by their names. OSError where the disk refuses."""
     require("safetensors", "weights")
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    def write(partial: Path) -> None:
-        try:
-            save_file(state, partial, {"format": "pt"})
-        except SafetensorError as error:  # the package's own kind, for a full disk too
-            raise OSError(f"{path} can't be written ({error})") from None
-
-    _into_folder(path, write)
+    # save_file would write to a name of its own, which a kill leaves behind.
+    _write(path, lambda file: file.write(save(state, {"format": "pt"})))
 
 
 def write_json(path: Path, told: dict) -> None:
     """A JSON object. OSError where the disk refuses."""
-    _into_folder(path, lambda partial: partial.write_text(json.dumps(told, indent=2) + "\n", "utf-8"))
+    _write(path, lambda file: file.write(f"{json.dumps(told, indent=2)}\n".encode()))
 
 
 def write_nanogpt(path: Path, state: dict[str, Tensor], sizes: dict) -> None:
     """A checkpoint of nanoGPT, as its sample.py reads it. OSError where the disk refuses."""
-
-    def write(partial: Path) -> None:
-        with partial.open("wb") as file:  # given a name, torch.save turns errors of the disk into a RuntimeError
-            torch.save({"model": state, "model_args": sizes}, file)
-
-    _into_folder(path, write)
+    _write(path, lambda file: torch.save({"model": state, "model_args": sizes}, file))
 
 
 def line(error: Exception) -> str:
@@ -110,7 +100,7 @@ def line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
-def _into_folder(path: Path, write: Callable[[Path], object]) -> None:
+def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file whole or not at all. Its folder is made if it isn't there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, write)

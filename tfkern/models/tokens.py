@@ -107,8 +107,12 @@ class Subwords:
         return self.tokenizer.get_vocab_size()
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Ids of a text; with special=True, between the special tokens that its model was trained with, such as [CLS]."""
-        return self.tokenizer.encode(text, add_special_tokens=special).ids
+        """Ids of a text; with special=True, between the special tokens that its model was trained with, such as [CLS].
+        TokenizerError for a text that is not UTF-8, such as a command's argument may be."""
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=special).ids
+        except TypeError:  # what it makes of lone surrogates
+            raise TokenizerError(f"the text must be UTF-8, but is {text[:60]!r}") from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, without special tokens."""

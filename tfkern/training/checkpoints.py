@@ -1,6 +1,5 @@
 """Checkpoint files: safetensors, whole or not at all, with a checksum of everything in them."""
 
-import errno
 import hashlib
 import json
 from pathlib import Path
@@ -25,15 +24,15 @@ def write(path: Path, about: dict[str, str], tensors: dict[str, Tensor]) -> None
 
     OSError, and nothing left behind, if it can't be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     about = {"format": FORMAT, **about}
     about["sha256"] = checksum(about, tensors)
     try:
-        write_whole(path, lambda partial: save_file(tensors, partial, about))
-    except (OSError, SafetensorError) as error:  # safetensors raises its own for a full disk
-        raise OSError(errno.EIO, f"the checkpoint can't be written ({error})", str(path)) from None
+        # save_file would write to a name of its own, which a kill leaves behind.
+        write_whole(path, lambda file: file.write(save(tensors, about)))
+    except OSError as error:
+        raise OSError(error.errno, f"the checkpoint can't be written ({error.strerror})", str(path)) from None
 
 
 def is_one(path: Path) -> bool:

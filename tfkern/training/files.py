@@ -20,9 +20,9 @@ KEPT = 2**30  # bytes of decoded images that stay in memory
 
 
 def text(path: Path) -> str:
-    """A file's text. InputError unless it is UTF-8 and not empty."""
+    """A file's text, without a byte order mark. InputError unless it is UTF-8 and not empty."""
     try:
-        found = path.read_text("utf-8")
+        found = path.read_text("utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"there is no file {path}") from None
     except IsADirectoryError:
@@ -48,7 +48,7 @@ def corpus(path: Path, tokenizer: Tokenizer | None, specials: tuple[str, ...] = 
 def sentences(path: Path, tokenizer: Tokenizer | None, specials: tuple[str, ...] = ()) -> Sentences:
     """Lines of label, tab, sentence; empty lines don't count."""
     found, pairs = text(path), []
-    for number, line in enumerate(found.splitlines(), 1):
+    for number, line in enumerate(found.split("\n"), 1):  # splitlines() would split at form feeds and others, too
         if not line.strip():
             continue
         label, _, sentence = (part.strip() for part in line.partition("\t"))
@@ -56,7 +56,8 @@ def sentences(path: Path, tokenizer: Tokenizer | None, specials: tuple[str, ...]
             raise InputError(f"{path}, line {number}, must be a label, a tab and a sentence, but is {line[:60]!r}")
         pairs.append((label, sentence))
     classes = tuple(sorted({label for label, _ in pairs}))
-    labels = torch.tensor([classes.index(label) for label, _ in pairs])
+    numbers = {label: number for number, label in enumerate(classes)}
+    labels = torch.tensor([numbers[label] for label, _ in pairs])
     tokenizer = tokenizer or Characters.of("".join(sentence for _, sentence in pairs), specials)
     try:
         ids = [tokenizer.encode(sentence) for _, sentence in pairs]
@@ -90,12 +91,12 @@ def pictures(folder: Path, size: int, channels: int) -> Pictures:
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     paths, labels = [], []
     for number, name in enumerate(names):
-        own = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in extensions)
+        own = sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in extensions and not p.name.startswith("."))
         paths += own
         labels += [number] * len(own)
     parts = split(torch.tensor(labels), names, folder, "images")
     read = Decoded(paths, size, channels)
-    named = [*(str(path.relative_to(folder)).encode() for path in paths), *read.digests]
+    named = [*(os.fsencode(path.relative_to(folder)) for path in paths), *read.digests]
     return Pictures(tuple(names), torch.tensor(labels), read, *parts, Source(str(folder.resolve()), digest(named)))
 
 

@@ -20,6 +20,7 @@ def task(kind: str, config: kinds.Config, recipe: Recipe, path: Path | None, tok
     if kind == "bert-classifier":
         sentences = files.sentences(path, tokenizer, ("mask", "cls"))
         _has(sentences.tokenizer, "cls", "mask")
+        _has_room(config, 1 + (sentences.tokenizer.special("sep") is not None))
         return JudgeSentences(config, recipe, sentences)
     return _of_text(LearnText if kind == "gpt" else FillIn, config, recipe, path, tokenizer)
 
@@ -34,6 +35,7 @@ def _of_text(cls: type[LearnText] | type[FillIn], config, recipe, path, tokenize
     found = cls(config, recipe, corpus)
     if cls is FillIn:
         _has(found.data.tokenizer, "mask")
+        _has_room(config, sum(map(len, found.framed)))
     needed = config.context + 1
     train, held_out = len(found.data.train), len(found.data.held_out)
     if min(train, held_out) < needed:
@@ -42,6 +44,12 @@ def _of_text(cls: type[LearnText] | type[FillIn], config, recipe, path, tokenize
             f"{config.context} needs {needed} of each: give a longer text, or a smaller --context"
         )
     return found
+
+
+def _has_room(config: kinds.Config, frame: int) -> None:
+    """InputError unless tokens fit between those that begin and end a row."""
+    if config.context <= frame:
+        raise InputError(f"--context must be {frame + 1} or more, since {frame} tokens frame each row, but is {config.context}")
 
 
 def _has(tokenizer: Tokenizer, *purposes: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tfkern.ending import InputError
 from tfkern.models.tokens import TokenizerError
 from tfkern.training import checkpoints, kinds, opening
 from tfkern.training.attention_share import Watch
@@ -101,7 +102,13 @@ class Training:
                 self.scaler.scale(own * self.ranks.count).backward()  # DDP and FSDP2 divide by the number of processes
             loss += own.detach()
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip))
+        # A scaler leaves the step out and halves its scale, which is 1 without fp16; below that it has nothing to mend.
+        if not norm.isfinite() and self.scaler.get_scale() <= 1:
+            raise InputError(
+                f"step {len(self.losses) + 1} has gradients that are not finite and is not made; the last checkpoint stays as "
+                "it is: train anew with a smaller --learning-rate, or another --amp"
+            )
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss
