@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all, refused where damaged or of others, resumable after a kill at any moment."""
 
+import contextlib
 import dataclasses
 import errno
 import os
@@ -213,16 +214,52 @@ def killed(path: Path, rounds: int) -> tuple[int, int]:
     return int(whole), int(saved)
 
 
-@pytest.mark.parametrize("rounds", [5, pytest.param(60, marks=pytest.mark.slow)])
-def test_killed_while_saving(tmp_path, rounds):
+class Killed(BaseException):
+    """Nothing in a save handles it, as nothing handles a kill."""
+
+
+@pytest.mark.parametrize("moment", range(5))
+def test_an_end_at_each_moment_of_a_save(saved, monkeypatch, moment):
+    """With half of it written, before it is on the disk, before and after it takes its name, and at the end."""
+    moments = iter(range(5))
+
+    def until(act):
+        def run(*arguments):
+            if next(moments) == moment:
+                raise Killed
+            act(*arguments)
+
+        return run
+
+    def in_halves(path, content):
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
+            until(file.write)(content[len(content) // 2 :])
+
+    training = Training.load(saved, tfkern.attention)
+    training.step()
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(Path, "write_bytes", in_halves)
+        patch.setattr(checkpoints, "_sync", until(checkpoints._sync))
+        patch.setattr(os, "replace", until(os.replace))
+        training.save(saved)
+    assert {path.name for path in saved.parent.iterdir()} <= {saved.name, saved.name + ".partial"}
+    assert len(checkpoints.read(saved)[1]["losses"]) == (1 if moment < 3 else 2)
+    training.save(saved)
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+    assert len(checkpoints.read(saved)[1]["losses"]) == 2
+
+
+@pytest.mark.slow
+def test_killed_while_saving(tmp_path):
     """Whatever moment the kill comes, the file is whole, and what it goes on to is what an undisturbed training does."""
     task = small("gpt")  # whose data takes no scikit-learn
     task = dataclasses.replace(task, config=dataclasses.replace(task.config, width=128))  # a file that takes a while to write
     straight = Training.start(task, tfkern.attention, steps=100_000)
     straight.step()
     straight.save(tmp_path / "c.safetensors")
-    whole, saved = killed(tmp_path / "c.safetensors", rounds)
-    assert whole == rounds
+    whole, saved = killed(tmp_path / "c.safetensors", 60)
+    assert whole == 60
     straight.run(until=saved + 2)
     resumed = Training.load(tmp_path / "c.safetensors", tfkern.attention)
     resumed.run(until=saved + 2)

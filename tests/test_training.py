@@ -164,20 +164,22 @@ class Sleeping(torch.autograd.Function):
 
 def test_share_of_time_in_attention():
     """An attention that sleeps in both directions, in a step that sleeps elsewhere as long: a half, of the third step."""
-    task = small("gpt")
+    task, seconds = small("gpt"), 0.0
 
     def attention(query, key, value, **options):
-        return Sleeping.apply(tfkern.attention(query, key, value, **options), 0.1)
+        return Sleeping.apply(tfkern.attention(query, key, value, **options), seconds)
 
     training = Training.start(task, attention, steps=9)
     training.run(until=2)
     assert training.share is None
+    seconds = 0.1
     elsewhere = training.model.blocks[0].mlp.register_forward_hook(lambda *_: time.sleep(0.2))
     training.step()
     step, share = training.share
     assert step == 3
     assert 0.4 < share < 0.56  # what the rest of the step takes is in neither half
     elsewhere.remove()
+    seconds = 0.0
     training.step()
     assert training.share == (step, share)
     without = Training.start(small("mixer"), attention, steps=3)
