@@ -27,11 +27,11 @@ def test_save_is_whole_or_not_at_all(tmp_path, monkeypatch):
     training.save(path)
     before = path.read_bytes()
 
-    def full_disk(partial):
-        assert partial.stat().st_size
+    def full_disk(descriptor):
+        assert os.fstat(descriptor).st_size
         raise OSError(errno.ENOSPC, "no space left on device")
 
-    monkeypatch.setattr(checkpoints, "_sync", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     training.step()
     with pytest.raises(OSError, match=r"the checkpoint can't be written .no space"):
         training.save(path)
@@ -231,16 +231,22 @@ def test_an_end_at_each_moment_of_a_save(saved, monkeypatch, moment):
 
         return run
 
-    def in_halves(path, content):
-        with path.open("wb") as file:
-            file.write(content[: len(content) // 2])
-            until(file.write)(content[len(content) // 2 :])
+    def in_halves(path, mode, opened=Path.open):
+        file = opened(path, mode)
+        write = file.write
+
+        def halves(content):
+            write(content[: len(content) // 2])
+            until(write)(content[len(content) // 2 :])
+
+        file.write = halves
+        return file
 
     training = Training.load(saved, tfkern.attention)
     training.step()
     with monkeypatch.context() as patch, contextlib.suppress(Killed):
-        patch.setattr(Path, "write_bytes", in_halves)
-        patch.setattr(checkpoints, "_sync", until(checkpoints._sync))
+        patch.setattr(Path, "open", in_halves)
+        patch.setattr(os, "fsync", until(os.fsync))
         patch.setattr(os, "replace", until(os.replace))
         training.save(saved)
     assert {path.name for path in saved.parent.iterdir()} <= {saved.name, saved.name + ".partial"}

@@ -141,6 +141,22 @@ def test_stream():
     assert model(ids).requires_grad  # outside of it, gradients are as they were
 
 
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_row_that_has_stopped_stays_so(cache):
+    """The others go on as they would, and the text ends where all have stopped."""
+    model, ids = gpt(), prompts(5)
+    whole = generation.generate(model, ids, 60, temperature=0.0, cache=cache)
+    stop = whole[0, 9].item()
+    first = [(row[5:] == stop).nonzero()[0, 0].item() if stop in row[5:] else 60 for row in whole]
+    found = generation.generate(model, ids, 60, temperature=0.0, cache=cache, stop=stop)
+    assert found.shape[1] == 5 + min(60, max(first) + 1)
+    for row, wanted, end in zip(found, whole, first, strict=True):
+        assert torch.equal(row[: 5 + end], wanted[: 5 + end])
+        assert torch.all(row[5 + end :] == stop)
+    one = generation.generate(model, ids[:1], 60, temperature=0.0, cache=cache, stop=stop)
+    assert one.shape[1] == 5 + first[0] + 1 < 65
+
+
 def drawn(logits, **options) -> set[int]:
     """Which tokens come in many draws."""
     generator = torch.Generator().manual_seed(0)

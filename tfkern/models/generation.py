@@ -14,17 +14,18 @@ from tfkern.nn import KeyValueCache
 
 def generate(
     model: nn.Module, ids: Tensor, count: int, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-    generator: torch.Generator | None = None, cache: bool = True,
+    generator: torch.Generator | None = None, cache: bool = True, stop: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """The prompts and `count` tokens after each: (B, N + count), from ids (B, N). The arguments and errors of `stream`."""
-    return torch.cat([ids, *stream(model, ids, count, temperature, top_k, top_p, generator, cache)], 1)
+    """The prompts and at most `count` tokens after each: (B, N + count), fewer where all rows have stopped, from ids (B, N).
+    The arguments and errors of `stream`."""
+    return torch.cat([ids, *stream(model, ids, count, temperature, top_k, top_p, generator, cache, stop)], 1)
 
 
 def stream(
     model: nn.Module, ids: Tensor, count: int, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-    generator: torch.Generator | None = None, cache: bool = True,
+    generator: torch.Generator | None = None, cache: bool = True, stop: int | None = None,
 ) -> Iterator[Tensor]:  # fmt: skip
-    """`count` tokens after each prompt, as they come.
+    """At most `count` tokens after each prompt, as they come.
 
     A model sees at most `context` tokens. Of a longer prompt it sees the newest `context`. Whenever tokens then exceed the
     context, the older half of them leaves, and positions count anew from the first one that stays.
@@ -44,8 +45,9 @@ def stream(
             those after temperature and top_k. None is all.
         generator: of the random numbers, on the device of the model; None is torch's own.
         cache: whether keys and values are kept.
+        stop: the token that ends a text. A row that has it goes on with it; when all rows have it, no more come.
 
-    Yields: (B, 1) int64, `count` times.
+    Yields: (B, 1) int64, at most `count` times.
 
     Raises: ValueError for an argument out of range.
 
@@ -53,15 +55,16 @@ def stream(
         top_p, is that of transformers.
     """
     _check(ids, count, temperature, top_k, top_p)
-    return _stream(model, ids, count, (temperature, top_k, top_p, generator), cache)
+    return _stream(model, ids, count, (temperature, top_k, top_p, generator), cache, stop)
 
 
 @torch.no_grad()
-def _stream(model: nn.Module, ids: Tensor, count: int, sampling: tuple, cache: bool) -> Iterator[Tensor]:
+def _stream(model: nn.Module, ids: Tensor, count: int, sampling: tuple, cache: bool, stop: int | None) -> Iterator[Tensor]:
     context = model.config.context
     seen = ids[:, -context:]  # the window
     room = min(context, seen.shape[1] + count)
     kept = [KeyValueCache(room) for _ in model.blocks] if cache else None
+    ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
     for _ in range(count):
         if seen.shape[1] > context:
             seen = seen[:, -(seen.shape[1] // 2) :]
@@ -69,7 +72,12 @@ def _stream(model: nn.Module, ids: Tensor, count: int, sampling: tuple, cache: b
                 layer.clear()
         new = seen[:, kept[0].length :] if kept else seen
         chosen = choose(model(new, kept, last=True)[:, -1], *sampling)
+        if stop is not None:
+            chosen = chosen.masked_fill(ended, stop)
+            ended |= chosen == stop
         yield chosen
+        if stop is not None and ended.all():
+            return
         seen = torch.cat([seen, chosen], 1)
 
 

@@ -135,7 +135,7 @@ class Llama(nn.Module):
 
     def generate(
         self, ids: Tensor, count: int, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-        generator: torch.Generator | None = None, cache: bool = True,
+        generator: torch.Generator | None = None, cache: bool = True, stop: int | None = None,
     ) -> Tensor:  # fmt: skip
-        """Append `count` tokens to ids (B, N): (B, N + count). The arguments are those of tfkern.models.generation.stream."""
-        return generation.generate(self, ids, count, temperature, top_k, top_p, generator, cache)
+        """Append at most `count` tokens to ids (B, N). The arguments are those of tfkern.models.generation.stream."""
+        return generation.generate(self, ids, count, temperature, top_k, top_p, generator, cache, stop)
