@@ -219,10 +219,13 @@ def tried(name: str, make: Callable[[], Row | str]) -> Row | str | None:
     """What `make` makes, or None where packages are not there, which standard error tells."""
     print(f"{name} …", file=sys.stderr, flush=True)
     try:
-        return make()
+        found = make()
     except NotHereError as error:
         print(f"{name} {error}", file=sys.stderr, flush=True)
         return None
+    if isinstance(found, Row):  # at once: the others take minutes
+        print(" | ".join(found.cells()), file=sys.stderr, flush=True)
+    return found
 
 
 def models(rows: Sequence[Row]) -> str:

@@ -1,5 +1,6 @@
 """Tell the class of images or sentences with what `tfkern train vit`, `mixer` or `bert --classify` trained."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -7,7 +8,7 @@ import torch
 import tfkern
 from tfkern.commands.arguments import number
 from tfkern.extras import require
-from tfkern.training import telling
+from tfkern.training import provenance, telling
 from tfkern.training.trained import Trained
 
 
@@ -23,6 +24,8 @@ def run(args) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trained = Trained.read(args.checkpoint, tfkern.attention, device, ("vit", "mixer", "bert-classifier"))
     shares = telling.probabilities(trained, args.inputs)
+    by = provenance.of_trained(args.checkpoint, trained, lambda: telling.probabilities(trained, args.inputs[:1]))
+    print(f"{by}:", file=sys.stderr, flush=True)
     for name, row in zip(args.inputs, shares, strict=True):
         best = row.topk(min(args.top, len(row)))
         told = ", ".join(f"{trained.form.classes[i]} {p:.1%}" for p, i in zip(*best, strict=True))

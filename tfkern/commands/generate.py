@@ -47,8 +47,8 @@ def run(args) -> int:
     if not ids:
         raise InputError(f"the prompt must have a token or more, but {args.prompt!r} has none")
     seen = torch.tensor([ids[-trained.form.config.context :]], device=trained.device)
-    attention = provenance.label(provenance.chosen(trained.model, lambda: trained.model(seen)), trained.device)
-    print(f"by {path}, after step {trained.done} of {trained.steps}, attention by {attention}:", file=sys.stderr, flush=True)
+    by = provenance.of_trained(path, trained, lambda: trained.model(seen))
+    print(f"{by}:", file=sys.stderr, flush=True)
     print(args.prompt, end="", flush=True)
     pieces = sampling.continuing(
         trained.model, tokenizer, args.prompt, args.count, args.temperature, args.top_k, args.top_p, args.seed

@@ -71,7 +71,7 @@ class BERT(nn.Module):
 
     def forward(self, ids: Tensor, key_lengths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         """ids (B, N) integers, N <= context -> (B, N, C). key_lengths (B,): how many tokens of each row are no padding;
-        segments (B, N): 0 for the first sentence, 1 for the second (default all 0)."""
+        segments (B, N): 0 for the first sentence, 1 for the second (default all 0); transformers' token_type_ids."""
         n = ids.shape[1]
         if n > self.config.context:
             raise ValueError(f"ids must have at most {self.config.context} positions, the context, but has {n}; cut them")

@@ -5,6 +5,7 @@ Whatever a file holds, reading it gives tensors or raises a WeightsError of one 
 
 import json
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -128,7 +129,9 @@ def _gguf(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 def _pickled(path: Path) -> object:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch tells that a pickle looks odd, before it refuses it
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = next((text for text in str(error).splitlines() if "GLOBAL" in text or "Unsupported" in text), "no tensors")
         raise WeightsError(

@@ -21,7 +21,10 @@ from tfkern.nn.cache import positions_before
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Sizes; the defaults are GPT-2's smallest, 124,439,808 parameters."""
+    """Sizes; the defaults are GPT-2's smallest, 124,439,808 parameters.
+
+    nanoGPT calls context block_size, layers n_layer, heads n_head, and width n_embd.
+    """
 
     vocab_size: int = 50257
     context: int = 1024

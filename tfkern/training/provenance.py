@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import tfkern
 from tfkern.nn import SelfAttention
+from tfkern.training.trained import Trained
 from tfkern.training.trainer import Training
 
 KERNELS = ("portable", "hopper")  # the backends that are ours in Triton
@@ -61,6 +63,13 @@ def chosen(model: nn.Module, run: Callable[[], object], asked: str | None = None
         run()
     found = [tfkern.explain(c.query, c.key, c.key, **c.options, backend=asked).split()[0] for c in calls]
     return " and ".join(dict.fromkeys(found))
+
+
+def of_trained(path: Path, trained: Trained, run: Callable[[], object]) -> str:
+    """Which checkpoint, how far it was trained, and what computes its attention while something runs it."""
+    attention = chosen(trained.model, run)
+    by = f"attention by {label(attention, trained.device)}" if attention else "no attention"
+    return f"by {path}, after step {trained.done} of {trained.steps}, {by}"
 
 
 def label(name: str, device: torch.device) -> str:
