@@ -10,9 +10,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize(
-    "name", ["docs/features.md", "docs/drop-in.md", "docs/ladder.md", "docs/reference-models.md", "README.md"]
-)
+TRAINS = pytest.param("docs/ladder.md", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["docs/features.md", "docs/drop-in.md", TRAINS, "docs/reference-models.md", "README.md"])
 def test_examples(name, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S)
     assert len(blocks) > 1

@@ -19,7 +19,7 @@ from tfkern.bench.worker import plain
 sys.path.append(str(Path(__file__).resolve().parent))
 import rehearsal
 
-pytestmark = pytest.mark.cpu  # on a GPU `make gpu` itself is run
+pytestmark = [pytest.mark.cpu, pytest.mark.slow]  # on a GPU `make gpu` itself is run
 
 # The problem's first line that a fault leaves, or None; what else its rows say.
 WANTED = {
@@ -114,7 +114,6 @@ def test_each_in_a_process_of_its_own(tmp_path):
     assert len(alone) == 3
 
 
-@pytest.mark.slow
 def test_a_case_is_cut_when_time_is_up_and_comes_last_in_the_next_call(tmp_path):
     run = functools.partial(plain, rehearsal.slow)
     rows, outcome = supervised(tmp_path, run, seconds=4)
@@ -213,7 +212,6 @@ def command(tmp_path, *arguments: str, **options) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
 
-@pytest.mark.slow
 def test_a_full_disk_ends_the_run(tmp_path):
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (700, 700))
     process = command(tmp_path, "--call", "1", "--only", "environment", preexec_fn=limit)
@@ -227,7 +225,6 @@ def test_a_full_disk_ends_the_run(tmp_path):
     assert [path.name for path in (tmp_path / "dry-run").iterdir()] == ["rows.jsonl"]  # no half of a report
 
 
-@pytest.mark.slow
 def test_a_signal_ends_the_run_with_a_report(tmp_path):
     process = command(tmp_path, "--call", "1", "--only", "features")
     path = tmp_path / "dry-run" / "rows.jsonl"

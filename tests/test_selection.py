@@ -48,7 +48,12 @@ H100 = "7 deselected: 3 are slow, 2 need a machine without a GPU, 1 need the moo
 
 @pytest.mark.parametrize(
     ("capability", "passed", "counts", "workers"),
-    [(None, 7, NO_GPU, 0), (None, 7, NO_GPU, 2), ((8, 0), 9, A100, 0), ((9, 0), 12, H100, 2)],
+    [
+        (None, 7, NO_GPU, 0),
+        pytest.param(None, 7, NO_GPU, 2, marks=pytest.mark.slow),
+        ((8, 0), 9, A100, 0),
+        ((9, 0), 12, H100, 2),
+    ],
     ids=["no GPU", "no GPU, two workers", "A100", "H100, two workers"],
 )
 def test_what_is_not_run_is_counted(capability, passed, counts, workers, tmp_path):
