@@ -163,17 +163,6 @@ class Fit(NamedTuple):
         return {row.ours: row.value(state, dtype) for row in self.rows}
 
 
-def translated(
-    model: type[nn.Module], config, layout: Layout, state: dict[str, Tensor], dtype: torch.dtype = torch.float32
-) -> tuple[dict[str, Tensor], Report]:
-    """A state dict of others by our names, as far as it fits and in memory of its own, and what does not fit.
-
-    What fits is taken out of `state`.
-    """
-    fit = _fit(model, config, layout, state)
-    return fit.weights(state, dtype), fit.report
-
-
 def _best_fit(model, state, told, config, source, changes) -> Fit:
     """By that of a model's layouts which leaves least over."""
     _check(model)
