@@ -235,6 +235,19 @@ TIMM_MIXER = {
 }
 
 
+def _bert(names: dict[str, str], architecture: str, sizes: dict[str, str] = BERT_SIZES, **others) -> Layout:
+    return Layout(
+        source="transformers",
+        names=names,
+        architecture=architecture,
+        sizes=sizes,
+        defaults=BERT_DEFAULTS,
+        settings=BERT_SETTINGS,
+        old_endings=BERT_ENDINGS,
+        **others,
+    )
+
+
 def _vit_of_transformers(source: str, body: dict[str, str]) -> Layout:
     return Layout(
         source=source,
@@ -318,33 +331,16 @@ LAYOUTS: dict[type[nn.Module], tuple[Layout, ...]] = {
             },
         ),
     ),
-    BERT: (
-        Layout(
-            source="transformers",
-            names=BERT_BODY,
-            architecture="BertModel",
-            sizes=BERT_SIZES,
-            defaults=BERT_DEFAULTS,
-            settings=BERT_SETTINGS,
-            old_endings=BERT_ENDINGS,
-            prefix="bert.",
-            skipped=rf"{BERT_BUFFERS}|cls\..*|classifier\..*",
-        ),
-    ),
+    BERT: (_bert(BERT_BODY, "BertModel", prefix="bert.", skipped=rf"{BERT_BUFFERS}|cls\..*|classifier\..*"),),
     MaskedLM: (
-        Layout(
-            source="transformers",
-            names={
+        _bert(
+            {
                 **_under("bert.", "bert.", BERT_BODY),
                 "transform.0": "cls.predictions.transform.dense",
                 "transform.2": "cls.predictions.transform.LayerNorm",
                 "bias": "cls.predictions.bias",
             },
-            architecture="BertForMaskedLM",
-            sizes=BERT_SIZES,
-            defaults=BERT_DEFAULTS,
-            settings=BERT_SETTINGS,
-            old_endings=BERT_ENDINGS,
+            "BertForMaskedLM",
             body="bert.",
             skipped=rf"{BERT_BUFFERS}|bert\.pooler\..*|cls\.seq_relationship\..*",
             tied={
@@ -354,14 +350,10 @@ LAYOUTS: dict[type[nn.Module], tuple[Layout, ...]] = {
         ),
     ),
     Classifier: (
-        Layout(
-            source="transformers",
-            names={**_under("bert.", "bert.", BERT_BODY), "head": "classifier"},
-            architecture="BertForSequenceClassification",
+        _bert(
+            {**_under("bert.", "bert.", BERT_BODY), "head": "classifier"},
+            "BertForSequenceClassification",
             sizes={**BERT_SIZES, "classes": "num_labels"},
-            defaults=BERT_DEFAULTS,
-            settings=BERT_SETTINGS,
-            old_endings=BERT_ENDINGS,
             body="bert.",
             skipped=rf"{BERT_BUFFERS}|cls\..*",
         ),
