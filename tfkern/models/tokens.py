@@ -39,6 +39,7 @@ class Characters:
         if unknown := set(self.specials) - set(SPELLINGS):
             raise TokenizerError(f"specials must be of {', '.join(SPELLINGS)}, but have {', '.join(sorted(unknown))}")
         self._ids = {c: i for i, c in enumerate(characters)}
+        self._spelled = [*characters, *(SPELLINGS[name][0] for name in self.specials)]
 
     @classmethod
     def of(cls, text: str, specials: Iterable[str] = ()) -> "Characters":
@@ -58,8 +59,7 @@ class Characters:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; a special token is written as BERT's tokenizers write it, such as [MASK]."""
-        spelled = [*self.characters, *(SPELLINGS[name][0] for name in self.specials)]
-        return "".join(spelled[int(i)] for i in ids)
+        return "".join(self._spelled[int(i)] for i in ids)
 
     def special(self, purpose: str) -> int | None:
         """The id of the special token for a purpose, or None if there is none."""

@@ -14,5 +14,5 @@ MODELS = {"gpt": GPT, "bert": MaskedLM, "bert-classifier": Classifier, "vit": Vi
 
 
 def build(kind: str, config: Config, attention: Callable[..., Tensor]) -> nn.Module:
-    """A fresh model; its weights follow from PyTorch's default generator. Mixer has no attention."""
-    return Mixer(config) if kind == "mixer" else MODELS[kind](config, attention)
+    """A fresh model; its weights follow from PyTorch's default generator."""
+    return MODELS[kind](config, attention)

@@ -17,14 +17,15 @@ def continuing(
     """What `count` tokens by a trained GPT after the prompt read as, piece by piece as they come."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    ids, told, written = torch.tensor([tokenizer.encode(prompt)], device=device), "", []
+    ids = torch.tensor([tokenizer.encode(prompt)], device=device)
+    piece, new = [], []  # tokens of the last piece, which tell how the next one begins, and those since
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     for token in generation.stream(model.eval(), ids, count, **options):
-        written.append(int(token))
-        text = tokenizer.decode(written)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character is not yet whole
+        new.append(int(token))
+        told, text = tokenizer.decode(piece), tokenizer.decode([*piece, *new])
+        if text != told and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character is not yet whole
             yield text[len(told) :]
-            told = text
+            piece, new = new, []
 
 
 def continued(training: Training, prompt: str, count: int, **options) -> str:

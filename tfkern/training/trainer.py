@@ -91,10 +91,11 @@ class Training:
         batch = self.task.batch(self.generator, recipe.rows)
         self.tokens += self.task.tokens(batch)
         parts, loss = self.ranks.parts(batch, recipe.accumulate), torch.zeros((), device=self.device)
+        weight = max(1, self.task.weight(batch))
         self.optimizer.zero_grad()
         for number, part in enumerate(parts, 1):
             # The mean over a batch is the sum of its parts' means, each by its part of what the mean is over.
-            share = self.task.weight(part) / max(1, self.task.weight(batch))
+            share = self.task.weight(part) / weight
             given = tuple(x.to(self.device) for x in self.task.load(part))
             with self.ranks.exchanging(self.runs, number == len(parts)):
                 with self.autocast():
