@@ -63,7 +63,7 @@ def _plan(p: Problem, out: layout.Blank, mask_vec: int) -> launch.Launch:
     dim, config, short = _config(p)
     stride_o = tma.strides(out)
     mod = p.score_mod[0] if p.score_mod else None
-    given = dict(MOD=mod, LINEAR=p.linear, MASK_VEC=mask_vec, DIM=p.head_dim, **config.constants(dim))
+    given = dict(MOD=mod, LINEAR=p.linear, MASK_VEC=mask_vec, HEAD_DIM=p.head_dim, **config.constants(dim))
     shape = (p.batch, p.heads, p.group, p.n_q, p.n_k)
     if short:
         kernel, items = flash_fwd_short.flash_fwd_short, p.batch * p.kv_heads

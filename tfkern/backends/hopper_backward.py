@@ -134,7 +134,7 @@ def _plan(p: Problem, name: str, strides: tuple) -> launch.Launch:
     sizes = (p.batch, p.heads, p.group, p.n_q, p.n_k, tiles)
     numbers = (*strides, *sizes, p.scale, int(p.lower_right), p.left, p.right)
     value, derivative = p.score_mod or (None, None)
-    given = dict(MOD=value, MOD_GRAD=derivative, LINEAR=p.linear, DIM=p.head_dim, **config.constants(dim, of_keys))
+    given = dict(MOD=value, MOD_GRAD=derivative, LINEAR=p.linear, HEAD_DIM=p.head_dim, **config.constants(dim, of_keys))
     constants = {key: given[key] for key in kernel.arg_names if key in given}  # in the kernel's order
     blocks = tuple((config.block_n if i in STREAMED[name] else HOPPER_QUERIES, dim) for i in range(6))
     grid = (1 if p.packed else p.batch) * heads * tiles
