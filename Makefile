@@ -26,7 +26,7 @@ demo: $(STAMP)
 	$(BIN)/tfkern demo $(ARGS)
 
 # At most six minutes on two cores: tests marked slow are more of what others stand for. What finds most stays: tests/mutation/cover.py
-# tells which tests killed which share of the mutants. ARGS=--durations=30 shows what takes long.
+# tells, after `make mutants`, which tests killed which share of them. ARGS=--durations=30 shows what takes long.
 PYTEST := $(BIN)/pytest tests -q -n $(WORKERS) --dist worksteal
 test: $(STAMP)
 	$(PYTEST) -m "not slow" $(ARGS)
@@ -61,7 +61,8 @@ gate: $(STAMP)
 	$(GATE) --arch sm_80 sm_90 gfx942 --dtype fp32 --head-dim 64 --variant everything
 	$(BIN)/python bench/hopper_gate.py
 
-# Break the kernels, one place at a time, and see that the tests notice. About an hour on two cores.
+# Break the kernels, one place at a time, and see that the tests notice: build/mutants/ has what was found. About an hour on two
+# cores.
 mutants: $(STAMP)
 	TRITON_INTERPRET=1 $(BIN)/python tests/mutation $(ARGS)
 
