@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Predicted times of the kernels with the tiles of tfkern/configs.py, on an H100 that need not be there.
 
-usage: model.py [--length 197 512 …] [--head-dim 64] [--dtype bf16] [--json FILE]
+usage: python -m bench.static.model [--length 197 512 …] [--head-dim 64] [--dtype bf16] [--json FILE]
 
 For each shape and direction: launches, registers, spilled bytes, programs on an SM, the predicted time with its band, what it
 is calibrated by (calibration.py), what binds it, and the floor (cost_model.py has the assumptions). against.py compares with
@@ -14,16 +13,13 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import calibration
-import compile_gate
-import geometry
-import sweep
+from tfkern import configs, progress
+from tfkern.bench.static import calibration, compile_gate, geometry, sweep
+from tfkern.ending import ended
 
 
 def launches(problem: geometry.Problem, direction: str, dtype: str) -> list[tuple[str, object]]:
     """(kernel, tiles) of each launch of a direction, as tfkern/backends/portable.py chooses them."""
-    configs = compile_gate.load("tfkern.configs")
     size, block = compile_gate.DTYPES[dtype], configs.head_dim_class(problem.head_dim)
     if direction == "forward":
         return [("flash_fwd", configs.tile_config("sm_90", "flash_fwd", size, block))]
@@ -99,7 +95,7 @@ def main() -> int:
         (geometry.Problem(max(1, sweep.TOKENS // n), sweep.HEADS, n, args.head_dim, causal), direction)
         for n in args.length for causal in (False, True) for direction in ("forward", "backward")
     ]  # fmt: skip
-    each = compile_gate.load("tfkern.progress").counted(asked, lambda one: f"predicting {one[0].length} {one[1]}")
+    each = progress.counted(asked, lambda one: f"predicting {one[0].length} {one[1]}")
     rows = [shown(problem, direction, args.dtype) for problem, direction in each]
     print(calibration.HEADING, table(rows), sep="\n\n")
     if args.json:
@@ -108,4 +104,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(compile_gate.ended(main))
+    sys.exit(ended(Path(__file__).name, main))

@@ -1,7 +1,7 @@
-#!/usr/bin/env python3
 """Predicted times of the Hopper kernels beside the portable ones', on an H100 that need not be there: calibrated, with bands.
 
-usage: hopper_model.py [--direction backward] [--length 197 512 …] [--head-dim 64] [--heads 12] [--tokens 32768] [--dtype bf16]
+usage: python -m bench.static.hopper_model [--direction backward] [--length 197 512 …] [--head-dim 64]
+                                            [--heads 12] [--tokens 32768] [--dtype bf16]
 
 To the assumptions of cost_model.py come, for two consumers whose products run while they exponentiate:
 - A consumer by itself issues an instruction every `pace` cycles; its products run one after the other beside that, from where
@@ -26,23 +26,26 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import aot
-import calibration
-import compile_gate
-import cost_model
-import geometry
-import hopper_gate
-import machine_code
-import model
-import sass
-import sweep
+from tfkern import tiles
+from tfkern.bench import chips
+from tfkern.bench.static import (
+    aot,
+    calibration,
+    cost_model,
+    geometry,
+    hopper_gate,
+    machine_code,
+    model,
+    sass,
+    sweep,
+)
+from tfkern.ending import ended
 
 WARPS = 4  # of a consumer
 ARRIVED = cost_model.LATENCY["barriers"]  # of a wait for an mbarrier that has completed
 
 
-def steady(body: list[machine_code.Instruction], machine: cost_model.Machine = cost_model.H100) -> float:
+def steady(body: list[machine_code.Instruction], machine: chips.Machine = chips.H100) -> float:
     """Cycles of one pass of a loop by one consumer that has an SM to itself."""
     now = tensor = mufu = 0.0  # when the next instruction is issued, and when these pipes are free
     groups: list[float] = []  # when those in flight are done
@@ -100,15 +103,15 @@ def compiled(kernel: str, dtype: str, head_dim: int, config, variant: str) -> tu
     found, gatherer = aot.resources(binary, "sm_90"), kernel == "flash_bwd"
     persistent = kernel.startswith("flash_fwd")
     loops, outside = loops_of(sweep.code_of(binary, "sm_90"), config.consumers, gatherer, persistent)
-    return loops, outside, cost_model.H100.occupancy(found.registers, found.shared, WARPS * (1 + config.consumers + gatherer))
+    return loops, outside, chips.H100.occupancy(found.registers, found.shared, WARPS * (1 + config.consumers + gatherer))
 
 
 def launches(problem: geometry.Problem, direction: str) -> list[tuple[str, object]]:
     """(kernel, tiles) of each launch, of a problem for more rows than one consumer owns and without heavy features. direction:
     forward, backward, or "backward in one launch", which has none if it lacks memory for the queries."""
-    tiles, p = compile_gate.load("tfkern.tiles"), problem
+    p = problem
     if direction == "forward":
-        load = tiles.HopperLoad(p.batch * p.heads, 1, p.length, p.length, p.causal, cost_model.H100.sms)
+        load = tiles.HopperLoad(p.batch * p.heads, 1, p.length, p.length, p.causal, chips.H100.sms)
         config, short = tiles.HOPPER[p.head_dim].fastest(load)
         return [("flash_fwd_short" if short else "flash_fwd", config)]
     if direction == "backward":
@@ -130,7 +133,7 @@ def predict(problem: geometry.Problem, direction: str, dtype: str) -> list[cost_
 
 def predict_with(config, short: bool, problem: geometry.Problem, dtype: str) -> cost_model.Prediction:
     """The same with given tiles; short: by flash_fwd_short."""
-    tiles, kernel = compile_gate.load("tfkern.tiles"), "flash_fwd_short" if short else "flash_fwd"
+    kernel = "flash_fwd_short" if short else "flash_fwd"
     loops, outside, occupancy = compiled(kernel, dtype, problem.head_dim, config, "causal" if problem.causal else "full")
     owned = tiles.HOPPER_QUERIES * (1 if short else config.consumers)
     work = geometry.work("flash_fwd", tiles.TileConfig(owned, config.block_n), problem)
@@ -149,7 +152,7 @@ def _shared_out(work: cost_model.Work, loops: list[cost_model.Loop], outside: fl
 
 def of_two(problem: geometry.Problem, dtype: str, kernel: str) -> cost_model.Prediction:
     """Of one of the backward's two launches."""
-    tiles, config = compile_gate.load("tfkern.tiles"), dict(launches(problem, "backward"))[kernel]
+    config = dict(launches(problem, "backward"))[kernel]
     found = compiled(kernel, dtype, problem.head_dim, config, "causal" if problem.causal else "full")
     rows = tiles.HOPPER_QUERIES * config.consumers
     of_keys = kernel == "flash_bwd_dkdv"
@@ -162,7 +165,7 @@ def one_launch(problem: geometry.Problem, dtype: str) -> cost_model.Prediction |
     chosen = launches(problem, "backward in one launch")
     if not chosen:
         return None
-    tiles, (kernel, config) = compile_gate.load("tfkern.tiles"), chosen[0]
+    ((kernel, config),) = chosen
     loops, outside, occupancy = compiled(kernel, dtype, problem.head_dim, config, "causal" if problem.causal else "full")
     blocks = math.ceil(problem.length / (config.consumers * config.block_n))
     work = geometry.work_of_blocks(problem, tiles.HOPPER_QUERIES, config.consumers * config.block_n)
@@ -171,7 +174,6 @@ def one_launch(problem: geometry.Problem, dtype: str) -> cost_model.Prediction |
 
 def way(problem: geometry.Problem, direction: str, triton: str) -> str:
     """The direction, as for `launches`, that the backend takes with a version of Triton: a backward in one launch or in two."""
-    tiles = compile_gate.load("tfkern.tiles")
     clean = tuple(map(int, triton.split(".")[:2])) < tiles.HOPPER_ONE_PASS_SPILLS
     full = problem.batch * problem.heads >= tiles.HOPPER_FULL_CHIP
     one = "backward in one launch"
@@ -210,7 +212,6 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=sweep.TOKENS)
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16"])
     args = parser.parse_args()
-    tiles = compile_gate.load("tfkern.tiles")
     dims = tiles.HOPPER if args.direction == "forward" else tiles.HOPPER_BACKWARD["flash_bwd_dq"]
     if args.head_dim not in dims:
         parser.error(f"--head-dim: the {args.direction} kernels for Hopper have {sorted(dims)}, not {args.head_dim}")
@@ -231,4 +232,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(compile_gate.ended(main))
+    sys.exit(ended(Path(__file__).name, main))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run Python with tfkern as it is in this checkout, without installing it: nothing is built, and no package is needed.
 
-usage: python bench/checkout.py [ARGUMENTS OF PYTHON …], such as: python bench/checkout.py -m tfkern.bench.gpu --call 1
+usage: python bench/gpu/checkout.py [ARGUMENTS OF PYTHON …], such as: python bench/gpu/checkout.py -m tfkern.bench.gpu --call 1
 
 The package is put together of links in a folder of its own, since device code and benchmarks are beside it in the checkout
 (setup.py says why); that folder is the working directory, and first on PYTHONPATH for all that the command starts.
@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def package(folder: Path) -> None:

@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Predicted beside measured: every time of our kernels in a results file of `make gpu`, and how many lie within their bands.
 
-usage: against.py RESULTS.json [--dtype bf16]
+usage: python -m bench.static.against RESULTS.json [--dtype bf16]
 
 What is compared are the kernels of this checkout, compiled now: it should be the one that the results come from.
 """
@@ -10,13 +9,10 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import calibration
-import compile_gate
-import geometry
-import hopper_model
-import model
-import results
+from tfkern import progress, tiles
+from tfkern.bench import results
+from tfkern.bench.static import calibration, geometry, hopper_model, model
+from tfkern.ending import ended
 
 PROVIDERS = {"tfkern portable": "portable", "tfkern hopper": "hopper"}
 
@@ -33,7 +29,7 @@ def predicted(kind: str, direction: str, problem: geometry.Problem, dtype: str, 
 
 def timed(loaded: dict) -> list[dict]:
     """The rows that have times of our kernels; of two times of the same, that of a CUDA graph, which is without Python."""
-    tiles, found = compile_gate.load("tfkern.tiles"), {}
+    found = {}
     shapes = {s["name"]: s for s in loaded["shapes"]}
     for row in loaded["rows"]:
         provider, shape = row.get("provider"), shapes.get(row.get("shape"))
@@ -50,7 +46,6 @@ def timed(loaded: dict) -> list[dict]:
 def compare(loaded: dict, dtype: str) -> list[tuple[dict, calibration.Estimate, float]]:
     """(row, prediction, measured microseconds)."""
     shapes, triton, found = {s["name"]: s for s in loaded["shapes"]}, loaded["machine"]["triton"], []
-    progress = compile_gate.load("tfkern.progress")
     for row in progress.counted(timed(loaded), lambda row: f"predicting {row['shape']} {row['direction']}"):
         s = shapes[row["shape"]]
         problem = geometry.Problem(s["batch"], s["heads"], s["length"], s["head_dim"], s["is_causal"])
@@ -95,4 +90,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(compile_gate.ended(main, (results.ResultsError,)))
+    sys.exit(ended(Path(__file__).name, main, (results.ResultsError,)))

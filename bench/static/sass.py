@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from machine_code import Instruction
+from tfkern.bench.static.machine_code import Instruction
 
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)\s*([^;]*);")
 MULTIPLY = ("HGMMA", "HMMA", "UTCHMMA")

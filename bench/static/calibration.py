@@ -1,7 +1,7 @@
 """How far the cost model is off, judged by published figures of kernels of the same class, and how sure a prediction is.
 
 PUBLISHED are figures of other people's kernels on one H100. calibration.json has what the model says of ours for the same
-problems (`python bench/calibrate.py` writes it). Their ratio is a factor, by length, for each group: a kind of kernel, a
+problems (`python -m bench.static.calibrate` writes it). Their ratio is a factor, by length, for each group: a kind of kernel, a
 direction, a head dim, with or without a causal mask. A prediction is the model's time by that factor, which is interpolated
 between lengths. For Hopper it is never below 1: nothing of those kernels has been timed, so the model may not flatter them.
 
@@ -18,15 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import geometry
+from tfkern.bench.static import geometry
 
 NOT = "not calibrated"
 TABLE = Path(__file__).with_name("calibration.json")
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 HEADING = """\
 Predicted, not measured: the cost model's time, corrected by a factor from published H100 times of another kernel of the same
-class ("by"; bench/calibration.py). The percentages are the band in which the time is expected. "not calibrated": nothing is
-published for such a problem, and the band is the widest of its kind."""
+class ("by"; bench/static/calibration.py). The percentages are the band in which the time is expected. "not calibrated": nothing
+is published for such a problem, and the band is the widest of its kind."""
 
 
 def _at(lengths: tuple[int, ...], *figures: int) -> dict[int, float]:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tfkern import testing
-from tfkern.bench import blocks, peer_faults, prewarm, repeats, runner, shapes, smoke, tuning
-from tfkern.bench.worker import Cases, Context
+from tfkern.bench import runner, shapes
+from tfkern.bench.gpu import blocks, peer_faults, prewarm, repeats, smoke, tuning
+from tfkern.bench.gpu.worker import Cases, Context
 
 HEADLINE = ("tfkern portable", "sdpa default", "sdpa cudnn", "sdpa flash", "sdpa efficient")
 SANITIZER = "/usr/local/cuda/bin/compute-sanitizer"  # where it is not on the PATH
@@ -121,7 +122,7 @@ def sanitizer(context: Context) -> Cases:
 
 def _watched(tool: str, backend: str, context: Context) -> Iterator[dict]:
     program = shutil.which("compute-sanitizer") or SANITIZER
-    command = [sys.executable, "-m", "tfkern.bench.sanitized", backend]
+    command = [sys.executable, "-m", "tfkern.bench.gpu.sanitized", backend]
     there = Path(program).exists() and context.device.type == "cuda"
     if there:
         command = [program, f"--tool={tool}", "--error-exitcode=9", *command]

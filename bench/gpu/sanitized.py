@@ -1,6 +1,6 @@
 """A few small problems, forward and backward, for compute-sanitizer to watch.
 
-usage: compute-sanitizer python -m tfkern.bench.sanitized {portable,hopper}
+usage: compute-sanitizer python -m tfkern.bench.gpu.sanitized {portable,hopper}
 """
 
 import sys
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from tfkern import testing
-from tfkern.bench import smoke
+from tfkern.bench.gpu import smoke
 from tfkern.testing import CAUSAL, Case
 
 PORTABLE = [

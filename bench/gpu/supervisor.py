@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from tfkern.bench import worker
-from tfkern.bench.rows import RowFile, first_line, tries
+from tfkern.bench.gpu import worker
+from tfkern.bench.gpu.rows import RowFile, first_line, tries
 
 STARTING = 90.0  # seconds that a process may take to import, collect and name its cases
 COMPILING = 90.0  # seconds that one kernel may take to compile

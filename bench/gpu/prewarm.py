@@ -17,7 +17,8 @@ from torch import Tensor
 
 import tfkern
 from tfkern import launch, testing
-from tfkern.bench import fake_gpu, faults, launches, peer_faults, repeats, sanitized, shapes, smoke, tuning
+from tfkern.bench import fake_gpu, faults, launches, shapes
+from tfkern.bench.gpu import peer_faults, repeats, sanitized, smoke, tuning
 from tfkern.bench.shapes import Shape
 
 FEATURES = [case for case in (*testing.CASES, *testing.FEATURE_CASES) if case.name in testing.SHORT]

@@ -1,12 +1,12 @@
-#!/usr/bin/env python3
 """Compile every kernel that tfkern/configs.py can choose, without a GPU, and hold it to its bound of spilled bytes.
 
-usage: compile_gate.py [--arch sm_90 …] [--kernel flash_fwd …] [--dtype bf16 …] [--variant plain …] [--json FILE] [--bounds]
+usage: python -m bench.static.compile_gate [--arch sm_90 …] [--kernel flash_fwd …] [--dtype bf16 …] [--variant plain …]
+                                            [--json FILE] [--bounds]
 
 --variant features stands for every feature by itself and all together.
 
 Needs Triton alone, not torch, so that one venv per Triton version is enough. Ends 1 if a kernel does not compile, spills more
-bytes than bench/spills.json allows it (none, if it is not there), or wants more shared memory than its architecture has.
+bytes than bench/static/spills.json allows it (none, if it is not there), or wants more shared memory than its architecture has.
 --bounds records what exceeds a bound as one of this Triton alone ("3.8 sm_90 …"), instead of failing: for a new kernel or a
 new Triton. Bounds already there may only fall; those without a version hold for every Triton.
 """
@@ -17,12 +17,14 @@ import json
 import math
 import sys
 import time
-import types
-from collections.abc import Callable
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-PACKAGE = HERE.parent / "tfkern" if (HERE.parent / "tfkern").is_dir() else HERE.parent  # in a checkout, or installed
+from tfkern import configs, progress
+from tfkern import tiles as table
+from tfkern.bench.static import aot
+from tfkern.ending import ended
+from tfkern.kernels import features as device
+from tfkern.kernels import score_mods
 
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}  # bytes; tf32 is float32 inputs under PyTorch's TF32 switch
 
@@ -43,28 +45,12 @@ FP32_TENSORS = {"STATS", "DLSE", "DELTA", "DSLOPES"}
 ONE_PASS_ONLY = {"DLSE", "DQ", "DSLOPES", "stride_dq"}  # of flash_bwd_dkdv
 CUT = {"LEFT", "cu_q", *HEAVY}  # with which portable.py has no descriptors
 
-SPILLS = HERE / "spills.json"
-
-
-def load(name: str):
-    """Import a module of the checkout that needs no torch, past tfkern/__init__.py, which does."""
-    if "tfkern" not in sys.modules:
-        package = types.ModuleType("tfkern")
-        package.__path__ = [str(PACKAGE)]
-        kernels = types.ModuleType("tfkern.kernels")
-        kernels.__path__ = [str(HERE.parent / "kernels")]
-        sys.modules.update({"tfkern": package, "tfkern.kernels": kernels})
-    return importlib.import_module(name)
-
-
-def ended(main: Callable[[], int], refused: tuple[type[Exception], ...] = ()) -> int:
-    """Run a script of this folder to its exit status."""
-    return load("tfkern.ending").ended(Path(sys.argv[0]).name, main, refused)
+SPILLS = Path(__file__).with_name("spills.json")
 
 
 def features(there: set[str], pointer: str, mask_vec: int):
     """Features as types."""
-    device, none = load("tfkern.kernels.features"), importlib.import_module("aot").Constant(None)
+    none = aot.Constant(None)
     mask = device.Mask("*u8", ("i32",) * (3 if mask_vec else 4), "i32", "i32")
     kinds = dict(
         key_lengths="*i64", cu_q="*i32", cu_k="*i32", scale="*fp32", softcap="fp32", mask=mask, bias=mask._replace(ptr=pointer),
@@ -75,21 +61,19 @@ def features(there: set[str], pointer: str, mask_vec: int):
 
 def function(kernel: str):
     """The device function of a row of the table."""
-    configs = load("tfkern.configs")
     name = "flash_bwd_dkdv" if kernel in (configs.ONE_PASS, configs.DESCRIBED) else kernel
-    return getattr(load(f"tfkern.kernels.{name}"), name)
+    return getattr(importlib.import_module(f"tfkern.kernels.{name}"), name)
 
 
 def arguments(kernel_name: str, dtype: str, head_dim: int, config, variant: str) -> dict:
     """The kernel's parameters as aot.compile_kernel wants them; head_dim is also the head dim of V."""
     kernel = function(kernel_name)
-    constant, configs = importlib.import_module("aot").Constant, load("tfkern.configs")
+    constant = aot.Constant
     there = VARIANTS[variant]
     dim = head_dim * 5 // 8 if variant == "odd" else head_dim
     pointer = "*fp32" if dtype == "tf32" else f"*{dtype}"
     vec = 0 if variant == "strided" else math.gcd(dim, 16)
     mask_vec = 0 if variant == "bias-any" else 8
-    score_mods = load("tfkern.kernels.score_mods")
     constants = dict(
         D=dim, DV=dim, BLOCK_D=head_dim, BLOCK_DV=head_dim, VEC=vec,
         PRECISION="tf32" if dtype == "tf32" else "ieee",
@@ -128,7 +112,6 @@ def arguments(kernel_name: str, dtype: str, head_dim: int, config, variant: str)
 
 
 def jobs(args):
-    configs, table = load("tfkern.configs"), load("tfkern.tiles")
     for arch in args.arch or table.ARCHITECTURES:
         for kernel in args.kernel or (*table.KERNELS, configs.ONE_PASS, configs.DESCRIBED):
             for dtype in args.dtype:
@@ -140,7 +123,6 @@ def jobs(args):
 
 def tiles(kernel: str, arch: str, size: int, head_dim: int, variant: str) -> list:
     """What the table holds for a kernel in a variant: one; for a backward in one pass or with descriptors any number."""
-    configs = load("tfkern.configs")
     there = VARIANTS[variant]
     heavy = bool(HEAVY & there) or variant == "strided"
     if kernel == configs.DESCRIBED:
@@ -160,12 +142,11 @@ def name(row: dict) -> str:
 
 def own_name(row: dict) -> str:
     """That of a bound of this Triton alone."""
-    return f"{'.'.join(importlib.import_module('aot').triton.__version__.split('.')[:2])} {name(row)}"
+    return f"{'.'.join(aot.triton.__version__.split('.')[:2])} {name(row)}"
 
 
 def run(arch, kernel, dtype, head_dim, config, variant, bounds: dict[str, int]) -> dict:
     """Compile one and return its row of the table; `problem` is None where all is well."""
-    aot = importlib.import_module("aot")
     row = dict(arch=arch, kernel=kernel, dtype=dtype, head_dim=head_dim, variant=variant, config=vars(config))
     start = time.perf_counter()
     try:
@@ -180,7 +161,7 @@ def run(arch, kernel, dtype, head_dim, config, variant, bounds: dict[str, int]) 
 
 def problem(row: dict, bounds: dict[str, int]) -> str | None:
     """What is wrong with a kernel that did compile."""
-    bound, there = bounds.get(own_name(row), bounds.get(name(row), 0)), load("tfkern.tiles").SHARED[row["arch"]]
+    bound, there = bounds.get(own_name(row), bounds.get(name(row), 0)), table.SHARED[row["arch"]]
     if row["spilled"] > bound:
         return f"spills {row['spilled']} bytes, {bound} allowed"
     if row["shared"] > there:
@@ -201,7 +182,7 @@ def main() -> int:
     args.variant = [v for name in args.variant for v in (FEATURES if name == "features" else [name])]
     bounds = json.loads(SPILLS.read_text())
     rows = []
-    for job in load("tfkern.progress").counted(jobs(args), lambda job: " ".join(map(str, (*job[:4], job[5])))):
+    for job in progress.counted(jobs(args), lambda job: " ".join(map(str, (*job[:4], job[5])))):
         row = run(*job, bounds)
         if args.bounds and row.get("spilled", 0) > bounds.get(name(row), 0) and own_name(row) not in bounds:
             bounds[own_name(row)] = row["spilled"]
@@ -225,4 +206,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(ended(main))
+    sys.exit(ended(Path(__file__).name, main))

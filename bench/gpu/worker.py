@@ -18,7 +18,7 @@ import torch
 
 from tfkern.bench import faults
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TEXT = 2000  # characters of an error that a row keeps
 
 

@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Rank the candidates of tile sizes by the cost model and keep the best few of each kernel in ranked.json, for `make gpu`.
 
-usage: rank.py [--kernel "portable flash_fwd" …] [--head-dim 64 128] [--store FILE] [--seconds N]
+usage: python -m bench.static.rank [--kernel "portable flash_fwd" …] [--head-dim 64 128] [--store FILE] [--seconds N]
 
 Kernels that are not named keep what the file has. Needs no GPU; a kernel takes minutes, as candidates are compiled. --store is
 sweep.py's: what it has is not compiled again. After so many --seconds the portable kernels are ranked by what is known.
@@ -17,13 +16,9 @@ import time
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import aot
-import candidates
-import compile_gate
-import geometry
-import hopper_model
-import sweep
+from tfkern import configs, tiles
+from tfkern.bench.static import aot, candidates, geometry, hopper_model, sweep
+from tfkern.ending import ended
 
 DTYPE = "bf16"
 
@@ -40,7 +35,7 @@ def portable(known: sweep.Sweep, kernel: str, head_dim: int) -> list[tuple[float
 
 def hopper(kernel: str, head_dim: int) -> list[tuple[float, tuple]]:
     """(rank, tiles) of all candidates of a kernel for Hopper, the best first."""
-    tiles, found = compile_gate.load("tfkern.tiles"), []
+    found = []
     row = sweep.Row("sm_90", kernel, DTYPE, head_dim)
     asked = [problem for variant in sweep.VARIANTS for problem in sweep.problems(row, variant)]
     for numbers in candidates.HOPPER[kernel]:
@@ -57,7 +52,6 @@ def hopper(kernel: str, head_dim: int) -> list[tuple[float, tuple]]:
 
 def _microseconds(kernel: str, config, p: geometry.Problem) -> float | None:
     """Predicted; None where the kernel would not take the problem."""
-    tiles = compile_gate.load("tfkern.tiles")
     if kernel.startswith("flash_fwd"):
         short = kernel == "flash_fwd_short"
         if short and p.length > config.stages * config.block_n:
@@ -75,7 +69,6 @@ def _microseconds(kernel: str, config, p: geometry.Problem) -> float | None:
 
 def has(backend: str, kernel: str, head_dim: int) -> bool:
     """Whether the table has tiles for a kernel and head dim."""
-    tiles, configs = compile_gate.load("tfkern.tiles"), compile_gate.load("tfkern.configs")
     if backend == "portable":
         return kernel != configs.ONE_PASS or bool(configs.one_pass_tiles("sm_90", 2, head_dim))
     if kernel == "flash_bwd":
@@ -114,4 +107,4 @@ def keep(key: str, best: list[list]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(compile_gate.ended(main))
+    sys.exit(ended(Path(__file__).name, main))

@@ -23,10 +23,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tfkern.bench import chip_tests, prewarm, report, runner, steps
-from tfkern.bench.rows import RowFile, RowsError, current, problems
-from tfkern.bench.supervisor import Step, Supervisor
-from tfkern.bench.worker import ROOT, plain
+from tfkern.bench import report, runner
+from tfkern.bench.gpu import chip_tests, prewarm, steps
+from tfkern.bench.gpu.rows import RowFile, RowsError, current, problems
+from tfkern.bench.gpu.supervisor import Step, Supervisor
+from tfkern.bench.gpu.worker import ROOT, plain
 
 COMMITTED = ROOT / "bench" / "results"
 DRY_BUDGET = 900.0  # enough for any machine

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 
-from machine_code import Instruction
+from tfkern.bench.static.machine_code import Instruction
 
 LINE = re.compile(r"^(?:(\.LBB\w+):|\t([a-z]+_\w+)[ \t]*([^;\n]*))", re.M)
 MULTIPLY = MULTIPLY_FP32 = ("v_mfma",)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tfkern.bench.worker import ROOT, TEXT, Context, Serve
+from tfkern.bench.gpu.worker import ROOT, TEXT, Context, Serve
 
 # The kernels that no other machine runs first; small problems of each feature before large ones.
 FILES = ("tests/test_hopper.py", "tests/test_hopper_backward.py", "tests/test_small.py", "tests/test_attention.py")

@@ -1,7 +1,7 @@
-#!/usr/bin/env python3
 """The compile gate of the Gluon kernels: for sm_90, without a GPU, they spill nothing and overlap what they are meant to.
 
-usage: hopper_gate.py [--kernel flash_fwd …] [--head-dim 64 …] [--dtype bf16 …] [--variant full …]
+usage: python -m bench.static.hopper_gate [--kernel flash_fwd …] [--head-dim 64 …] [--dtype bf16 …] [--variant full …]
+                                           [--json FILE]
 
 Compiles every configuration of tfkern/tiles.py and checks: nothing is spilled in the loops over tiles, and no more than SPILLED
 bytes a thread in all, but for RECORDED; ptxas serialises no wgmma (its advisories C7510 to C7515); every exponential in a loop
@@ -9,20 +9,21 @@ has a wgmma in flight; no instruction writes a register from which a wgmma in fl
 """
 
 import argparse
+import importlib
+import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import aot
-import compile_gate
-import machine_code
-import sass
-import sweep
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
+
+from tfkern import tiles
+from tfkern.bench.static import aot, compile_gate, machine_code, sass, sweep
+from tfkern.ending import ended
+from tfkern.kernels import score_mods
 
 # As in compile_gate.py: what is there beside queries, keys and values.
 VARIANTS = {
@@ -59,15 +60,14 @@ def descriptor(dtype: str, rows: int, dim: int) -> str:
 def source(name: str, dtype: str, dim: int, config, variant: str):
     """A kernel with its arguments as types."""
     there = VARIANTS[variant]
-    kernel = getattr(compile_gate.load(f"tfkern.kernels.hopper.{name}"), name)
+    kernel = getattr(importlib.import_module(f"tfkern.kernels.hopper.{name}"), name)
     mask_vec = 0 if variant == "bias-any" else 8
-    mods = compile_gate.load("tfkern.kernels.score_mods")
     linear = not there & {"bias", "softcap", "slopes", "sinks", "MOD"}
     constants = dict(MOD=None, MOD_GRAD=None, DLSE=None, DSLOPES=None, LINEAR=linear, MASK_VEC=mask_vec, DIM=dim)
     constants |= config.constants(dim, owns_keys=True) if name == "flash_bwd_dkdv" else config.constants(dim)
     constants |= {side: None for side in ("LEFT", "RIGHT") if side not in there}
     if "MOD" in there:
-        constants |= dict(MOD=mods.signed_log, MOD_GRAD=mods.signed_log_derivative)
+        constants |= dict(MOD=score_mods.signed_log, MOD_GRAD=score_mods.signed_log_derivative)
     for argument, feature in (("DLSE", "key_lengths"), ("DSLOPES", "slopes")):
         if feature in there:
             del constants[argument]
@@ -106,7 +106,7 @@ def judge(binary, spilled: int = SPILLED, in_loops: int = 0) -> tuple[str, list[
     wrong += advisories(binary.asm["ptx"])
     wrong += [f"{exposed} of {exponentials} exponentials wait for nothing"] if exposed or not exponentials else []
     wrong += [f"{x} overwrites an operand" for body in loops for x in sass.clobbered(body)]
-    if found.shared > compile_gate.load("tfkern.tiles").SHARED["sm_90"]:
+    if found.shared > tiles.SHARED["sm_90"]:
         wrong.append("needs more shared memory than there is")
     hidden = f"{exponentials - exposed} of {exponentials} exp2 under a wgmma"
     return f"{found.registers} regs {found.spilled:4} B spilled {found.shared:7} B shared {hidden}", wrong
@@ -114,7 +114,6 @@ def judge(binary, spilled: int = SPILLED, in_loops: int = 0) -> tuple[str, list[
 
 def configurations(kernel: str, dim: int, variant: str) -> list:
     """What the tables hold for a kernel in a variant, if it is in the kernel."""
-    tiles = compile_gate.load("tfkern.tiles")
     heavy = compile_gate.HEAVY & VARIANTS[variant]
     if kernel == "flash_bwd":
         return list(tiles.HOPPER_ONE_PASS.get(dim, ())) if variant in ONE_PASS else []
@@ -134,7 +133,7 @@ def configurations(kernel: str, dim: int, variant: str) -> list:
 
 def jobs(args):
     for kernel in args.kernel:
-        spills = compile_gate.load("tfkern.tiles").HOPPER_ONE_PASS_SPILLS
+        spills = tiles.HOPPER_ONE_PASS_SPILLS
         if kernel == "flash_bwd" and tuple(map(int, aot.triton.__version__.split(".")[:2])) >= spills:
             print(f"{kernel}: not taken with Triton {spills[0]}.{spills[1]} and newer, which spill in its loops")
             continue
@@ -145,27 +144,39 @@ def jobs(args):
                         yield kernel, dtype, dim, config, variant
 
 
+def run(kernel: str, dtype: str, dim: int, config, variant: str) -> tuple[dict, str]:
+    """Compile one: (its row of the table, in which `problem` is None where all is well; the row in words)."""
+    compiled = source(kernel, dtype, dim, config, variant)
+    binary = aot.triton.compile(compiled, target=aot.TARGETS["sm_90"], options=config.options())
+    version = ".".join(aot.triton.__version__.split(".")[:2])
+    text, wrong = judge(binary, *RECORDED.get((version, kernel, dim, variant), ()))
+    tiles = f"{config.consumers} consumers x {config.block_n} s{config.stages}"
+    tiles += f" {config.tiles} slots" if kernel == "flash_bwd" else ""
+    row = dict(kernel=kernel, dtype=dtype, head_dim=dim, variant=variant, tiles=tiles, problem="; ".join(wrong) or None)
+    words = f"{kernel:14} {dtype} D{dim:<4} {variant:10} {tiles:28} {text} {row['problem'] or ''}"
+    return row | vars(aot.resources(binary, "sm_90")), words
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kernel", nargs="+", default=KERNELS, choices=KERNELS)
     parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128, 256])
     parser.add_argument("--dtype", nargs="+", default=["bf16"])
     parser.add_argument("--variant", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    failed = 0
     print(f"Triton {aot.triton.__version__}")
-    version = ".".join(aot.triton.__version__.split(".")[:2])
-    for kernel, dtype, dim, config, variant in jobs(args):
-        compiled = source(kernel, dtype, dim, config, variant)
-        binary = aot.triton.compile(compiled, target=aot.TARGETS["sm_90"], options=config.options())
-        text, wrong = judge(binary, *RECORDED.get((version, kernel, dim, variant), ()))
-        failed += bool(wrong)
-        tiles = f"{config.consumers} consumers x {config.block_n} s{config.stages}"
-        tiles += f" {config.tiles} slots" if kernel == "flash_bwd" else ""
-        print(f"{kernel:14} {dtype} D{dim:<4} {variant:10} {tiles:28} {text} {'; '.join(wrong)}", flush=True)
+    rows = []
+    for job in jobs(args):
+        row, words = run(*job)
+        rows.append(row)
+        print(words, flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+    failed = sum(row["problem"] is not None for row in rows)
     print(f"{failed} failed")
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(compile_gate.ended(main))
+    sys.exit(ended(Path(__file__).name, main))

@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
-"""Write bench/calibration.json anew: what the cost model says of our kernels, with today's tiles, for the published problems.
+"""Write calibration.json anew: what the cost model says of our kernels, with today's tiles, for the published problems.
 
-usage: calibrate.py [--show]
+usage: python -m bench.static.calibrate [--show]
 
 Compiles some forty kernels, about two minutes on one core; needs Triton alone. Call it when tiles, kernels or the model change.
 Then, and with --show at once, it prints each group's factors and bands, and how many published figures the bands hold.
@@ -15,13 +14,8 @@ import math
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import aot
-import calibration
-import compile_gate
-import geometry
-import hopper_model
-import model
+from tfkern.bench.static import aot, calibration, geometry, hopper_model, model
+from tfkern.ending import ended
 
 DTYPE = "fp16"  # of the published figures
 
@@ -102,4 +96,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(compile_gate.ended(main))
+    sys.exit(ended(Path(__file__).name, main))

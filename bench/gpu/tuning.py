@@ -12,9 +12,10 @@ from unittest import mock
 import torch
 
 from tfkern import backends, call, configs, tiles
-from tfkern.bench import candidates, faults, timing, verify
+from tfkern.bench import faults, timing, verify
 from tfkern.bench.providers import passed_over
 from tfkern.bench.shapes import Shape
+from tfkern.bench.static import candidates
 
 SHAPES = [
     Shape("512", 64, 12, 512, 64), Shape("4096-causal-d128", 2, 16, 4096, 128, is_causal=True), Shape("197", 64, 12, 197, 64),

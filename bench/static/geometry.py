@@ -3,7 +3,8 @@
 import math
 from typing import NamedTuple
 
-import cost_model
+from tfkern.bench import chips
+from tfkern.bench.static import cost_model
 
 OWNS_KEYS = ("flash_bwd_dkdv", "flash_bwd_dkdv_described", "flash_bwd_one_pass")
 PRODUCTS = {"flash_fwd": 2, "flash_bwd_dq": 3, "flash_bwd_dkdv": 4, "flash_bwd_one_pass": 5, "flash_bwd_dbias": 2}
@@ -110,6 +111,6 @@ def work_of_blocks(p: Problem, step: int, block: int) -> cost_model.Work:
     )
 
 
-def floor(kernel: str, p: Problem, machine: cost_model.Machine = cost_model.H100) -> float:
+def floor(kernel: str, p: Problem, machine: chips.Machine = chips.H100) -> float:
     """Microseconds for one launch, of its own products, exponentials and bytes."""
-    return cost_model.floor(2.0 * PRODUCTS[kernel] * p.scores * p.head_dim, p.scores, TENSORS[kernel] * p.tensor, machine)
+    return chips.floor(2.0 * PRODUCTS[kernel] * p.scores * p.head_dim, p.scores, TENSORS[kernel] * p.tensor, machine)

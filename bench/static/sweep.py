@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Compile candidates of tile sizes, warps and stages for rows of the table, read their machine code, rank by the cost model.
 
-usage: sweep.py [--arch sm_90 …] [--kernel flash_fwd …] [--dtype bf16 …] [--head-dim 64 …]
+usage: python -m bench.static.sweep [--arch sm_90 …] [--kernel flash_fwd …] [--dtype bf16 …] [--head-dim 64 …]
                 [--store FILE] [--seconds N] [--summary FILE]
 
 Needs Triton alone. A candidate's rank is the geometric mean of its predicted microseconds (cost_model.py) over LENGTHS, without
@@ -22,15 +21,11 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import amdgcn
-import aot
-import candidates
-import compile_gate
-import cost_model
-import geometry
-import machine_code
-import sass
+from tfkern import configs, progress
+from tfkern.bench import chips
+from tfkern.bench.static import amdgcn, aot, candidates, compile_gate, cost_model, geometry, machine_code, sass
+from tfkern.ending import ended
+from tfkern.tiles import SHARED
 
 LENGTHS = (64, 128, 197, 512, 1024, 2048)
 TOKENS = 32768  # in a batch; 12 heads: the shapes of BERT, GPT-2 and ViT
@@ -73,7 +68,7 @@ class Measured(NamedTuple):
     occupancy: int
 
     def predict(self, kernel: str, config, problem: geometry.Problem) -> cost_model.Prediction:
-        work, machine = geometry.work(kernel, config, problem), cost_model.MACHINES[self.arch]
+        work, machine = geometry.work(kernel, config, problem), chips.MACHINES[self.arch]
         return cost_model.predict(work, self.loops, self.outside, self.occupancy, machine)
 
 
@@ -91,7 +86,7 @@ def measured(kernel: str, arch: str, head_dim: int, config, binary, found: aot.R
     all_of = kernel == "flash_bwd_dbias"  # its loops run once each within the one over batches
     inner = machine_code.loops(code, isa.MULTIPLY, all_of) or machine_code.loops(code, isa.MULTIPLY_FP32, all_of)
     multiply_adds = geometry.multiply_adds(kernel, config, head_dim)
-    machine = cost_model.MACHINES[arch]
+    machine = chips.MACHINES[arch]
     slower = {"tensor": 1024 / machine.mma, "fma": 128 / machine.fp32}  # than the chips that isa.busy counts for
     loops = []
     for body in inner:
@@ -112,7 +107,7 @@ def evaluate(row: Row, config, variant: str) -> dict:
     except Exception as error:  # whatever the compiler throws is the finding
         return dict(problem=repr(error).splitlines()[0][:200])
     result = dict(vars(found), across=aot.reduces_across_warps(binary))
-    if found.shared > compile_gate.load("tfkern.tiles").SHARED[arch]:
+    if found.shared > SHARED[arch]:
         return result | dict(problem=f"needs {found.shared} bytes of shared memory")
     read = measured(kernel, arch, head_dim, config, binary, found)
     if not read.occupancy:
@@ -140,7 +135,7 @@ class Sweep:
         if key not in self.known:
             if time.monotonic() > self.until:
                 raise TimeoutError
-            config = compile_gate.load("tfkern.configs").TileConfig(*tiles)
+            config = configs.TileConfig(*tiles)
             found = json.loads(json.dumps(evaluate(row, config, variant)))  # as the file has it
             self.known[key] = found
             if self.store:
@@ -152,7 +147,7 @@ class Sweep:
         """Have `of` for all of these, and tell how far it is."""
         missing = [one for one in tiles if (row, one, variant) not in self.known]
         where = f"{self.place}{' '.join(map(str, row))}, {variant}, step {step} of 3"
-        for one in compile_gate.load("tfkern.progress").counted(missing, lambda one: f"tiles {name(one)} of {where}"):
+        for one in progress.counted(missing, lambda one: f"tiles {name(one)} of {where}"):
             self.of(row, one, variant)
 
     def rank(self, row: Row, tiles: tuple, variants=VARIANTS) -> float:
@@ -278,4 +273,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(compile_gate.ended(main))
+    sys.exit(ended(Path(__file__).name, main))

