@@ -27,8 +27,8 @@ WITHOUT_FEATURES = {
 def gate(tmp_path, *arguments) -> list[dict]:
     """Run the compile gate, which must find nothing wrong, and return its rows."""
     table = tmp_path / "rows.json"
-    command = [sys.executable, ROOT / "bench" / "compile_gate.py", *arguments, "--json", table]
-    done = subprocess.run(command, capture_output=True, text=True, env=COMPILER, check=False)
+    command = [sys.executable, "-m", "bench.static.compile_gate", *arguments, "--json", table]
+    done = subprocess.run(command, capture_output=True, text=True, env=COMPILER, cwd=ROOT, check=False)
     rows = json.loads(table.read_text()) if table.exists() else []
     assert done.returncode == 0, [row for row in rows if row["problem"]] or done.stderr
     assert not [row for row in rows if row["problem"]]
@@ -148,10 +148,9 @@ def test_absent_features_cost_nothing():
     features added nothing to them. What was added since is recorded in the figures: weights that are exact for logits of any
     size, by a second value a row and two instructions a score in each loop."""
     code = """
-import json, sys
-sys.path.insert(0, "bench")
-import compile_gate as gate
-tile = gate.load("tfkern.configs").TileConfig
+import json
+from bench.static import compile_gate as gate
+tile = gate.configs.TileConfig
 tiles = {"flash_fwd": tile(128, 32, 4, 2), "flash_bwd_dq": tile(128, 64, 8, 2), "flash_bwd_dkdv": tile(64, 128, 8, 1)}
 rows = [gate.run("sm_90", k, "bf16", 64, c, v, {}) for k, c in tiles.items() for v in ("plain", "causal", "all")]
 print(json.dumps(rows))
@@ -167,9 +166,8 @@ print(json.dumps(rows))
 def test_gate_fails_on_what_it_should(tmp_path):
     """A tile far too large must be reported, not waved through."""
     code = """
-import sys; sys.path.insert(0, "bench")
-import compile_gate as gate
-config = gate.load("tfkern.configs").TileConfig
+from bench.static import compile_gate as gate
+config = gate.configs.TileConfig
 spilling = gate.run("sm_90", "flash_fwd", "bf16", 128, config(128, 128, 4, 2), "plain", {})
 large = gate.run("sm_90", "flash_fwd", "bf16", 128, config(64, 64, 8, 9), "plain", {})
 print(spilling["problem"]); print(large["problem"])

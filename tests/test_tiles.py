@@ -3,20 +3,12 @@
 import math
 import sys
 import types
-from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))  # these files need no torch and import each other
-import aot
-import candidates
-import cost_model
-import geometry
-import machine_code
-import sass
-import sweep
-
 from tfkern import configs, tiles
+from tfkern.bench import chips
+from tfkern.bench.static import aot, candidates, geometry, machine_code, sass, sweep
 
 ROWS = {
     (arch, kernel, size, head_dim): configs.tile_config(arch, kernel, size, head_dim)
@@ -132,11 +124,11 @@ def test_spilled_numbers_take_the_path_of_shared_memory():
 
 def test_chips_of_graphics_cards_multiply_slower():
     """An A100 is the chip that the cycles of mma.sync are of; its vector pipes are half of the H100's."""
-    assert cost_model.MACHINES["sm_80"].mma == cost_model.MACHINES["sm_90"].mma == 1024
-    assert cost_model.MACHINES["sm_80"].fp32 == 64
+    assert chips.MACHINES["sm_80"].mma == chips.MACHINES["sm_90"].mma == 1024
+    assert chips.MACHINES["sm_80"].fp32 == 64
     for arch in ("sm_86", "sm_89", "sm_120"):
-        assert cost_model.MACHINES[arch].mma == cost_model.MACHINES[arch].multiply_adds == 256
-        assert cost_model.MACHINES[arch].shared == tiles.SHARED[arch] + 1024
+        assert chips.MACHINES[arch].mma == chips.MACHINES[arch].multiply_adds == 256
+        assert chips.MACHINES[arch].shared == tiles.SHARED[arch] + 1024
 
 
 ROW = sweep.Row("sm_80", "flash_fwd", "bf16", 64)

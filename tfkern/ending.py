@@ -1,6 +1,6 @@
 """How a command ends: its exit status, and one line where a traceback would tell its user nothing.
 
-Imports nothing of tfkern: the scripts of bench/ that do without torch end so, too.
+Imports nothing of tfkern: the programs of bench/static, which need no torch, end so, too.
 """
 
 import contextlib
