@@ -40,7 +40,7 @@ LAYERS = [
     ["tfkern.ops"],
     ["tfkern.autograd", "tfkern.nested"],
     ["tfkern.call"],
-    *inside("tfkern.backends", ".", "portable cpu eager hopper hopper_backward"),
+    *inside("tfkern.backends", ".", "portable cpu eager hopper"),
     ["tfkern.cpu_fused", "tfkern.eager_groups"],
     ["tfkern.cpu_calls", "tfkern.eager_tiles", "tfkern.groups"],
     ["tfkern.band", "tfkern.sequences"],

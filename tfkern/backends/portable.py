@@ -9,7 +9,7 @@ from tfkern import configs, features, launch, layout, tma
 from tfkern.problem import Gradients, Problem, Tensors
 
 
-def unsupported(problem: Problem) -> list[str]:
+def unsupported(problem: Problem, needs_grad: bool) -> list[str]:
     """The reasons why these kernels can't do the problem here."""
     reasons = launch.unsupported(problem.device)
     if problem.dtype == torch.float64:
