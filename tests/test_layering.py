@@ -50,7 +50,7 @@ LAYERS = [
     ["tfkern.tma"],
     ["tfkern.layout"],
     ["tfkern.checks"],
-    ["tfkern.interpreter", "tfkern.configs", "tfkern.extras", "tfkern.dynamo", "tfkern.tracing"],
+    ["tfkern.interpreter", "tfkern.configs", "tfkern.extras", "tfkern.dynamo", "tfkern.tracing", "tfkern.options"],
     ["tfkern.tiles", "tfkern.compat", "tfkern.ending", "tfkern.progress", "tfkern.whole"],
     # No kernel imports another: what two of them need is a device function of a layer below.
     *inside("tfkern.kernels", "flash_bwd_dbias flash_bwd_dkdv flash_bwd_dq flash_fwd hopper.flash_bwd hopper.flash_bwd_dkdv"
