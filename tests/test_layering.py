@@ -26,7 +26,6 @@ LAYERS = [
         "tfkern.backends.cpu",
         "tfkern.backends.eager",
         "tfkern.backends.hopper",
-        "tfkern.backends.hopper_backward",
     ],
     ["tfkern.cpu_fused", "tfkern.eager_groups"],
     ["tfkern.cpu_calls", "tfkern.eager_tiles", "tfkern.groups"],
