@@ -170,8 +170,8 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *args, return_lse=False, 
 
     Raises: as attention, but no UnsupportedError: if no backend can do the problem, the text says why.
     """
-    problem, _ = call.build(query, key, value, *args, **kwargs)
-    return backends.explain(problem, backend)
+    problem, tensors = call.build(query, key, value, *args, **kwargs)
+    return backends.explain(problem, backend, autograd.differentiated(tensors))
 
 
 def _attend(inputs: Inputs, options: Options, return_lse: bool, backend: str | None, qkv: Tensor | None = None):
@@ -190,7 +190,7 @@ def _attend(inputs: Inputs, options: Options, return_lse: bool, backend: str | N
         out, stats, unit = ops.attention(inputs, options, backend, qkv)
     else:
         needs_grad = autograd.differentiated((qkv, *t))
-        chosen = backends.choose(problem, backend)
+        chosen = backends.choose(problem, backend, needs_grad)
         if problem.dropout_p:
             t = t._replace(seed=dropout.draw_seed(problem.device))
         if needs_grad:
