@@ -18,11 +18,13 @@ def transformed() -> bool:
 
 
 def differentiated(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether a derivative of an eager call may be asked for: a transform is active, or grad mode is on and a tensor requires
-    grad."""
-    if transformed():
-        return True
-    return torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors])
+    """Whether a derivative of an eager call may be asked for: grad mode is on and a tensor requires grad, or a transform is
+    active."""
+    if torch.is_grad_enabled():
+        for x in tensors:  # any() of a generator takes a microsecond more
+            if x is not None and x.requires_grad:
+                return True
+    return transformed()
 
 
 def applied(function: type[torch.autograd.Function]):

@@ -111,7 +111,7 @@ def _name(score_mod, query: Tensor) -> str:
     return score_mods.name_of(*score_mod)
 
 
-def _understood(t: Tensors, asked: OpOptions) -> tuple[Problem, backends.Backend, Tensors]:
+def _understood(t: Tensors, asked: OpOptions, needs_grad: bool) -> tuple[Problem, backends.Backend, Tensors]:
     """(problem, backend, tensors) of an op that runs."""
     query, key, value = call.unpacked(t)[:3]
     if t.cu_q is not None:
@@ -122,7 +122,8 @@ def _understood(t: Tensors, asked: OpOptions) -> tuple[Problem, backends.Backend
     mask = t.mask if t.bias is None else t.bias
     inputs = Inputs(query, key, value, mask, slopes, t.sinks, t.key_lengths, t.cu_q, t.cu_k)
     problem = call.describe(inputs, _options(asked, t.scale))
-    return problem, backends.choose(problem, asked.backend), t._replace(scale=call.on_device(t.scale, query))
+    chosen = backends.choose(problem, asked.backend, needs_grad)
+    return problem, chosen, t._replace(scale=call.on_device(t.scale, query))
 
 
 def _draw_seed(device: torch.device) -> Tensor:
@@ -135,13 +136,18 @@ def _split(arguments: tuple) -> tuple[Tensors, OpOptions]:
     return Tensors(*arguments[:_COUNT]), OpOptions(*arguments[_COUNT:])
 
 
+def _without_grad(*arguments):
+    problem, backend, t = _understood(*_split(arguments), needs_grad=False)
+    return autograd.Attention.forward(problem, backend, *t)
+
+
 def _forward(*arguments):
-    problem, backend, t = _understood(*_split(arguments))
+    problem, backend, t = _understood(*_split(arguments), needs_grad=True)
     return autograd.Attention.forward(problem, backend, *t)
 
 
 def _backward(do, dlse, out, stats, needed, *arguments):
-    problem, backend, t = _understood(*_split(arguments))
+    problem, backend, t = _understood(*_split(arguments), needs_grad=True)
     grads = autograd.AttentionBackward.forward(problem, backend, tuple(needed), do, dlse, out, stats, *t)
     return [grad for grad, need in zip(grads, needed, strict=True) if need]
 
@@ -266,7 +272,8 @@ def _gradients(ctx, do, dstats) -> tuple:
 
 
 _library.impl("draw_seed", _draw_seed, "CompositeImplicitAutograd")
-_library.impl("attention", _forward, "CompositeExplicitAutograd")
+# register_autograd runs the same kernel whether the call is differentiated or not.
+_library.impl("attention", _without_grad if compat.KERNELS else _forward, "CompositeExplicitAutograd")
 _library.impl("attention_forward", _forward, "CompositeExplicitAutograd")
 _library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 if compat.KERNELS:

@@ -57,7 +57,7 @@ def _understood(
     query, key, value, cum_seq_q, cum_seq_k, dropout_p, is_causal, scale, window_size_left, window_size_right, seqused_k=None,
     alibi_slopes=None,
 ) -> tuple[Problem, backends.Backend, Tensors]:  # fmt: skip
-    """What is to be done, by what, with what."""
+    """(problem, backend, tensors) of an op. Forward and backward are chosen alike, for a backend that can do both."""
     packed = cum_seq_q is not None
     if not packed:
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
@@ -65,7 +65,7 @@ def _understood(
     inputs = Inputs(query, key, value, None, alibi_slopes, None, seqused_k, cum_seq_q, cum_seq_k)
     options = Options(dropout_p, is_causal, scale, enable_gqa=True, causal_alignment="lower_right", window=window)
     problem = call.describe(inputs, options)
-    return problem, backends.choose(problem), call.views(inputs, None)
+    return problem, backends.choose(problem, needs_grad=True), call.views(inputs, None)
 
 
 def _refuse(query, key, value, return_debug_mask: bool, seqused_k, alibi_slopes, block_table) -> None:
