@@ -50,6 +50,13 @@ def query_range(start_n, end_n, n_q, shift, left, right, F, BLOCK_M: tl.constexp
 
 
 @triton.jit
+def parts(first, full_lo, full_hi, last):
+    """(starts, stops) of the three parts of a loop over tiles from `first` to `last`: those before the full ones, which cross
+    one edge of the band, the full ones, and those behind them, which cross the other."""
+    return (first, full_lo, full_hi), (tl.minimum(full_lo, last), full_hi, last)
+
+
+@triton.jit
 def all_tiles(full_lo, full_hi, n, BLOCK: tl.constexpr):
     """A range of key_range as (first, full_lo, full_hi, last) over tiles that begin at 0 and cover all of n."""
     lo = (full_lo + BLOCK - 1) // BLOCK * BLOCK
