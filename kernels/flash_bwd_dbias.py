@@ -1,8 +1,8 @@
-"""The gradient of a bias, summed over the dimensions that the bias broadcasts along, without atomics.
+"""The gradient of a bias, summed over the dimensions along which the bias broadcasts. No atomics: each sum has one order.
 
-A program owns a tile of the bias itself and goes through every score that it was added to: all batches where the bias has one,
-all heads, and all queries or keys along a side of length 1. It recomputes dS = P * (dP - delta) there. Nothing of the size of
-the scores is stored unless the bias is of that size, and each sum has one order.
+A program owns a tile of the bias and goes through every score to which that tile was added: in all batches if the bias has one,
+in all heads if it has one, and for all queries or keys along a side of length 1. It recomputes dS = P * (dP - delta) there.
+Nothing of the size of the scores is stored unless the bias is of that size.
 """
 
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ RUN_TIME = [
 
 @triton.jit
 def _owned(index, size, all_of, SUM: tl.constexpr, BLOCK: tl.constexpr):
-    """[start, stop) that tile `index` of a side goes through: its own BLOCK, or all there is along a summed side."""
+    """[start, stop) of the rows that tile `index` of a side goes through: its own BLOCK, or all rows along a summed side."""
     if SUM:
         return 0, all_of
     else:
@@ -30,7 +30,7 @@ def _owned(index, size, all_of, SUM: tl.constexpr, BLOCK: tl.constexpr):
 
 
 class Inputs(NamedTuple):
-    """What the kernel was called with: tensors with their strides, and numbers."""
+    """The kernel's arguments that every head of every sequence needs."""
 
     Q: Any
     K: Any
@@ -68,7 +68,7 @@ def _ds(q, do, m, log2_l, delta, start_n, work, F, C: tl.constexpr):
 
 @triton.jit
 def _head_sum(acc, inputs, seq, scorer, m_lo, m_hi, n_lo, n_hi, F, C: tl.constexpr, SUM_COLUMNS: tl.constexpr):
-    """Add the scores of queries [m_lo, m_hi) and keys [n_lo, n_hi) of head scorer.h of a sequence to acc."""
+    """Add the gradients of the logits of queries [m_lo, m_hi) and keys [n_lo, n_hi), of head scorer.h of a sequence, to acc."""
     h = scorer.h
     row = (seq.at * inputs.heads + h).to(tl.int64) * inputs.n_q + seq.q_row
     stats = softmax.stats_at(inputs.STATS, seq, h, inputs.heads, inputs.n_q, C.STATS_ROWS)
@@ -88,7 +88,7 @@ def _head_sum(acc, inputs, seq, scorer, m_lo, m_hi, n_lo, n_hi, F, C: tl.constex
         first = n_lo
         if SUM_COLUMNS:
             first = band.first_tile(lo, F, C.BLOCK_N)
-        else:  # this tile of columns, or none of it
+        else:  # the keys of this tile, or none where none of them is seen
             hi = tl.where(n_lo + C.BLOCK_N > lo, hi, 0)
         work = Work(
             K=K, stride_k=inputs.stride_k, V=V, stride_v=inputs.stride_v, start_m=start_m, lo=0, hi=hi,
@@ -109,8 +109,9 @@ def flash_bwd_dbias(
 ):  # fmt: skip
     """Grid (bias_batch * bias_heads * ceil(bias_rows / BLOCK_M) * ceil(bias_columns / BLOCK_N),).
 
-    DBIAS (bias_batch, bias_heads, bias_rows, bias_columns) contiguous, each dim as large as the scores' or 1; the sides of
-    length 1 that stand for all queries or keys are SUM_ROWS and SUM_COLUMNS. The rest as in flash_bwd_dq, whose DELTA it reads.
+    DBIAS (bias_batch, bias_heads, bias_rows, bias_columns) contiguous. Each dimension is as large as that of the scores, or 1.
+    With SUM_ROWS a length of 1 stands for all queries, with SUM_COLUMNS for all keys. The rest as in flash_bwd_dq, whose DELTA
+    it reads.
     """
     C: tl.constexpr = Static(
         HEAD_DIM=HEAD_DIM, HEAD_DIM_V=HEAD_DIM_V, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, VEC=VEC, PRECISION=PRECISION, MOD=MOD,

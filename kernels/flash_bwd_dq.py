@@ -1,7 +1,7 @@
-"""dQ, and the deltas that the other kernels of the backward read. No atomics: the same inputs give the same bits.
+"""dQ, and the delta that the other kernels of the backward read. No atomics: the same inputs give the same bits.
 
-flash_bwd_dq owns a tile of queries: it forms delta = rowsum(O * dO) - dLSE, leaves it for the other kernels, and sums dQ over
-the keys. P is recomputed from the maximum and the sum that each row left (Dao et al., FlashAttention, 2022).
+A program owns a tile of queries. It forms delta = rowsum(O * dO) - dLSE, stores it for the other kernels, and sums dQ over the
+keys. It recomputes P from the maximum and the sum that the forward stored of each row (Dao et al., FlashAttention, 2022).
 """
 
 import triton
@@ -19,8 +19,8 @@ RUN_TIME = [
 
 @triton.jit
 def _dq_tiles(q, do, m, delta, dq, dslope, start, stop, work, F, C: tl.constexpr, MASKED: tl.constexpr):
-    """Add the key tiles of [start, stop) to dq, and to dslope [BLOCK_M] each query's part of the gradient of ALiBi's slope.
-    Both are l of their rows too large."""
+    """Add the tiles of keys from start to stop to dq, and each query's part of the gradient of ALiBi's slope to dslope
+    [BLOCK_M]. As P is not normalised here, both are too large by the factor l of their row."""
     offs_m = work.start_m + tl.arange(0, C.BLOCK_M)
     for start_n in tl.range(start, stop, C.BLOCK_N):
         offs_n = start_n + tl.arange(0, C.BLOCK_N)
@@ -51,9 +51,9 @@ def flash_bwd_dq(
     PRECISION: tl.constexpr, MOD: tl.constexpr, MOD_GRAD: tl.constexpr, LINEAR: tl.constexpr, MASK_VEC: tl.constexpr,
     STATS_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid as flash_fwd. Writes DQ, DELTA, and with slopes DSLOPES: each query's part of their gradient.
+    """Grid as in flash_fwd. Writes DQ, DELTA, and with slopes DSLOPES: each query's part of their gradient.
 
-    Shapes as in flash_fwd; DO as O, DQ as Q; DLSE, DELTA, DSLOPES (B, heads, n_q) fp32 contiguous. DLSE may be None.
+    Shapes as in flash_fwd; DO as O, DQ as Q; DLSE, DELTA and DSLOPES (B, heads, n_q) fp32 contiguous. DLSE may be None.
     """
     C: tl.constexpr = Static(
         HEAD_DIM=HEAD_DIM, HEAD_DIM_V=HEAD_DIM_V, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, VEC=VEC, PRECISION=PRECISION, MOD=MOD,
@@ -94,7 +94,7 @@ def flash_bwd_dq(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dslope = tl.zeros([BLOCK_M], tl.float32)
     starts, stops = band.parts(band.first_tile(lo, F, BLOCK_N), full_lo, full_hi, hi)
-    for PART in tl.static_range(3):
+    for PART in tl.static_range(3):  # before, in and behind the full tiles
         if PART > 0 or left is not None:
             dq, dslope = _dq_tiles(q, do, m, delta, dq, dslope, starts[PART], stops[PART], work, F, C, MASKED=PART != 1)
     DQ_h = tile.head(DQ, stride_dq, seq.at, h, seq.q_row, VEC)

@@ -1,4 +1,4 @@
-"""Forward: O = softmax(logits(Q K^T)) V for one tile of queries, keys streamed past it (Dao et al., FlashAttention, 2022)."""
+"""Forward: O = softmax(logits(Q K^T)) V of a tile of queries; keys stream past it (Dao et al., FlashAttention, 2022)."""
 
 import triton
 import triton.language as tl
@@ -7,7 +7,7 @@ from . import band, dropout, rounding, score, sequence, softmax, tile
 from .static import Static
 from .work import Work, load_k, load_v, logits
 
-# Changing these numbers never recompiles; what does recompile is dtype, head dim, VEC and which arguments are None.
+# Changing these numbers never recompiles. Another dtype, head dim or VEC does, and so does an argument that becomes None.
 RUN_TIME = [
     "stride_q", "stride_k", "stride_v", "stride_o", "batch", "heads", "group", "n_q", "n_k", "tiles", "align", "left", "right",
 ]  # fmt: skip
@@ -15,7 +15,7 @@ RUN_TIME = [
 
 @triton.jit
 def _attend(q, acc, m_i, l_i, start, stop, work, F, C: tl.constexpr, MASKED: tl.constexpr):
-    """Take the key tiles of [start, stop) into (acc, m_i, l_i)."""
+    """Take the tiles of keys from start to stop into (acc, m_i, l_i)."""
     offs_m = work.start_m + tl.arange(0, C.BLOCK_M)
     for start_n in tl.range(start, stop, C.BLOCK_N):
         offs_n = start_n + tl.arange(0, C.BLOCK_N)
@@ -41,12 +41,12 @@ def flash_fwd(
     PRECISION: tl.constexpr, MOD: tl.constexpr, LINEAR: tl.constexpr, MASK_VEC: tl.constexpr,
     STATS_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid (batch * heads * tiles,), tiles = ceil(n_q / BLOCK_M); packed: (heads * tiles,), tiles as in sequence.py.
+    """Grid (batch * heads * tiles,), tiles = ceil(n_q / BLOCK_M). Packed: (heads * tiles,), tiles as in sequence.py.
 
-    Q (B, heads, n_q, HEAD_DIM), K (B, heads / group, n_k, HEAD_DIM), V (…, HEAD_DIM_V), O (B, heads, n_q, HEAD_DIM_V), STATS
-    (B, heads, STATS_ROWS, n_q) fp32 contiguous (softmax.store_stats, rounding.store), F Features; packed sequences have B = 1
-    and `batch` of them. align = 1 aligns the last query with the last key, 0 the first with the first. MOD: the user's change
-    of scores, a jit function, or None.
+    Q (B, heads, n_q, HEAD_DIM), K (B, heads / group, n_k, HEAD_DIM), V (B, heads / group, n_k, HEAD_DIM_V), O (B, heads, n_q,
+    HEAD_DIM_V), STATS (B, heads, STATS_ROWS, n_q) fp32 contiguous (softmax.store_stats, rounding.store). F: Features. Packed
+    sequences have B = 1, and there are `batch` of them. align = 1 aligns the last query with the last key, align = 0 the first
+    with the first. MOD: the user's score_mod, a jit function, or None.
     """
     C: tl.constexpr = Static(
         HEAD_DIM=HEAD_DIM, HEAD_DIM_V=HEAD_DIM_V, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, VEC=VEC, PRECISION=PRECISION, MOD=MOD,
@@ -69,7 +69,7 @@ def flash_fwd(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m_i, l_i = softmax.start(tl.zeros([BLOCK_M], tl.float32), F.sinks, h, seq.real)
     starts, stops = band.parts(band.first_tile(lo, F, BLOCK_N), full_lo, full_hi, hi)
-    for PART in tl.static_range(3):
+    for PART in tl.static_range(3):  # before, in and behind the full tiles
         if PART > 0 or left is not None:
             acc, m_i, l_i = _attend(q, acc, m_i, l_i, starts[PART], stops[PART], work, F, C, MASKED=PART != 1)
 
@@ -81,6 +81,6 @@ def flash_fwd(
     if STATS_ROWS > 2:
         rounding.store(STATS, O, seq, h, heads, n_q, start_m, o, C)
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    if not LINEAR:  # the maximum is of whole logits
+    if not LINEAR:  # the maximum is in units of logits, not of q . k
         sign = 1.0
     softmax.store_stats(softmax.stats_at(STATS, seq, h, heads, n_q, STATS_ROWS), offs_m, n_q, seq.n_q, m_i, l_i, sign)
