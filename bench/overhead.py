@@ -17,7 +17,9 @@ from torch.nn import functional as F
 
 import tfkern
 from tfkern import launch
+from tfkern.backends import BACKENDS
 from tfkern.bench import stub_gpu
+from tfkern.call import build
 from tfkern.ending import InputError, ended
 from tfkern.progress import counted
 
@@ -69,7 +71,9 @@ def rows(device: torch.device, heads: int = 3, length: int = 16, head_dim: int =
         ("tfkern", {}), ("… causal", dict(is_causal=True)), ("… with dropout", dict(dropout_p=0.1)),
         ("… with a bias", dict(attn_mask=mask)),
     ):  # fmt: skip
-        found += [(f"{what}, {backend}", of(ours(backend, **options))) for backend in backends]
+        problem = build(q, k, v, **options)[0]
+        able = [backend for backend in backends if not BACKENDS[backend].unsupported(problem, needs_grad=True)]
+        found += [(f"{what}, {backend}", of(ours(backend, **options))) for backend in able]
     for backend in backends:
         found.append((f"… launched by Triton's JIT, {backend}", [_by_jit(call) for call in of(ours(backend))]))
     found.append((f"F.scaled_dot_product_attention ({device.type})", of(F.scaled_dot_product_attention)))
