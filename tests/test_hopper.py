@@ -118,7 +118,7 @@ def test_tiles_by_length(n, batch, consumers, short, monkeypatch):
     multiprocessor needs many heads."""
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
     q = torch.empty(1, 1, n, 64, dtype=torch.bfloat16).expand(batch, 12, n, 64)
-    _, config, chosen = hopper._config(call.build(q, q, q)[0])
+    config, chosen = hopper._config(call.build(q, q, q)[0])
     assert (config.consumers, chosen) == (consumers, short)
 
 
@@ -269,7 +269,7 @@ from tfkern.bench import fake_gpu
 launched, by_jit = [], []
 fake_gpu.pretend(launcher=lambda *args: launched.append(args[:3]))
 original = launch.Launch.by_jit
-launch.Launch.by_jit = lambda self, *a: (by_jit.append(1), original(self, *a))[1]
+launch.Launch.by_jit = lambda *a, **t: (by_jit.append(1), original(*a, **t))[1]
 for n in (197, 197, 250, 577):  # all with two consumers
     q = torch.empty(2, 3, n, 64, dtype=torch.bfloat16)
     hopper.forward(*call.build(q, q, q, is_causal=True))
