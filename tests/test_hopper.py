@@ -9,13 +9,12 @@ import pytest
 import torch
 
 import tfkern
-from tfkern import backends, call, launch, testing, tiles
+from tfkern import backends, call, launch, ops, testing, tiles
 from tfkern.backends import hopper
+from tfkern.bench.static import candidates, sass
 from tfkern.testing import budget
 
-sys.path += [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent / "bench")]
-import candidates
-import sass
+sys.path.append(str(Path(__file__).resolve().parent))
 from gluonsim import SimulationError
 from hopper_cases import (
     CASES,
@@ -108,20 +107,6 @@ def test_every_candidate_of_tuning(form, config, name, monkeypatch):
         assert error.ok, str(error)
 
 
-@pytest.mark.parametrize(
-    ("n", "batch", "consumers", "short"),
-    [(64, 1, 1, False), (128, 20, 3, True), (197, 166, 3, True), (197, 1, 2, False), (256, 128, 3, True),
-     (512, 64, 3, True), (512, 8, 2, False), (577, 56, 2, False), (1024, 32, 2, False), (2048, 16, 3, False)],
-)  # fmt: skip
-def test_tiles_by_length(n, batch, consumers, short, monkeypatch):
-    """Three consumers own 192 queries: at 577 most of the last tile would be empty. Where K and V of a head stay, a
-    multiprocessor needs many heads."""
-    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
-    q = torch.empty(1, 1, n, 64, dtype=torch.bfloat16).expand(batch, 12, n, 64)
-    config, chosen = hopper._config(call.build(q, q, q)[0])
-    assert (config.consumers, chosen) == (consumers, short)
-
-
 def test_what_is_never_short():
     """Windows, packed sequences, masks, dropout, other head dims, and few queries."""
     assert not {"packed", "window", "window-left", "bias", "bool-mask", "dropout", "d128", "decode"} & set(SHORT)
@@ -182,10 +167,16 @@ def test_the_kernels_themselves_are_whole(form, monkeypatch):
 @pytest.mark.slow
 def test_the_compiler_overlaps_what_it_should(tmp_path):
     """0 spills, no serialised wgmma, every exponential of a loop under a product, no operand overwritten; see the gate."""
-    gate = KERNELS.parent.parent / "bench" / "hopper_gate.py"
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     some = ["--kernel", "flash_fwd", "--head-dim", "64", "--variant", "full", "everything"]  # make gate has all
-    done = subprocess.run([sys.executable, gate, *some], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.static.hopper_gate", *some],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=KERNELS.parent.parent,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert done.stdout.count("exp2 under a wgmma") == 4
 
@@ -240,6 +231,49 @@ def test_it_declines_what_only_its_forward_takes(monkeypatch):
         assert backends.choose(problem, needs_grad=True) is backends.BACKENDS["portable"]
         assert backends.explain(problem, needs_grad=True).startswith("portable runs forward and backward of Problem(")
         monkeypatch.delenv("TFKERN_BACKENDS")
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of kernels launched on an H100 that is not there."""
+    names = []
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(launch.Launch, "__call__", lambda self, *_, **tensors: names.append(self.kernel.__name__))
+    backends._choose.cache_clear()
+    yield names
+    backends._choose.cache_clear()
+
+
+def by_op(q, k, v, mask, **options):
+    tensors, asked = ops.op_arguments(*call.given(q, k, v, mask), **options)
+    return torch.ops.tfkern.attention(*tensors, *asked)[0]
+
+
+def compiled(*tensors, **options):
+    torch._dynamo.reset()
+    return torch.compile(tfkern.attention, fullgraph=True, backend="aot_eager")(*tensors, **options)
+
+
+@pytest.mark.parametrize("attend", [tfkern.attention, by_op, compiled], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("leaf", ["query", "mask"])
+def test_it_declines_a_call_whose_backward_it_has_not(attend, leaf, launched):
+    """By its name it runs the same call without grad, and explain tells both."""
+    q, k, v = (torch.randn(1, 2, 9, 64).bfloat16() for _ in range(3))
+    mask, reason = torch.randn(9, 9), "hopper: the backward does not take an additive mask"
+    tensors, options = (q, k, v, mask), dict(backend="hopper")
+    attend(*tensors, **options)
+    assert tfkern.explain(*tensors, **options).startswith("hopper runs ")
+    (q if leaf == "query" else mask).requires_grad_()
+    with pytest.raises(tfkern.UnsupportedError, match=reason):
+        attend(*tensors, **options)
+    assert reason in tfkern.explain(*tensors, **options)
+    with torch.no_grad():
+        attend(*tensors, **options)
+        assert tfkern.explain(*tensors, **options).startswith("hopper runs ")
+    assert launched == ["flash_fwd", "flash_fwd"]
+    if attend is not compiled:  # which transforms from outside don't take
+        with pytest.raises(tfkern.UnsupportedError, match=reason):
+            torch.func.grad(lambda q: attend(q, *(x.detach() for x in tensors[1:]), **options).sum())(q.detach())
 
 
 @pytest.mark.parametrize("how", ["strided", "unaligned", "expanded", "negated"])

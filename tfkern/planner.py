@@ -140,8 +140,8 @@ def plan(
     tiles, items = kernel.share(p, constants)
     own = kernel.own(p)
     values = _numbers(p, tiles, items) | constants | strides | own
-    _complain(name, "no value for its parameters", {*wants.numbers, *wants.constants} - values.keys())
-    _complain(name, "no parameters for", own.keys() - {*wants.numbers, *wants.constants})
+    _complain(name, "no values for its parameters", {*wants.numbers, *wants.constants} - values.keys())
+    _complain(name, "no parameters for the values", own.keys() - {*wants.numbers, *wants.constants})
     programs = min(items, launch.multiprocessors(p.device) * config.programs) if kernel.persistent else items
     return launch.Launch(
         function, programs, p.device, tuple(map(_tensor, wants.tensors)), tuple(values[x] for x in wants.numbers),
