@@ -12,9 +12,9 @@ def watched(instead: Callable | None = None) -> Iterator[list[Launch]]:
     """The launches made within, in their order. `instead` is called as Launch.__call__ in the place of it."""
     seen, original = [], instead or Launch.__call__
 
-    def noted(self, *arguments):
+    def noted(self, *features, **tensors):
         seen.append(self)
-        return original(self, *arguments)
+        return original(self, *features, **tensors)
 
     with mock.patch.object(Launch, "__call__", noted):
         yield seen

@@ -89,7 +89,7 @@ def _by_jit(call: Callable) -> Callable:
     """The call, with all its launches by Triton's own path."""
 
     def patched():
-        launch.Launch.__call__ = lambda self, tensors, features, _: self.by_jit(tensors, features)
+        launch.Launch.__call__ = lambda self, features, _, **tensors: self.by_jit(features, **tensors)
         try:
             return call()
         finally:

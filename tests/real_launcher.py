@@ -60,7 +60,7 @@ stub.listen()
 launch.multiprocessors = lambda device: 132
 rows, lent, jit_calls, descriptors = [], [], [], []
 ours, by_jit, descriptor = launch.Launch.__call__, launch.Launch.by_jit, tma.descriptor
-launch.Launch.by_jit = lambda *args: (jit_calls.append(1), by_jit(*args))[1]
+launch.Launch.by_jit = lambda *args, **tensors: (jit_calls.append(1), by_jit(*args, **tensors))[1]
 tma.descriptor = lambda *args: (descriptors.append(1), descriptor(*args))[1]
 
 
@@ -88,14 +88,14 @@ def described(x: torch.Tensor, encoding: stub_gpu.Encoding) -> list[bytes]:
     return [encoding.map, *(struct.pack("i", n) for n in x.shape), *(struct.pack("q", s) for s in (*steps[:3], 1))]
 
 
-def compared(self, tensors, features=(), feature_tensors=()) -> None:
-    lent.extend(weakref.ref(x) for x in (*tensors, *feature_tensors) if x is not None)
+def compared(self, features=(), feature_tensors=(), **given) -> None:
+    lent.extend(weakref.ref(x) for x in (*given.values(), *feature_tensors) if x is not None)
     for _ in range(2):  # the first call of a kernel is the JIT's; of tensors that lie so, it encodes
-        ours(self, tensors, features, feature_tensors)
-    raw, _, _ = heard(lambda: ours(self, tensors, features, feature_tensors))
+        ours(self, features, feature_tensors, **given)
+    raw, _, _ = heard(lambda: ours(self, features, feature_tensors, **given))
     again = dict(jitted=len(jit_calls), descriptors=len(descriptors), encodings=len(stub.encodings))
-    jit, encodings, kernel = heard(lambda: self.by_jit(tensors, features))
-    count = len(self.blocks)
+    jit, encodings, kernel = heard(lambda: self.by_jit(features, **given))
+    count, tensors = len(self.blocks), self.ordered(given)
     expected = [part for x, e in zip(tensors[:count], encodings, strict=True) for part in described(x, e)]
     expected += flat((tensors[count:], features, self.numbers)) + [bytes(8)] * 2  # two scratch pads, of no size
     rows.append(dict(

@@ -109,7 +109,7 @@ good = prewarm.check(Case("small", 1, 16, 16), "portable")
 bad = prewarm.Problem("bad", lambda: 1 / 0)
 cases = dict(prewarm.cases([bad, good]))
 print(*cases["bad"]())
-def fail(self, tensors, features):
+def fail(self, features, **tensors):
     raise RuntimeError("PTXAS error")
 Launch.by_jit = fail
 try:
@@ -127,7 +127,7 @@ import dataclasses
 from triton.runtime.errors import OutOfResources
 from tfkern.bench.gpu import prewarm, tuning
 from tfkern.launch import Launch
-def fail(self, tensors, features):
+def fail(self, features, **tensors):
     raise OutOfResources(300000, 232448, "shared memory")
 Launch.by_jit = fail
 one = next(tuning.cases())

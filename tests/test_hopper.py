@@ -238,7 +238,7 @@ def launched(monkeypatch):
     """The names of kernels launched on an H100 that is not there."""
     names = []
     monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(launch.Launch, "__call__", lambda self, *_: names.append(self.kernel.__name__))
+    monkeypatch.setattr(launch.Launch, "__call__", lambda self, *_, **tensors: names.append(self.kernel.__name__))
     backends._choose.cache_clear()
     yield names
     backends._choose.cache_clear()
@@ -303,7 +303,7 @@ from tfkern.bench import fake_gpu
 launched, by_jit = [], []
 fake_gpu.pretend(launcher=lambda *args: launched.append(args[:3]))
 original = launch.Launch.by_jit
-launch.Launch.by_jit = lambda self, *a: (by_jit.append(1), original(self, *a))[1]
+launch.Launch.by_jit = lambda *a, **t: (by_jit.append(1), original(*a, **t))[1]
 for n in (197, 197, 250, 577):  # all with two consumers
     q = torch.empty(2, 3, n, 64, dtype=torch.bfloat16)
     hopper.forward(*call.build(q, q, q, is_causal=True))

@@ -86,9 +86,9 @@ for problem in problems:
     launched.clear()
     recorded = []
     ours_again = launch.Launch.__call__
-    def through_jit(self, tensors, features=(), feature_tensors=()):
-        kernel = self.by_jit(tensors, features)
-        pointers = [None if x is None else x.data_ptr() for x in tensors]
+    def through_jit(self, features=(), feature_tensors=(), **tensors):
+        kernel = self.by_jit(features, **tensors)
+        pointers = [None if x is None else x.data_ptr() for x in self.ordered(tensors)]
         recorded.append((self.handles.get(launch._form(pointers, feature_tensors)), kernel))
     launch.Launch.__call__ = through_jit
     run(**problem)                       # by the JIT
@@ -213,10 +213,10 @@ torch.cuda.device = device
 q = tensors()[0]
 def launch_on(index):
     p, t = call.build(q, q, q)
-    l, _ = portable._plan_forward(p, t)
-    on = launch.Launch(l.kernel, l.grid, types.SimpleNamespace(index=index), l.numbers, l.constants, l.options)
+    l = portable._plan_forward(p, t)[0]
+    on = launch.Launch(l.kernel, l.grid, types.SimpleNamespace(index=index), l.names, l.numbers, l.constants, l.options)
     out = torch.empty_like(q); stats = torch.empty(*q.shape[:2], 2, q.shape[2])
-    for _ in range(3): on((q, q, q, out, stats), features.NONE)
+    for _ in range(3): on(features.NONE, Q=q, K=q, V=q, O=out, STATS=stats)
 launch_on(0); launch_on(1); active.current = 1; launch_on(0)
 print(json.dumps([[a[3] for a in launched], len(launch._handles)]))
 """)

@@ -45,6 +45,7 @@ LAYERS = [
     ["tfkern.cpu_calls", "tfkern.eager_tiles", "tfkern.groups"],
     ["tfkern.band", "tfkern.sequences"],
     ["tfkern.reference"],
+    ["tfkern.planner"],
     ["tfkern.features"],
     ["tfkern.problem", "tfkern.launch", "tfkern.dropout", "tfkern.score_mods"],
     ["tfkern.tma"],
@@ -55,8 +56,8 @@ LAYERS = [
     # No kernel imports another: what two of them need is a device function of a layer below.
     *inside("tfkern.kernels", "flash_bwd_dbias flash_bwd_dkdv flash_bwd_dq flash_fwd hopper.flash_bwd hopper.flash_bwd_dkdv"
             " hopper.flash_bwd_dq hopper.flash_fwd hopper.flash_fwd_short", "hopper.attend hopper.flash_bwd_consume",
-            "hopper.flash_bwd_parts", "hopper.parts hopper", "softmax", "score", "dropout",
-            "band features rounding score_mods sequence tile", "."),
+            "hopper.flash_bwd_parts", "hopper.parts hopper", "softmax", "work", "score", "dropout",
+            "band features rounding score_mods sequence tile", "static", "."),
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # Every module of these has a place of its own.

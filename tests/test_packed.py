@@ -156,7 +156,7 @@ def test_lengths_are_not_read_on_the_host(device, monkeypatch):
     q = torch.randn(30, 2, 16, device=device)
     ends = cu((10, 20), device)
     launched = []
-    monkeypatch.setattr(portable.launch.Launch, "__call__", lambda self, *args: launched.append(self.grid))
+    monkeypatch.setattr(portable.launch.Launch, "__call__", lambda self, *features, **tensors: launched.append(self.grid))
     for name in ("item", "tolist", "__int__", "__bool__", "__float__", "__index__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, lambda self, *a, name=name: pytest.fail(f"{name} of a tensor"))
     p, t = call.build(

@@ -1,16 +1,25 @@
 """Host side of the optional arguments: the tuple that kernels take (kernels/features.py), and gradients of what they leave."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 from tfkern import dropout, layout
+from tfkern.layout import Blank
 from tfkern.problem import Problem, Tensors
+
+
+@functools.cache
+def _device():
+    from tfkern.kernels import features
+
+    return features
 
 
 def of(p: Problem, t: Tensors) -> tuple[tuple, tuple]:
     """The optional arguments as kernels/features.py has them, and the tensors among them."""
-    from tfkern.kernels import features as device
-
+    device = _device()
     if p.plain:
         return device.NONE, ()
     tensors = tuple(x for x in t[3:] if x is not None)
@@ -32,10 +41,9 @@ def of(p: Problem, t: Tensors) -> tuple[tuple, tuple]:
     ), tensors  # fmt: skip
 
 
-def mask_vec(t: Tensors) -> int:
-    """MASK_VEC of the kernels: what they may assume of the mask's strides."""
-    masks = [x for x in (t.mask, t.bias) if x is not None]
-    return layout.mask_strides(masks[0])[0] if masks else 0
+def mask_of(t: Tensors) -> Tensor | None:
+    """The boolean or the additive mask; a call has one of them at most."""
+    return t.bias if t.mask is None else t.mask
 
 
 def plain_memory(p: Problem, t: Tensors) -> Tensors:
@@ -45,14 +53,14 @@ def plain_memory(p: Problem, t: Tensors) -> Tensors:
     return t if t.mask is None else t._replace(mask=t.mask.view(torch.uint8))
 
 
-def empty_rows(p: Problem) -> Tensor:
-    """A number for each row of queries, to be written: (B, H, Nq)."""
-    return torch.empty(1 if p.packed else p.batch, p.heads, p.n_q, dtype=torch.float32, device=p.device)
+def rows(p: Problem) -> Blank:
+    """A number for each row of queries: (B, H, Nq)."""
+    return Blank.contiguous((1 if p.packed else p.batch, p.heads, p.n_q), torch.float32, p.device)
 
 
-def empty_stats(p: Problem) -> Tensor:
-    """What a forward leaves of each row, to be written (problem.py)."""
-    return torch.empty(1 if p.packed else p.batch, p.heads, p.stats_rows, p.n_q, dtype=torch.float32, device=p.device)
+def stats(p: Problem) -> Blank:
+    """What a forward leaves of each row (problem.py)."""
+    return Blank.contiguous((1 if p.packed else p.batch, p.heads, p.stats_rows, p.n_q), torch.float32, p.device)
 
 
 def slope_sums(p: Problem, t: Tensors, parts: Tensor) -> Tensor:

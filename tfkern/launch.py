@@ -9,6 +9,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import itertools
+import operator
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -92,55 +93,68 @@ _serial = itertools.count()
 class Launch:
     """`grid` programs of a kernel on a device, everything given but the tensors, and of those the shapes.
 
-    The kernel's parameters are tensors, then its Features, then `numbers`, then `constants` by name; `options` are for the
-    compiler (num_warps …). It gets the first of the tensors as TMA descriptors, in `blocks` of so many (rows, dims) each, as
-    tma.descriptor takes them.
+    The kernel's parameters are the tensors of `names`, where one may stand twice; then its Features, then `numbers`, then
+    `constants` by name; `options` are for the compiler (num_warps …). It gets the first of the tensors as TMA descriptors, of
+    which `blocks` has what tma.descriptor takes beside the tensor. planner.py makes it all.
     """
 
-    def __init__(self, kernel, grid: int, device: torch.device, numbers: tuple, constants: dict, options: dict, blocks=()):
+    def __init__(
+        self, kernel, grid: int, device: torch.device, names: tuple[str, ...], numbers: tuple, constants: dict, options: dict,
+        blocks: tuple = (),
+    ):  # fmt: skip
         self.kernel, self.grid, self.device, self.index = kernel, grid, device, device.index or 0
-        self.numbers, self.constants, self.options, self.blocks = numbers, constants, options, blocks
-        names = kernel.arg_names
-        self.tail = (*numbers, *(constants[name] for name in names[len(names) - len(constants) :]))
+        self.names, self.numbers, self.constants, self.options, self.blocks = names, numbers, constants, options, blocks
+        self.count, self.in_order = len(set(names)), operator.itemgetter(*names)
+        self.tail = (*numbers, *constants.values())
         self.handles: dict[tuple, Handle] = {}
         self.serial = next(_serial)  # not id(self), which another may have later
 
-    def __call__(self, tensors: tuple, features: tuple = (), feature_tensors: tuple = ()) -> None:
+    def __call__(self, features: tuple = (), feature_tensors: tuple = (), /, **tensors: Tensor | None) -> None:
         """Run it on the current stream of the device; feature_tensors are those within `features`."""
         if self.grid == 0:
             return
+        given = self.ordered(tensors)
         if interpreter.interpreting():
-            arguments = (*self.described(tensors), features, *self.numbers)
+            arguments = (*self.described(given), features, *self.numbers)
             interpreter.run(self.kernel, self.grid, arguments, {**self.constants, **self.options})
             return
         driver = _triton()[0].active
         if driver.get_current_device() != self.index:
             with torch.cuda.device(self.device):
-                self(tensors, features, feature_tensors)
+                self(features, feature_tensors, **tensors)
             return
-        pointers = [None if x is None else x.data_ptr() for x in tensors]
+        pointers = [None if x is None else x.data_ptr() for x in given]
         form = _form(pointers, feature_tensors)
         if torch.version.hip:
-            memory = (x for x in (*tensors, *feature_tensors) if x is not None)
+            memory = (x for x in (*given, *feature_tensors) if x is not None)
             form = form, *(x.untyped_storage().size() < BUFFER for x in memory)
-        handle = self.handles.get(form) or self._known(form, tensors, features)
+        handle = self.handles.get(form) or self._known(form, given, features)
         if handle is None or _hooked():
-            self._compiled(form, tensors, features, self.by_jit(tensors, features))
+            self._compiled(form, given, features, self.by_jit(features, **tensors))
             return
         if self.blocks:
-            pointers = self._mapped(handle.maps, tensors, pointers)
+            pointers = self._mapped(handle.maps, given, pointers)
         handle.run(
             self.grid, 1, 1, driver.get_current_stream(self.index), handle.function, handle.metadata, None, None, None,
             *pointers, features, *self.tail,
         )  # fmt: skip
 
-    def by_jit(self, tensors: tuple, features: tuple):
+    def by_jit(self, features: tuple, /, **tensors: Tensor | None):
         """Run it by Triton's own launch path, which compiles what is not compiled yet; the compiled kernel."""
-        arguments = (*self.described(tensors), features, *self.numbers)
+        arguments = (*self.described(self.ordered(tensors)), features, *self.numbers)
         return self.kernel[(self.grid,)](*arguments, **self.constants, **self.options)
 
+    def ordered(self, tensors: dict[str, Tensor | None]) -> tuple:
+        """The tensors as the kernel's parameters stand; TypeError for others than the kernel's."""
+        if len(tensors) == self.count:
+            try:
+                return self.in_order(tensors)
+            except KeyError:
+                pass
+        raise TypeError(f"{self.kernel.__name__} is launched with {[*self.names]}, not with {[*tensors]}")
+
     def described(self, tensors: tuple) -> tuple:
-        """The tensors, the first of them as TMA descriptors."""
+        """Tensors in the kernel's order, the first of them as TMA descriptors."""
         count = len(self.blocks)
         return *(tma.descriptor(x, *block) for x, block in zip(tensors[:count], self.blocks, strict=True)), *tensors[count:]
 
@@ -179,9 +193,9 @@ def counting() -> Iterator[Counter[str]]:
     """Within the block, how often each kernel is launched, by its name, on the current device or in the interpreter."""
     counts, launch = Counter(), Launch.__call__
 
-    def counted(self, *arguments):
+    def counted(self, *features, **tensors):
         counts[self.kernel.__name__] += 1
-        launch(self, *arguments)
+        launch(self, *features, **tensors)
 
     Launch.__call__ = counted
     try:

@@ -20,12 +20,21 @@ def empty_in_order_of(like: Tensor, last_dim: int) -> Tensor:
 
 
 class Blank:
-    """A result of a kernel before there is memory for it: as `like`, with another last dim, in its memory order."""
+    """A result of a kernel before there is memory for it."""
 
-    def __init__(self, like: Tensor, last_dim: int):
-        self.shape = (*like.shape[:3], last_dim)
-        self.strides = strides_in_order_of(like, last_dim)
-        self.options = dict(dtype=like.dtype, device=like.device)
+    def __init__(self, shape: tuple, strides: tuple, dtype: torch.dtype, device: torch.device):
+        self.shape, self.strides = shape, strides
+        self.options = dict(dtype=dtype, device=device)
+
+    @classmethod
+    def in_order_of(cls, like: Tensor, last_dim: int) -> "Blank":
+        """As empty_in_order_of."""
+        return cls((*like.shape[:3], last_dim), strides_in_order_of(like, last_dim), like.dtype, like.device)
+
+    @classmethod
+    def contiguous(cls, shape: tuple, dtype: torch.dtype, device: torch.device) -> "Blank":
+        strides = tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
+        return cls(shape, strides, dtype, device)
 
     def stride(self) -> tuple:
         return self.strides

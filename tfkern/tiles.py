@@ -36,6 +36,10 @@ class TileConfig:
     source: str = field(default="", compare=False)
     registers: int | None = None
 
+    def constants(self, block_d: int, owns_keys: bool = False) -> dict:
+        """The kernel's compile-time constants that tell tiles."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_D": block_d}
+
     def options(self) -> dict:
         """For the compiler."""
         # Scores are one multiply-add; Triton 3.10 turns fusion off by default.
@@ -294,8 +298,9 @@ class HopperOnePass:
 
     consumers = 2
     block_n = HOPPER_QUERIES
+    programs = 1
 
-    def constants(self, block_d: int) -> dict:
+    def constants(self, block_d: int, owns_keys: bool = False) -> dict:
         """The kernel's compile-time constants that tell tiles."""
         return {
             "BLOCK_M": HOPPER_QUERIES, "BLOCK_N": self.block_n, "BLOCK_D": block_d, "STAGES": self.stages, "TILES": self.tiles,

@@ -135,16 +135,16 @@ class Driver(fake_gpu.Driver):
 def _launched(problem: Problem) -> list[str]:
     """What a problem launches, without compiling it."""
     names = []
-    _run(problem, lambda *launched: names.append(identity(*launched)))
+    _run(problem, lambda *launched, **tensors: names.append(identity(*launched, **tensors)))
     return names
 
 
 def _compile(name: str, problem: Problem) -> Iterator[dict]:
     start, compiled = time.perf_counter(), []
 
-    def only(one: launch.Launch, tensors: tuple, features: tuple, feature_tensors: tuple) -> None:
-        if not compiled and identity(one, tensors, features, feature_tensors) == name:
-            one.by_jit(tensors, features)
+    def only(one: launch.Launch, features: tuple, feature_tensors: tuple, **tensors: Tensor | None) -> None:
+        if not compiled and identity(one, features, feature_tensors, **tensors) == name:
+            one.by_jit(features, **tensors)
             compiled.append(one)
 
     try:
@@ -168,10 +168,10 @@ def _run(problem: Problem, instead: Callable) -> None:
         problem.run(*problem.arguments)
 
 
-def identity(one: launch.Launch, tensors: tuple, features: tuple, feature_tensors: tuple) -> str:
+def identity(one: launch.Launch, features: tuple, feature_tensors: tuple, **tensors: Tensor | None) -> str:
     """The name of a kernel with its tiles, and a digest of all that it is compiled for, the same in every process."""
     constants = [(key, getattr(value, "__name__", value)) for key, value in one.constants.items()]
-    what = _kind((tensors, features, one.numbers)), one.blocks, constants, sorted(one.options.items())
+    what = _kind((one.ordered(tensors), features, one.numbers)), one.blocks, constants, sorted(one.options.items())
     return f"{launches.name(one)} #{hashlib.sha256(repr(what).encode()).hexdigest()[:8]}"
 
 

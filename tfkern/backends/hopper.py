@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tfkern import features, launch, layout, tma
+from tfkern import features, launch, planner, tma
+from tfkern.layout import Blank
 from tfkern.problem import Gradients, Problem, Tensors
 from tfkern.tiles import (
     HOPPER,
@@ -21,8 +22,6 @@ from tfkern.tiles import (
 )
 
 SEVERAL = 128  # the largest head dim with which several features at once spill nothing in loops
-# Which of each kernel's descriptors come past its programs, in tiles of block_n rows; of the others a consumer owns its part.
-STREAMED = {"flash_bwd_dq": (1, 2), "flash_bwd_dkdv": (0, 3)}
 
 
 def unsupported(problem: Problem, needs_grad: bool) -> list[str]:
@@ -42,7 +41,7 @@ def limits(p: Problem) -> list[str]:
         reasons.append(
             f"head dims must be equal multiples of {tma.ALIGNED} up to {max(HOPPER)}, not {p.head_dim}, {p.v_head_dim}"
         )
-    elif (p.mask or p.bias) and _tiles(p)[1].masked is None:
+    elif (p.mask or p.bias) and _tiles(p).masked is None:
         reasons.append(f"a mask takes too many registers with head dim {p.head_dim}")
     elif p.several and p.head_dim > SEVERAL:
         reasons.append(f"several of dropout, softcap, ALiBi and score_mod take too many registers with head dim {p.head_dim}")
@@ -67,121 +66,104 @@ def backward_limits(p: Problem) -> list[str]:
 
 def forward(problem: Problem, t: Tensors) -> tuple[Tensor, Tensor]:
     """out in q's memory order, stats (B, H, 2, Nq) float32 (problem.py); B is 1 for packed sequences."""
-    p, t = problem, features.plain_memory(problem, t)
-    q, k, v = (tma.readable(x) for x in t[:3])
-    key = "hopper", q.stride(), features.mask_vec(t)
-    plan = p.plans.get(key)
-    if plan is None:
-        result = layout.Blank(q, p.v_head_dim)
-        plan = p.plans[key] = _plan(p, result, features.mask_vec(t)), result
-    launch_fwd, result = plan
-    out = result.empty()
-    stats = features.empty_stats(p)
-    launch_fwd((q, k, v, out, out, stats), *features.of(p, t))
+    p, t = problem, _readable(features.plain_memory(problem, t))
+    flash_fwd, *results = planner.once(p, _plan_forward, t)
+    out, stats = (x.empty() for x in results)
+    flash_fwd(*features.of(p, t), Q=t.q, K=t.k, V=t.v, O=out, STATS=stats)
     return out, stats
 
 
-def _plan(p: Problem, out: layout.Blank, mask_vec: int) -> launch.Launch:
-    """All of the launch but its tensors."""
-    from tfkern.kernels.hopper import flash_fwd, flash_fwd_short
-
-    dim, config, short = _config(p)
-    stride_o = tma.strides(out)
-    mod = p.score_mod[0] if p.score_mod else None
-    given = dict(MOD=mod, LINEAR=p.linear, MASK_VEC=mask_vec, HEAD_DIM=p.head_dim, **config.constants(dim))
-    shape = (p.batch, p.heads, p.group, p.n_q, p.n_k)
-    if short:
-        kernel, items = flash_fwd_short.flash_fwd_short, p.batch * p.kv_heads
-        numbers = (stride_o, *shape, -(-p.n_q // HOPPER_QUERIES), items, p.scale, int(p.lower_right), p.right)
-    else:
-        rows = HOPPER_QUERIES * config.consumers
-        # of all queries of a head, or for packed sequences as many as they may need at most (kernels/sequence.py)
-        tiles = p.n_q // rows + p.batch + 1 if p.packed else -(-p.n_q // rows)
-        kernel, items = flash_fwd.flash_fwd, (1 if p.packed else p.batch) * p.heads * tiles
-        numbers = (stride_o, *shape, tiles, items, p.scale, int(p.lower_right), p.left, p.right)
-    constants = {key: given[key] for key in kernel.arg_names if key in given}  # in the kernel's order
-    programs = min(items, launch.multiprocessors(p.device) * config.programs)
-    blocks = tuple((rows, dim) for rows in (HOPPER_QUERIES, config.block_n, config.block_n, HOPPER_QUERIES))
-    return launch.Launch(kernel, programs, p.device, numbers, constants, config.options(), blocks)
+def _readable(t: Tensors) -> Tensors:
+    """Queries, keys and values as TMA can read them."""
+    if all(map(tma.ready, t[:3])):
+        return t
+    return Tensors(*map(tma.readable, t[:3]), *t[3:])
 
 
-def _tiles(p: Problem) -> tuple[int, HopperTiles]:
-    """(head-dim class, its tiles)."""
-    dim = min(d for d in HOPPER if p.head_dim <= d)
-    return dim, HOPPER[dim]
+def _plan_forward(p: Problem, t: Tensors) -> tuple[launch.Launch, Blank, Blank]:
+    """The launch, and what out and stats are to be."""
+    out, stats = Blank.in_order_of(t.q, p.v_head_dim), features.stats(p)
+    config, short = _config(p)
+    tensors = dict(Q=t.q, K=t.k, V=t.v, O=out, STATS=stats)
+    return planner.plan(f"hopper.flash_fwd{'_short' * short}", p, features.mask_of(t), tensors, config), out, stats
 
 
-def _config(p: Problem) -> tuple[int, HopperConfig, bool]:
-    """(head-dim class, those of its tiles that fit the problem, whether they are flash_fwd_short's)."""
-    dim, tiles = _tiles(p)
+def _tiles(p: Problem) -> HopperTiles:
+    """Those of its head-dim class."""
+    return HOPPER[min(d for d in HOPPER if p.head_dim <= d)]
+
+
+def _config(p: Problem) -> tuple[HopperConfig, bool]:
+    """(the tiles that fit the problem, whether they are flash_fwd_short's)."""
+    tiles = _tiles(p)
     if p.mask or p.bias:
-        return dim, tiles.masked, False
+        return tiles.masked, False
     if p.n_q <= HOPPER_QUERIES:
-        return dim, tiles.single, False
+        return tiles.single, False
     load = HopperLoad(p.batch * p.heads, p.group, p.n_q, p.n_k, p.right is not None, launch.multiprocessors(p.device))
     # Dropout, and several features, spill in three consumers that keep K and V.
     resident = not (p.packed or p.left is not None or p.dropout_p or p.several)
-    return dim, *tiles.fastest(load, p.heavy, p.several, resident)
-
-
-class Plan(NamedTuple):
-    """The launches of a backward: one for all, or one for dq and, if they are needed, another for dk and dv."""
-
-    one_pass: launch.Launch | None = None
-    dq: launch.Launch | None = None
-    dkdv: launch.Launch | None = None
+    return tiles.fastest(load, p.heavy, p.several, resident)
 
 
 def backward(problem: Problem, t: Tensors, out, stats, do, dlse, needed, into=None) -> Gradients:
     """As portable.backward. In one launch where that fits; of two, that for dQ runs for any gradient, as delta comes of it."""
-    p, t, need = problem, features.plain_memory(problem, t), Gradients(*needed)
-    q, k, v, out, do = (tma.readable(x) for x in (*t[:3], out, do))
+    p, t, need = problem, _readable(features.plain_memory(problem, t)), Gradients(*needed)
+    out, do = tma.readable(out), tma.readable(do)
     dlse = None if dlse is None else dlse.resolve_neg().contiguous()
-    wanted = into or _results(p, t)
-    dq, dk, dv = (x if tma.ready(x) else torch.empty_like(x, memory_format=torch.contiguous_format) for x in wanted)
-    dslopes, delta = features.empty_rows(p) if need.slopes else None, None
-    plan = _planned(p, (dq, dk, dv), need, dlse is None)
+    made = into and tuple(map(_writable, into))
+    plan = planner.once(p, _plan_backward, t, out, do, dlse, need, *(made or (None, None, None)))
+    dq, dk, dv = made or (x.empty() for x in plan.results)
+    delta, dslopes = None, plan.rows.empty() if need.slopes else None
     optional = features.of(p, t)
+    given = dict(Q=t.q, K=t.k, V=t.v, DO=do, STATS=stats)
     if plan.one_pass is not None:
-        plan.one_pass((q, k, v, out, do, dq, dk, dv, stats, dlse), *optional)
+        plan.one_pass(*optional, **given, O=out, DLSE=dlse, DQ=dq, DK=dk, DV=dv)
     else:
-        delta = features.empty_rows(p)
-        plan.dq((q, k, v, out, do, dq, dq, stats, dlse, delta, dslopes), *optional)
+        delta = plan.rows.empty()
+        plan.dq(*optional, **given, O=out, DLSE=dlse, DELTA=delta, DQ=dq, DSLOPES=dslopes)
         if plan.dkdv is not None:
-            plan.dkdv((q, k, v, do, dk, dv, dk, dv, stats, delta), *optional)
+            plan.dkdv(*optional, **given, DELTA=delta, DK=dk, DV=dv)
         else:
             dk = dv = None
-    made = zip((dq, dk, dv), wanted, strict=True)
+    if into:
+        dq, dk, dv = (x if x is None or x is y else y.copy_(x) for x, y in zip((dq, dk, dv), into, strict=True))
     return Gradients(
-        *(x if x is None or x is there else there.copy_(x) for x, there in made), None,
-        features.slope_sums(p, t, dslopes) if need.slopes else None,
+        dq, dk, dv, None, features.slope_sums(p, t, dslopes) if need.slopes else None,
         features.sink_sums(t.sinks, stats, delta) if need.sinks else None,
     )  # fmt: skip
 
 
-def _results(p: Problem, t: Tensors) -> tuple[Tensor, ...]:
-    """Memory for dq, dk and dv, in the order of q, k and v."""
-    key = "results", *(x.stride() for x in t[:3])
-    blanks = p.plans.get(key)
-    if blanks is None:
-        blanks = p.plans[key] = tuple(layout.Blank(x, x.shape[-1]) for x in t[:3])
-    return tuple(x.empty() for x in blanks)
+def _writable(x: Tensor) -> Tensor:
+    """The tensor, or another one where TMA can't write it in place."""
+    return x if tma.ready(x) else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _planned(p: Problem, results: tuple[Tensor, ...], need: Gradients, without_dlse: bool) -> Plan:
-    """The launches, worked out once."""
-    of_keys = need.k or need.v
-    key = "backward", of_keys, without_dlse, need.slopes, *(x.stride() for x in results)
-    plan = p.plans.get(key)
-    if plan is None:
-        if of_keys and (config := one_pass(p)):
-            plan = Plan(_plan_one_pass(p, config))
-        else:
-            stride_dq, *strides = map(tma.strides, results)
-            dkdv = _plan_one_of_two(p, "flash_bwd_dkdv", tuple(strides)) if of_keys else None
-            plan = Plan(None, _plan_one_of_two(p, "flash_bwd_dq", (stride_dq,)), dkdv)
-        p.plans[key] = plan
-    return plan
+class BackwardPlan(NamedTuple):
+    """The launches of a backward: one for all, or one for dq and, if they are needed, another for dk and dv; what dq, dk and dv
+    are to be, and what a number for each query."""
+
+    one_pass: launch.Launch | None
+    dq: launch.Launch | None
+    dkdv: launch.Launch | None
+    results: tuple[Blank, Blank, Blank]
+    rows: Blank
+
+
+def _plan_backward(p: Problem, t: Tensors, out, do, dlse, need: Gradients, *into) -> BackwardPlan:
+    rows, of_keys = features.rows(p), need.k or need.v
+    results = tuple(Blank.in_order_of(x, x.shape[-1]) for x in t[:3])
+    dq, dk, dv = results if into[0] is None else into
+    given = dict(Q=t.q, K=t.k, V=t.v, DO=do, STATS=features.stats(p))
+    if of_keys and (config := one_pass(p)):
+        tensors = given | dict(O=out, DLSE=dlse, DQ=dq, DK=dk, DV=dv)
+        return BackwardPlan(planner.plan("hopper.flash_bwd", p, None, tensors, config), None, None, results, rows)
+    tensors = given | dict(O=out, DLSE=dlse, DELTA=rows, DQ=dq, DSLOPES=rows if need.slopes else None)
+    dq, dkdv = planner.plan("hopper.flash_bwd_dq", p, None, tensors, _of_two("flash_bwd_dq", p)), None
+    if of_keys:
+        tensors = given | dict(DELTA=rows, DK=dk, DV=dv)
+        dkdv = planner.plan("hopper.flash_bwd_dkdv", p, None, tensors, _of_two("flash_bwd_dkdv", p))
+    return BackwardPlan(None, dq, dkdv, results, rows)
 
 
 def one_pass(p: Problem) -> HopperOnePass | None:
@@ -198,37 +180,9 @@ def one_pass(p: Problem) -> HopperOnePass | None:
     return next((config for config in fitting if tiles <= config.tiles), None)
 
 
-def _plan_one_pass(p: Problem, config: HopperOnePass) -> launch.Launch:
-    """All of the one launch but its tensors."""
-    from tfkern.kernels.hopper import flash_bwd
-
-    dim = min(d for d in HOPPER_ONE_PASS if p.head_dim <= d)
-    items = p.batch * p.kv_heads
-    sizes = (p.heads, p.group, p.n_q, p.n_k, -(-p.n_q // HOPPER_QUERIES), items)
-    numbers = (*sizes, p.scale, int(p.lower_right), p.left, p.right)
-    programs = min(items, launch.multiprocessors(p.device))
-    blocks = ((HOPPER_QUERIES, dim),) * 8
-    return launch.Launch(flash_bwd.flash_bwd, programs, p.device, numbers, config.constants(dim), config.options(), blocks)
-
-
-def _plan_one_of_two(p: Problem, name: str, strides: tuple) -> launch.Launch:
-    """All of one of two launches but its tensors; `strides` are those of what it may write without TMA."""
-    from tfkern.kernels.hopper import flash_bwd_dkdv, flash_bwd_dq
-
-    kernel = {"flash_bwd_dq": flash_bwd_dq.flash_bwd_dq, "flash_bwd_dkdv": flash_bwd_dkdv.flash_bwd_dkdv}[name]
-    of_keys = name == "flash_bwd_dkdv"
-    dim = min(d for d in HOPPER_BACKWARD[name] if p.head_dim <= d)
-    found = HOPPER_BACKWARD[name][dim]
-    heads, rows = (p.kv_heads, p.n_k) if of_keys else (p.heads, p.n_q)
-    config = found.heavy if p.heavy else found.single if rows <= HOPPER_QUERIES else found.usual
-    owned = HOPPER_QUERIES * config.consumers
-    # of all rows of a head, or for packed sequences as many as they may need at most (kernels/sequence.py)
-    tiles = rows // owned + p.batch + 1 if p.packed else -(-rows // owned)
-    sizes = (p.batch, p.heads, p.group, p.n_q, p.n_k, tiles)
-    numbers = (*strides, *sizes, p.scale, int(p.lower_right), p.left, p.right)
-    value, derivative = p.score_mod or (None, None)
-    given = dict(MOD=value, MOD_GRAD=derivative, LINEAR=p.linear, HEAD_DIM=p.head_dim, **config.constants(dim, of_keys))
-    constants = {key: given[key] for key in kernel.arg_names if key in given}  # in the kernel's order
-    blocks = tuple((config.block_n if i in STREAMED[name] else HOPPER_QUERIES, dim) for i in range(6))
-    grid = (1 if p.packed else p.batch) * heads * tiles
-    return launch.Launch(kernel, grid, p.device, numbers, constants, config.options(), blocks)
+def _of_two(kernel: str, p: Problem) -> HopperConfig:
+    """The tiles of one of two launches."""
+    table = HOPPER_BACKWARD[kernel]
+    tiles = table[min(d for d in table if p.head_dim <= d)]
+    rows = p.n_k if kernel == "flash_bwd_dkdv" else p.n_q
+    return tiles.heavy if p.heavy else tiles.single if rows <= HOPPER_QUERIES else tiles.usual
