@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tfkern
-from tfkern import backends, call, launch, testing, tiles
+from tfkern import backends, call, launch, ops, testing, tiles
 from tfkern.backends import hopper
 from tfkern.testing import budget
 
@@ -226,6 +226,49 @@ def test_it_declines_what_only_its_forward_takes(monkeypatch):
         assert backends.choose(problem, needs_grad=True) is backends.BACKENDS["portable"]
         assert backends.explain(problem, needs_grad=True).startswith("portable runs forward and backward of Problem(")
         monkeypatch.delenv("TFKERN_BACKENDS")
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of kernels launched on an H100 that is not there."""
+    names = []
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(launch.Launch, "__call__", lambda self, *_: names.append(self.kernel.__name__))
+    backends._choose.cache_clear()
+    yield names
+    backends._choose.cache_clear()
+
+
+def by_op(q, k, v, mask, **options):
+    tensors, asked = ops.op_arguments(*call.given(q, k, v, mask), **options)
+    return torch.ops.tfkern.attention(*tensors, *asked)[0]
+
+
+def compiled(*tensors, **options):
+    torch._dynamo.reset()
+    return torch.compile(tfkern.attention, fullgraph=True, backend="aot_eager")(*tensors, **options)
+
+
+@pytest.mark.parametrize("attend", [tfkern.attention, by_op, compiled], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("leaf", ["query", "mask"])
+def test_it_declines_a_call_whose_backward_it_has_not(attend, leaf, launched):
+    """By its name it runs the same call without grad, and explain tells both."""
+    q, k, v = (torch.randn(1, 2, 9, 64).bfloat16() for _ in range(3))
+    mask, reason = torch.randn(9, 9), "hopper: the backward does not take an additive mask"
+    tensors, options = (q, k, v, mask), dict(backend="hopper")
+    attend(*tensors, **options)
+    assert tfkern.explain(*tensors, **options).startswith("hopper runs ")
+    (q if leaf == "query" else mask).requires_grad_()
+    with pytest.raises(tfkern.UnsupportedError, match=reason):
+        attend(*tensors, **options)
+    assert reason in tfkern.explain(*tensors, **options)
+    with torch.no_grad():
+        attend(*tensors, **options)
+        assert tfkern.explain(*tensors, **options).startswith("hopper runs ")
+    assert launched == ["flash_fwd", "flash_fwd"]
+    if attend is not compiled:  # which transforms from outside don't take
+        with pytest.raises(tfkern.UnsupportedError, match=reason):
+            torch.func.grad(lambda q: attend(q, *(x.detach() for x in tensors[1:]), **options).sum())(q.detach())
 
 
 @pytest.mark.parametrize("how", ["strided", "unaligned", "expanded", "negated"])

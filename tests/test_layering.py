@@ -36,7 +36,7 @@ LAYERS = [
     ["tfkern.tma"],
     ["tfkern.layout"],
     ["tfkern.checks"],
-    ["tfkern.interpreter", "tfkern.configs", "tfkern.extras", "tfkern.dynamo", "tfkern.tracing"],
+    ["tfkern.interpreter", "tfkern.configs", "tfkern.extras", "tfkern.dynamo", "tfkern.tracing", "tfkern.options"],
     ["tfkern.tiles", "tfkern.compat", "tfkern.ending", "tfkern.progress", "tfkern.whole"],
     ["tfkern.kernels"],
 ]

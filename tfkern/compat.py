@@ -43,11 +43,9 @@ def forward_mode() -> bool:
 _Function = _private("torch.autograd.function:_SingleLevelFunction")
 
 
-def apply(function, *args):
-    """function.apply(*args) where transforms() is false."""
-    if _Function is None:
-        return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)
+def apply_of(function):
+    """function.apply for where transforms() is false: a bound C function, which adds no Python frame to a call."""
+    return function.apply if _Function is None else super(torch.autograd.Function, function).apply
 
 
 # In the Autograd kernel of an op, which transforms have met already: a Function for the one that calls it, and ops as those see

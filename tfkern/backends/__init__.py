@@ -35,7 +35,6 @@ class Backend(NamedTuple):
     backward: Callable
     output: Callable | None = None
     how: Callable | None = None
-    recorded: bool = False  # whether it is an op of ops.py, which takes the packed qkv as it is, in the place of q
     on_cpu: int | None = None
     elsewhere: int | None = None
 

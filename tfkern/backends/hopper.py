@@ -88,7 +88,7 @@ def _plan(p: Problem, out: layout.Blank, mask_vec: int) -> launch.Launch:
     dim, config, short = _config(p)
     stride_o = tma.strides(out)
     mod = p.score_mod[0] if p.score_mod else None
-    given = dict(MOD=mod, LINEAR=p.linear, MASK_VEC=mask_vec, DIM=p.head_dim, **config.constants(dim))
+    given = dict(MOD=mod, LINEAR=p.linear, MASK_VEC=mask_vec, HEAD_DIM=p.head_dim, **config.constants(dim))
     shape = (p.batch, p.heads, p.group, p.n_q, p.n_k)
     if short:
         kernel, items = flash_fwd_short.flash_fwd_short, p.batch * p.kv_heads
@@ -227,7 +227,7 @@ def _plan_one_of_two(p: Problem, name: str, strides: tuple) -> launch.Launch:
     sizes = (p.batch, p.heads, p.group, p.n_q, p.n_k, tiles)
     numbers = (*strides, *sizes, p.scale, int(p.lower_right), p.left, p.right)
     value, derivative = p.score_mod or (None, None)
-    given = dict(MOD=value, MOD_GRAD=derivative, LINEAR=p.linear, DIM=p.head_dim, **config.constants(dim, of_keys))
+    given = dict(MOD=value, MOD_GRAD=derivative, LINEAR=p.linear, HEAD_DIM=p.head_dim, **config.constants(dim, of_keys))
     constants = {key: given[key] for key in kernel.arg_names if key in given}  # in the kernel's order
     blocks = tuple((config.block_n if i in STREAMED[name] else HOPPER_QUERIES, dim) for i in range(6))
     grid = (1 if p.packed else p.batch) * heads * tiles
