@@ -7,6 +7,8 @@ CPU's; results are whatever memory held. Not to be used where Triton's interpret
 import os
 import types
 
+from tfkern import compat_triton
+
 PROPERTIES = {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
 
 
@@ -24,9 +26,7 @@ class Driver:
         return self.launcher
 
     def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.architecture, 32)
+        return compat_triton.target("cuda", self.architecture, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -49,8 +49,6 @@ def pretend(architecture: int = 90, launcher=lambda *_: None) -> None:
 
 def install(stand_in: Driver) -> None:
     """The same, with a driver of one's own."""
-    from triton.runtime import driver
-
     from tfkern import interpreter, launch
 
     if interpreter.interpreting():
@@ -59,4 +57,4 @@ def install(stand_in: Driver) -> None:
     launch.unsupported = lambda device: []
     launch.multiprocessors = lambda device: PROPERTIES["multiprocessor_count"]  # on which tiles depend
     os.environ["TFKERN_BACKENDS"] = "portable"  # on a GPU it is the first
-    driver.set_active(stand_in)
+    compat_triton.driver().set_active(stand_in)

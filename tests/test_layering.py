@@ -52,6 +52,7 @@ LAYERS = [
     ["tfkern.checks"],
     ["tfkern.interpreter", "tfkern.configs", "tfkern.extras", "tfkern.dynamo", "tfkern.tracing"],
     ["tfkern.tiles", "tfkern.compat", "tfkern.ending", "tfkern.progress", "tfkern.whole"],
+    ["tfkern.compat_triton"],
     # No kernel imports another: what two of them need is a device function of a layer below.
     *inside("tfkern.kernels", "flash_bwd_dbias flash_bwd_dkdv flash_bwd_dq flash_fwd hopper.flash_bwd hopper.flash_bwd_dkdv"
             " hopper.flash_bwd_dq hopper.flash_fwd hopper.flash_fwd_short", "hopper.attend hopper.flash_bwd_consume",

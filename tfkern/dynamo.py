@@ -4,7 +4,6 @@ import contextlib
 import functools
 
 import torch
-from torch.fx import traceback
 from torch.utils.checkpoint import CheckpointPolicy
 
 from tfkern import compat
@@ -37,10 +36,9 @@ def drawn_once():
     the backward). Marked as checkpointing marks what it saves, the bits are saved. A budget of 0 saves nothing that was
     computed: there the mark asks for a replay, for which PyTorch saves the state of the generator.
     """
-    meta = traceback.get_current_meta()
+    meta = compat.current_meta()
     before = meta.get("recompute")
-    budget = meta.get("custom", {}).get("_region_activation_memory_budget", compat.activation_memory_budget())
-    replayed = budget == 0 and _with_backward()
+    replayed = compat.activation_memory_budget() == 0 and compat.traces_backward()
     meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE if replayed else CheckpointPolicy.MUST_SAVE
     try:
         yield
@@ -49,11 +47,3 @@ def drawn_once():
             del meta["recompute"]
         else:
             meta["recompute"] = before
-
-
-def _with_backward() -> bool:
-    """Whether the graph that is being traced is a forward with its backward, as partitioners get it and know it."""
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode
-
-    mode = get_proxy_mode()
-    return mode is not None and any("tangents" in x.target for x in mode.tracer.graph.find_nodes(op="placeholder"))
