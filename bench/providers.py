@@ -48,7 +48,7 @@ def passed_over(provider: str, error: Exception) -> str:
 
 def _tfkern(name: str, shape: Shape, dtype: torch.dtype, device: torch.device):
     example = torch.empty(1, 1, 1, shape.head_dim, dtype=dtype, device=device)
-    if reasons := BACKENDS[name].unsupported(call.build(example, example, example)[0]):
+    if reasons := BACKENDS[name].unsupported(call.build(example, example, example)[0], needs_grad=True):
         raise UnavailableError("; ".join(reasons))
     return functools.partial(tfkern.attention, is_causal=shape.is_causal, backend=name)
 

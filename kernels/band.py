@@ -1,6 +1,6 @@
-"""All causal and window geometry. Query i sees key j where i + shift - LEFT <= j <= i + shift + RIGHT.
+"""All causal and window geometry. Query i sees key j where i + shift - left <= j <= i + shift + right.
 
-LEFT and RIGHT are run-time numbers, or None for an unbounded side, which then costs nothing. Causal is RIGHT = 0. `shift`
+left and right are run-time numbers, or None for an unbounded side, which then costs nothing. Causal is right = 0. `shift`
 is 0 where the first query is aligned with the first key, or keys - queries where the last ones are.
 """
 
@@ -20,7 +20,7 @@ def first_tile(lo, F, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def key_range(start_m, end_m, n_k, shift, LEFT, RIGHT, F, BLOCK_N: tl.constexpr):
+def key_range(start_m, end_m, n_k, shift, left, right, F, BLOCK_N: tl.constexpr):
     """The keys that queries [start_m, end_m) need: (lo, full_lo, full_hi, hi).
 
     [lo, hi) holds exactly the keys below n_k that at least one of the queries sees. Of the tiles of BLOCK_N keys from
@@ -31,12 +31,12 @@ def key_range(start_m, end_m, n_k, shift, LEFT, RIGHT, F, BLOCK_N: tl.constexpr)
     hi = n_k
     all_lo = 0
     all_hi = n_k
-    if LEFT is not None:
-        lo = tl.maximum(start_m + shift - LEFT, 0)
-        all_lo = tl.maximum(end_m - 1 + shift - LEFT, lo)
-    if RIGHT is not None:
-        hi = tl.minimum(end_m + shift + RIGHT, n_k)
-        all_hi = tl.minimum(start_m + shift + RIGHT + 1, n_k)
+    if left is not None:
+        lo = tl.maximum(start_m + shift - left, 0)
+        all_lo = tl.maximum(end_m - 1 + shift - left, lo)
+    if right is not None:
+        hi = tl.minimum(end_m + shift + right, n_k)
+        all_hi = tl.minimum(start_m + shift + right + 1, n_k)
     first = first_tile(lo, F, BLOCK_N)
     full_lo = first + (all_lo - first + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     full_hi = full_lo + tl.maximum(all_hi - full_lo, 0) // BLOCK_N * BLOCK_N
@@ -44,9 +44,9 @@ def key_range(start_m, end_m, n_k, shift, LEFT, RIGHT, F, BLOCK_N: tl.constexpr)
 
 
 @triton.jit
-def query_range(start_n, end_n, n_q, shift, LEFT, RIGHT, F, BLOCK_M: tl.constexpr):
-    """The queries that see keys [start_n, end_n), as key_range: key j is seen by j - shift - RIGHT <= i <= j - shift + LEFT."""
-    return key_range(start_n, end_n, n_q, -shift, RIGHT, LEFT, F, BLOCK_M)
+def query_range(start_n, end_n, n_q, shift, left, right, F, BLOCK_M: tl.constexpr):
+    """The queries that see keys [start_n, end_n), as key_range: key j is seen by j - shift - right <= i <= j - shift + left."""
+    return key_range(start_n, end_n, n_q, -shift, right, left, F, BLOCK_M)
 
 
 @triton.jit
@@ -57,11 +57,11 @@ def all_tiles(full_lo, full_hi, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def visible(offs_m, offs_n, n_k, shift, LEFT, RIGHT):
+def visible(offs_m, offs_n, n_k, shift, left, right):
     """True where query offs_m sees key offs_n; the two index tensors broadcast against each other."""
     keep = (offs_n < n_k) & (offs_m >= 0)  # the second is always so, and gives the mask both dimensions
-    if LEFT is not None:
-        keep = keep & (offs_n >= offs_m + shift - LEFT)
-    if RIGHT is not None:
-        keep = keep & (offs_n <= offs_m + shift + RIGHT)
+    if left is not None:
+        keep = keep & (offs_n >= offs_m + shift - left)
+    if right is not None:
+        keep = keep & (offs_n <= offs_m + shift + right)
     return keep

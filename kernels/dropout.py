@@ -30,30 +30,30 @@ def _numbers(w0, w1, w2, w3):
 
 
 @triton.jit
-def keep_at(D, bh, rows, groups):
+def keep_at(drop, bh, rows, groups):
     """[A, 8 B]: True where the probability survives of queries rows [A, 1] and of the eight keys of each of groups [1, B]."""
-    w0, w1, w2, w3 = _words(D.seed, bh, rows, groups)
-    numbers = _numbers(w0, w1, w2, w3) >= tile.whole(D.threshold)
+    w0, w1, w2, w3 = _words(drop.seed, bh, rows, groups)
+    numbers = _numbers(w0, w1, w2, w3) >= tile.whole(drop.threshold)
     return tl.reshape(numbers, [rows.shape[0], 8 * groups.shape[1]])
 
 
 @triton.jit
-def keep_transposed_at(D, bh, rows, groups):
+def keep_transposed_at(drop, bh, rows, groups):
     """The same, [8 B, A], of rows [1, A] and groups [B, 1]."""
-    w0, w1, w2, w3 = _words(D.seed, bh, rows, groups)
-    numbers = _numbers(w0, w1, w2, w3) >= tile.whole(D.threshold)
+    w0, w1, w2, w3 = _words(drop.seed, bh, rows, groups)
+    numbers = _numbers(w0, w1, w2, w3) >= tile.whole(drop.threshold)
     return tl.reshape(tl.permute(numbers, [0, 2, 3, 4, 1]), [8 * groups.shape[0], rows.shape[1]])
 
 
 @triton.jit
-def keep(D, bh, start_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def keep(drop, bh, start_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """keep_at of the queries from start_m and the keys from start_n on, [BLOCK_M, BLOCK_N]. start_n % 8 == 0."""
-    return keep_at(D, bh, (start_m + tl.arange(0, BLOCK_M))[:, None], (start_n // 8 + tl.arange(0, BLOCK_N // 8))[None, :])
+    return keep_at(drop, bh, (start_m + tl.arange(0, BLOCK_M))[:, None], (start_n // 8 + tl.arange(0, BLOCK_N // 8))[None, :])
 
 
 @triton.jit
-def keep_transposed(D, bh, start_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def keep_transposed(drop, bh, start_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The same, [BLOCK_N, BLOCK_M]."""
     return keep_transposed_at(
-        D, bh, (start_m + tl.arange(0, BLOCK_M))[None, :], (start_n // 8 + tl.arange(0, BLOCK_N // 8))[:, None]
+        drop, bh, (start_m + tl.arange(0, BLOCK_M))[None, :], (start_n // 8 + tl.arange(0, BLOCK_N // 8))[:, None]
     )

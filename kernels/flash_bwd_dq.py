@@ -8,39 +8,40 @@ import triton
 import triton.language as tl
 
 from . import band, dropout, rounding, score, sequence, softmax, tile
+from .static import Static
 
 RUN_TIME = [
     "stride_q", "stride_k", "stride_v", "stride_o", "stride_do", "stride_dq", "batch", "heads", "group", "n_q", "n_k", "tiles",
-    "align", "LEFT", "RIGHT",
+    "align", "left", "right",
 ]  # fmt: skip
 
 
 @triton.jit
 def _dq_tiles(
-    q, do, m, delta, K, V, stride_k, stride_v, dq, dslope, start, stop, lo, hi, start_m, LEFT, RIGHT, F, S, bh,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    q, do, m, delta, K, V, stride_k, stride_v, dq, dslope, start, stop, lo, hi, start_m, left, right, F, scorer, bh,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, VEC: tl.constexpr, PRECISION: tl.constexpr, MOD: tl.constexpr, MOD_GRAD: tl.constexpr,
     LINEAR: tl.constexpr, MASK_VEC: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add the key tiles of [start, stop) to dq, and to dslope [BLOCK_M] each query's part of the gradient of ALiBi's slope.
     Both are l of their rows too large."""
+    C: tl.constexpr = Static(MOD=MOD, MOD_GRAD=MOD_GRAD, LINEAR=LINEAR, MASK_VEC=MASK_VEC)
     offs_m = start_m + tl.arange(0, BLOCK_M)
     for start_n in tl.range(start, stop, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        k = tile.load(K, stride_k, start_n, lo, hi, BLOCK_N, D, BLOCK_D, VEC, MASKED)
-        v = tile.load(V, stride_v, start_n, lo, hi, BLOCK_N, DV, BLOCK_DV, VEC, MASKED)
+        k = tile.load(K, stride_k, start_n, lo, hi, BLOCK_N, HEAD_DIM, BLOCK_D, VEC, MASKED)
+        v = tile.load(V, stride_v, start_n, lo, hi, BLOCK_N, HEAD_DIM_V, BLOCK_DV, VEC, MASKED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_D] @ [BLOCK_D, BLOCK_N]
         s, keep, slope = score.logits(
-            s, offs_m[:, None], offs_n[None, :], start_m, start_n, F, S, LEFT, RIGHT,
-            MOD, MOD_GRAD, LINEAR, MASK_VEC, MASKED, MASKED)  # fmt: skip
-        p = softmax.unnormalised(s, m[:, None], S)
+            s, offs_m[:, None], offs_n[None, :], start_m, start_n, F, scorer, left, right, C, MASKED, MASKED)  # fmt: skip
+        p = softmax.unnormalised(s, m[:, None], scorer)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_DV] @ [BLOCK_DV, BLOCK_N]
         if F.dropout is not None:
             kept = dropout.keep(F.dropout, bh, start_m, start_n, BLOCK_M, BLOCK_N)
             dp = tl.where(kept, dp * F.dropout.factor, 0.0)
         ds = tl.where(keep, p * (dp - delta[:, None]), 0.0)
         if F.slopes is not None:
-            dslope -= tl.sum(ds * score.distance(offs_m[:, None], offs_n[None, :], S), 1)
+            dslope -= tl.sum(ds * score.distance(offs_m[:, None], offs_n[None, :], scorer), 1)
         if F.softcap is not None or MOD is not None:
             ds = tl.where(keep, ds * slope, 0.0)
         k = score.hide_unseen(k, keep, F, 0)
@@ -51,8 +52,8 @@ def _dq_tiles(
 @triton.jit(do_not_specialize=RUN_TIME)
 def flash_bwd_dq(
     Q, K, V, O, DO, STATS, DLSE, DELTA, DQ, DSLOPES, F, stride_q, stride_k, stride_v, stride_o, stride_do, stride_dq,
-    batch, heads, group, n_q, n_k, tiles, scale, align, LEFT, RIGHT,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VEC: tl.constexpr,
+    batch, heads, group, n_q, n_k, tiles, scale, align, left, right,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VEC: tl.constexpr,
     PRECISION: tl.constexpr, MOD: tl.constexpr, MOD_GRAD: tl.constexpr, LINEAR: tl.constexpr, MASK_VEC: tl.constexpr,
     STATS_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -60,25 +61,28 @@ def flash_bwd_dq(
 
     Shapes as in flash_fwd; DO as O, DQ as Q; DLSE, DELTA, DSLOPES (B, heads, n_q) fp32 contiguous. DLSE may be None.
     """
+    C: tl.constexpr = Static(
+        HEAD_DIM_V=HEAD_DIM_V, BLOCK_DV=BLOCK_DV, LINEAR=LINEAR, MASK_VEC=MASK_VEC, STATS_ROWS=STATS_ROWS,
+        BLOCK_M=BLOCK_M)  # fmt: skip
     seq, h, start_m = sequence.locate_queries(F, tl.program_id(0), tiles, heads, batch, n_q, n_k, BLOCK_M)
     offs_m = start_m + tl.arange(0, BLOCK_M)
     shift = align * (seq.n_k - seq.n_q)
     scale = score.scale_of(F, scale)
-    S = score.prepare(F, seq, h, scale, shift, LINEAR, MASK_VEC)
+    scorer = score.prepare(F, seq, h, scale, shift, C)
     end_m = tl.minimum(start_m + BLOCK_M, seq.n_q)
-    lo, full_lo, full_hi, hi = band.key_range(start_m, end_m, S.n_k, shift, LEFT, RIGHT, F, BLOCK_N)
+    lo, full_lo, full_hi, hi = band.key_range(start_m, end_m, scorer.n_k, shift, left, right, F, BLOCK_N)
 
     row = (seq.at * heads + h).to(tl.int64) * n_q + seq.q_row
     in_rows = offs_m < seq.n_q
     Q_h = tile.head(Q, stride_q, seq.at, h, seq.q_row, VEC)
     O_h = tile.head(O, stride_o, seq.at, h, seq.q_row, VEC)
     DO_h = tile.head(DO, stride_do, seq.at, h, seq.q_row, VEC)
-    q = tile.load(Q_h, stride_q, start_m, 0, seq.n_q, BLOCK_M, D, BLOCK_D, VEC, True)
-    o = tile.load(O_h, stride_o, start_m, 0, seq.n_q, BLOCK_M, DV, BLOCK_DV, VEC, True)
-    do = tile.load(DO_h, stride_do, start_m, 0, seq.n_q, BLOCK_M, DV, BLOCK_DV, VEC, True)
+    q = tile.load(Q_h, stride_q, start_m, 0, seq.n_q, BLOCK_M, HEAD_DIM, BLOCK_D, VEC, True)
+    o = tile.load(O_h, stride_o, start_m, 0, seq.n_q, BLOCK_M, HEAD_DIM_V, BLOCK_DV, VEC, True)
+    do = tile.load(DO_h, stride_do, start_m, 0, seq.n_q, BLOCK_M, HEAD_DIM_V, BLOCK_DV, VEC, True)
     delta = softmax.delta(o, do, F)
     if STATS_ROWS > 2:
-        lost = rounding.load(STATS, O, seq, h, heads, n_q, start_m, BLOCK_M, DV, BLOCK_DV, STATS_ROWS)
+        lost = rounding.load(STATS, O, seq, h, heads, n_q, start_m, C)
         delta += softmax.delta(lost, do, F)
     if DLSE is not None:
         delta -= tl.load(DLSE + row + offs_m, mask=in_rows, other=0.0)  # d lse / d s = p, so its gradient joins delta
@@ -92,18 +96,21 @@ def flash_bwd_dq(
     V = tile.head(V, stride_v, seq.at, h // group, seq.k_row, VEC)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dslope = tl.zeros([BLOCK_M], tl.float32)
-    if LEFT is not None:
+    if left is not None:
         dq, dslope = _dq_tiles(
             q, do, m, delta, K, V, stride_k, stride_v, dq, dslope, band.first_tile(lo, F, BLOCK_N),
-            tl.minimum(full_lo, hi), lo, hi, start_m, LEFT, RIGHT, F, S, bh, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+            tl.minimum(full_lo, hi), lo, hi, start_m, left, right, F, scorer, bh, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+            BLOCK_M, BLOCK_N,
             VEC, PRECISION, MOD, MOD_GRAD, LINEAR, MASK_VEC, True)  # fmt: skip
     dq, dslope = _dq_tiles(
-        q, do, m, delta, K, V, stride_k, stride_v, dq, dslope, full_lo, full_hi, lo, hi, start_m, LEFT, RIGHT, F, S, bh,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MOD_GRAD, LINEAR, MASK_VEC, False)  # fmt: skip
+        q, do, m, delta, K, V, stride_k, stride_v, dq, dslope, full_lo, full_hi, lo, hi, start_m, left, right, F, scorer, bh,
+        HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MOD_GRAD, LINEAR, MASK_VEC,
+        False)  # fmt: skip
     dq, dslope = _dq_tiles(
-        q, do, m, delta, K, V, stride_k, stride_v, dq, dslope, full_hi, hi, lo, hi, start_m, LEFT, RIGHT, F, S, bh,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MOD_GRAD, LINEAR, MASK_VEC, True)  # fmt: skip
+        q, do, m, delta, K, V, stride_k, stride_v, dq, dslope, full_hi, hi, lo, hi, start_m, left, right, F, scorer, bh,
+        HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, MOD_GRAD, LINEAR, MASK_VEC,
+        True)  # fmt: skip
     DQ_h = tile.head(DQ, stride_dq, seq.at, h, seq.q_row, VEC)
-    tile.store(DQ_h, stride_dq, start_m, seq.n_q, dq * (factor * scale)[:, None], BLOCK_M, D, BLOCK_D, VEC)
+    tile.store(DQ_h, stride_dq, start_m, seq.n_q, dq * (factor * scale)[:, None], BLOCK_M, HEAD_DIM, BLOCK_D, VEC)
     if DSLOPES is not None:
         tl.store(DSLOPES + row + offs_m, dslope * factor, mask=in_rows)

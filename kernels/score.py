@@ -48,21 +48,20 @@ def head_mask(M, seq, h, MASK_VEC: tl.constexpr):
 
 
 @triton.jit
-def prepare(F, seq, h, scale, shift, LINEAR: tl.constexpr, MASK_VEC: tl.constexpr):
-    """The Scorer of head h of a sequence. Keys beyond a mask's size, if there are any, are not there. LINEAR: logits are
-    products of q and k and nothing else."""
+def prepare(F, seq, h, scale, shift, C: tl.constexpr):
+    """The Scorer of head h of a sequence. Keys beyond a mask's size, if there are any, are not there."""
     slope = 0.0
     c = LOG2E
-    if LINEAR:
+    if C.LINEAR:
         c = scale * LOG2E
     if F.slopes is not None:
         at = whole(F.slopes.stride_b).to(tl.int64) * seq.b + whole(F.slopes.stride_h) * h
         slope = tl.load(F.slopes.ptr + at, mask=seq.real, other=0.0).to(tl.float32)
     if F.mask is not None:
-        mask = head_mask(F.mask, seq, h, MASK_VEC)
+        mask = head_mask(F.mask, seq, h, C.MASK_VEC)
         return Scorer(scale, c, seq.b, h, mask.columns, shift, slope, mask)
     elif F.bias is not None:
-        bias = head_mask(F.bias, seq, h, MASK_VEC)
+        bias = head_mask(F.bias, seq, h, C.MASK_VEC)
         return Scorer(scale, c, seq.b, h, bias.columns, shift, slope, bias)
     else:
         return Scorer(scale, c, seq.b, h, seq.n_k, shift, slope, 0)
@@ -78,9 +77,9 @@ def tanh(x):
 
 
 @triton.jit
-def distance(offs_m, offs_n, S):
+def distance(offs_m, offs_n, scorer):
     """|i + shift - j|, what ALiBi's slope multiplies."""
-    return tl.abs(offs_m + S.shift - offs_n).to(tl.float32)
+    return tl.abs(offs_m + scorer.shift - offs_n).to(tl.float32)
 
 
 @triton.jit
@@ -105,44 +104,43 @@ def _load(M, offs_m, offs_n, start_m, start_n, other, MASK_VEC: tl.constexpr, RA
 
 @triton.jit
 def logits(
-    s, offs_m, offs_n, start_m, start_n, F, S, LEFT, RIGHT, MOD: tl.constexpr, MOD_GRAD: tl.constexpr, LINEAR: tl.constexpr,
-    MASK_VEC: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr,
+    s, offs_m, offs_n, start_m, start_n, F, scorer, left, right, C: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr
 ):  # fmt: skip
     """(logits, keep, slope) of the products s of queries offs_m from start_m on and keys offs_n from start_n on, index tensors
     that broadcast to its shape.
 
-    S.c * logits are base-2 logits. `keep` is where the query sees the key (logits elsewhere may be anything, NaN too); `slope`
-    is d logits / d (scale * q . k), not to be used without MOD_GRAD. Where they are true and 1 everywhere, they are constants
-    that fold away. MASKED: the tile may cross the band's edges; RAGGED: it may reach beyond the last key.
+    scorer.c * logits are base-2 logits. `keep` is where the query sees the key (logits elsewhere may be anything, NaN too);
+    `slope` is d logits / d (scale * q . k), not to be used without MOD_GRAD. Where they are true and 1 everywhere, they are
+    constants that fold away. MASKED: the tile may cross the band's edges; RAGGED: it may reach beyond the last key.
     """
     keep = (s > 0.0) | True  # in the layout that s has: Gluon's `full` would want it named
     slope = 1.0
     if MASKED:
-        keep = band.visible(offs_m, offs_n, S.n_k, S.shift, LEFT, RIGHT)
-    if not LINEAR:
-        s = s * S.scale
+        keep = band.visible(offs_m, offs_n, scorer.n_k, scorer.shift, left, right)
+    if not C.LINEAR:
+        s = s * scorer.scale
     if F.softcap is not None:
         y = tanh(s / F.softcap)
         s = y * F.softcap
         slope = 1.0 - y * y
-    if MOD is not None:
-        if MOD_GRAD is not None:
-            slope = slope * MOD_GRAD(s, S.b, S.h, offs_m, offs_n)
-        s = MOD(s, S.b, S.h, offs_m, offs_n)
+    if C.MOD is not None:
+        if C.MOD_GRAD is not None:
+            slope = slope * C.MOD_GRAD(s, scorer.b, scorer.h, offs_m, offs_n)
+        s = C.MOD(s, scorer.b, scorer.h, offs_m, offs_n)
     if F.slopes is not None:
-        s -= S.slope * distance(offs_m, offs_n, S)
+        s -= scorer.slope * distance(offs_m, offs_n, scorer)
     if F.bias is not None:
-        bias = _load(S.mask, offs_m, offs_n, start_m, start_n, float("-inf"), MASK_VEC, RAGGED).to(tl.float32)
+        bias = _load(scorer.mask, offs_m, offs_n, start_m, start_n, float("-inf"), C.MASK_VEC, RAGGED).to(tl.float32)
         s += bias
         keep = keep & (bias != float("-inf"))
     if F.mask is not None:
-        keep = keep & (_load(S.mask, offs_m, offs_n, start_m, start_n, 0, MASK_VEC, RAGGED) != 0)
+        keep = keep & (_load(scorer.mask, offs_m, offs_n, start_m, start_n, 0, C.MASK_VEC, RAGGED) != 0)
     return s, keep, slope
 
 
 @triton.jit
 def hide_unseen(x, keep, F, AXIS: tl.constexpr):
-    """x [N, D] with 0 in rows that no query (or key) of the tile meets, along AXIS of keep: with 0 * NaN being NaN, what
+    """x [N, HEAD_DIM] with 0 in rows that no query (or key) of the tile meets, along AXIS of keep: with 0 * NaN being NaN, what
     stands there would reach others through a dot. Only a mask makes such rows; those beyond the band are never loaded."""
     if F.mask is not None or F.bias is not None:
         seen = tl.max(keep.to(tl.int32), AXIS) > 0

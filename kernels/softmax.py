@@ -39,15 +39,15 @@ def start(zero, sinks, h, there):
 
 
 @triton.jit
-def step(s, m_i, l_i, S):
-    """Take in a tile of logits s [BLOCK_M, BLOCK_N], -inf where masked; S.c times them is base 2.
+def step(s, m_i, l_i, scorer):
+    """Take in a tile of logits s [BLOCK_M, BLOCK_N], -inf where masked; scorer.c times them is base 2.
 
     m_i, l_i [BLOCK_M]: running maximum and sum. Returns p, the factor alpha for what was accumulated so far, m_i, l_i.
     """
     m_new = tl.maximum(m_i, tl.max(s, 1))
     m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)  # no key yet: keep -inf - -inf from making NaN
-    p = tl.math.exp2((s - m_ref[:, None]) * S.c)
-    alpha = tl.math.exp2((m_i - m_ref) * S.c)
+    p = tl.math.exp2((s - m_ref[:, None]) * scorer.c)
+    alpha = tl.math.exp2((m_i - m_ref) * scorer.c)
     return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
 
 
@@ -96,16 +96,16 @@ def load_log2_sum(stats, rows, n_q, lo, hi, MASKED: tl.constexpr):
 
 
 @triton.jit
-def exponent(s, m, S):
+def exponent(s, m, scorer):
     """That of P before it is normalised, base 2, of logits s and maxima m of their rows. At most 0 but for the last bits of a
     product, which may be others than in the forward where another instruction makes it."""
-    return (s - m) * S.c
+    return (s - m) * scorer.c
 
 
 @triton.jit
-def unnormalised(s, m, S):
+def unnormalised(s, m, scorer):
     """P but for the row's factor 1 / l: at most 1."""
-    return tl.math.exp2(tl.minimum(exponent(s, m, S), 0.0))
+    return tl.math.exp2(tl.minimum(exponent(s, m, scorer), 0.0))
 
 
 @triton.jit
@@ -115,6 +115,6 @@ def normalised(x, log2_l):
 
 
 @triton.jit
-def weights(s, m, log2_l, S):
+def weights(s, m, log2_l, scorer):
     """P of logits s, from m and log2(l) of their rows, [A, 1] or [1, B]."""
-    return normalised(exponent(s, m, S), log2_l)
+    return normalised(exponent(s, m, scorer), log2_l)

@@ -1,4 +1,4 @@
-"""Bounds-checked loads and stores of rows of one head's (N, D) matrix.
+"""Bounds-checked loads and stores of rows of one head's (N, HEAD_DIM) matrix.
 
 A tensor is addressed by its pointer and a tuple of strides (batch, head, row, column). `VEC` says what the compiler may
 assume of them: with VEC = v > 0 the last dimension has stride 1 and the other strides are given in units of v elements, so
@@ -6,8 +6,8 @@ that loads vectorise whatever the sequence length (a stride that is a plain run-
 it would recompile for new lengths). With VEC = 0 all four strides are in elements and free. A stride s arrives as 2 s + 3, a
 number that Triton's JIT never specialises on. Addresses are int64: tensors beyond 2**31 elements are ordinary.
 
-Or a tensor is a TMA descriptor of (B, H, N, D) in blocks of (1, 1, rows, BLOCK_D), and None stands for its strides: it needs no
-addresses, which leaves registers. It knows the tensor's ends, and no others.
+Or a tensor is a TMA descriptor of (B, H, N, HEAD_DIM) in blocks of (1, 1, rows, BLOCK_D), and None stands for its strides: it
+needs no addresses, which leaves registers. It knows the tensor's ends, and no others.
 """
 
 from typing import Any, NamedTuple
@@ -63,41 +63,41 @@ def pointers(ptr, stride, start, ROWS: tl.constexpr, COLUMNS: tl.constexpr, VEC:
 
 
 @triton.jit
-def _mask(start, lo, hi, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _mask(start, lo, hi, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     rows = start + tl.arange(0, ROWS)
     keep = ((rows >= lo) & (rows < hi))[:, None]
-    if D < BLOCK_D:
-        keep = keep & (tl.arange(0, BLOCK_D) < D)[None, :]
+    if HEAD_DIM < BLOCK_D:
+        keep = keep & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
     return keep
 
 
 @triton.jit
 def load(
     ptr, stride, start, lo, hi,
-    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr,
+    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Rows [start, start + ROWS) of an (N, D) matrix as [ROWS, BLOCK_D]. Columns beyond D are 0; so are rows outside [lo, hi)
-    where MASKED, and they are not read. Without MASKED the caller knows that every row is inside. With a descriptor the caller
-    knows that start >= lo, and that hi is the last row's end."""
+    """Rows [start, start + ROWS) of an (N, HEAD_DIM) matrix as [ROWS, BLOCK_D]. Columns beyond HEAD_DIM are 0; so are rows
+    outside [lo, hi) where MASKED, and they are not read. Without MASKED the caller knows that every row is inside. With a
+    descriptor the caller knows that start >= lo, and that hi is the last row's end."""
     if stride is None:
         return ptr.descriptor.load([ptr.b, ptr.h, ptr.row + start, 0]).reshape(ROWS, BLOCK_D)
     elif MASKED:
         at = pointers(ptr, stride, start, ROWS, BLOCK_D, VEC)
-        return tl.load(at, mask=_mask(start, lo, hi, ROWS, D, BLOCK_D), other=0.0)
-    elif D < BLOCK_D:
+        return tl.load(at, mask=_mask(start, lo, hi, ROWS, HEAD_DIM, BLOCK_D), other=0.0)
+    elif HEAD_DIM < BLOCK_D:
         at = pointers(ptr, stride, start, ROWS, BLOCK_D, VEC)
-        return tl.load(at, mask=(tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
+        return tl.load(at, mask=(tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :], other=0.0)
     else:
         return tl.load(pointers(ptr, stride, start, ROWS, BLOCK_D, VEC))
 
 
 @triton.jit
 def store(
-    ptr, stride, start, hi, value, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr
+    ptr, stride, start, hi, value, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr
 ):  # fmt: skip
-    """Write value [ROWS, BLOCK_D] to rows from start and below hi, columns below D, in the pointer's dtype."""
+    """Write value [ROWS, BLOCK_D] to rows from start and below hi, columns below HEAD_DIM, in the pointer's dtype."""
     at = pointers(ptr, stride, start, ROWS, BLOCK_D, VEC)
-    tl.store(at, value.to(ptr.dtype.element_ty), mask=_mask(start, start, hi, ROWS, D, BLOCK_D))
+    tl.store(at, value.to(ptr.dtype.element_ty), mask=_mask(start, start, hi, ROWS, HEAD_DIM, BLOCK_D))
 
 
 @triton.jit

@@ -35,6 +35,17 @@ def test_environment_variable_sets_the_order(monkeypatch):
         backends.choose(problem())
 
 
+def test_the_table_is_whole():
+    """Each device's places differ, so that there is one order; what has no place runs by name only."""
+    table = backends.BACKENDS
+    for device, where in (("cpu", "on_cpu"), ("cuda", "elsewhere"), ("mps", "elsewhere")):
+        places = [getattr(table[name], where) for name in backends.order(device)]
+        assert places == sorted(set(places))
+        assert all(getattr(table[name], where) is None for name in table.keys() - set(backends.order(device)))
+    assert backends.order("cpu") == ("cpu", "eager", "portable")
+    assert backends.order("cuda") == ("portable", "eager")
+
+
 def test_explain(monkeypatch):
     q = torch.empty(1, 2, 4, 300)
     assert tfkern.explain(q, q, q).startswith("cpu (fused whole) runs Problem(batch=1, heads=2")

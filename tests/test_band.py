@@ -17,15 +17,15 @@ SIDES = range(4)
 
 @triton.jit
 def _ranges(
-    START, END, N_Q, N_K, SHIFT, LEFT, RIGHT, OUT, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+    START, END, N_Q, N_K, SHIFT, LEFTS, RIGHTS, OUT, COUNT: tl.constexpr, BLOCK: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, QUERIES: tl.constexpr, F,
 ):  # fmt: skip
     i = tl.arange(0, COUNT)
     start, end, n_q, n_k, shift = (
         tl.load(START + i), tl.load(END + i), tl.load(N_Q + i), tl.load(N_K + i), tl.load(SHIFT + i),
     )  # fmt: skip
-    left = tl.load(LEFT + i) if HAS_LEFT else None
-    right = tl.load(RIGHT + i) if HAS_RIGHT else None
+    left = tl.load(LEFTS + i) if HAS_LEFT else None
+    right = tl.load(RIGHTS + i) if HAS_RIGHT else None
     if QUERIES:
         lo, full_lo, full_hi, hi = band.query_range(start, end, n_q, shift, left, right, F, BLOCK)
     else:

@@ -190,9 +190,9 @@ for one in tuning.cases():
     tiles = [x.constants for x in seen if x.kernel.__name__ == kernel][-1]
     if kernel == "flash_bwd_dkdv" and one.backend == "portable":
         assert bool(seen[-1].blocks) == (one.kernel == "flash_bwd_dkdv_described"), one
-    wanted = one.config.constants(tiles["D"]) if one.backend == "hopper" else dict(BLOCK_M=one.config.block_m, BLOCK_N=one.config.block_n)
+    wanted = one.config.constants(tiles["BLOCK_D"]) if one.backend == "hopper" else dict(BLOCK_M=one.config.block_m, BLOCK_N=one.config.block_n)
     if one.kernel == "flash_bwd_dkdv" and one.backend == "hopper":
-        wanted = one.config.constants(tiles["D"], owns_keys=True)
+        wanted = one.config.constants(tiles["BLOCK_D"], owns_keys=True)
     print(one.name, "as wanted" if all(tiles.get(k, v) == v for k, v in wanted.items()) else (tiles, wanted))
 """)
     assert len(lines) == len(list(tuning.cases()))

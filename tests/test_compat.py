@@ -193,7 +193,8 @@ COMPILED = """
 for f in (torch.compile(loss, fullgraph=True, backend="aot_eager"), torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)):
     close(f(*qkv), loss(*qkv))
     close(torch.autograd.grad(f(*qkv), qkv), wanted)
-out = torch.ops.tfkern.attention(*tfkern.ops.op_arguments(None, None, *tfkern.call.given(*qkv, is_causal=True)))[0]
+tensors, options = tfkern.ops.op_arguments(*tfkern.call.given(*qkv, is_causal=True))
+out = torch.ops.tfkern.attention(*tensors, *options)[0]
 close(torch.autograd.grad(out.square().sum(), qkv, retain_graph=True), wanted)
 (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
 assert "second derivatives" in refused(NotImplementedError, torch.autograd.grad, grad.sum(), q)

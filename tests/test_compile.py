@@ -239,7 +239,7 @@ counts.append(compiled([lambda: call(2, 12, 12, 512, 512, 64)]))
 counts.append(compiled(base()))                                             # any length, batch, heads
 counts.append(compiled(base(packed=True)))                                  # any memory order
 counts.append(compiled([lambda: call(2, 12, 4, 100, 333, 64, scale=-1.0)])) # groups, Nq != Nk, scale
-counts.append(compiled([lambda: call(2, 4, 4, 64, 64, 64, is_causal=True)]))# one new variant: RIGHT is there
+counts.append(compiled([lambda: call(2, 4, 4, 64, 64, 64, is_causal=True)]))# one new variant: right is there
 counts.append(compiled([lambda r=r: call(2, 4, 4, 77, 99, 64, window=(None, r), causal_alignment="lower_right") for r in (0, 1, 16, 100, 10**9)]))
 sizes = [(2, 4, 4, n, n, 64) for n in (16, 64, 197, 1000)]
 def added(*more):  # by the same call with other numbers

@@ -36,17 +36,17 @@ looked_at = pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo a
 def test_opcheck(case, device):
     inputs = make_inputs(case, torch.float32, device)
     clean = {name: x.requires_grad_() for name, x in inputs.clean.items()}
-    arguments = ops.op_arguments(None, None, *call.given(**clean, **inputs.options, enable_gqa=True))
-    arguments = tuple(x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in arguments)
-    torch.library.opcheck(torch.ops.tfkern.attention.default, arguments)
+    tensors, options = ops.op_arguments(*call.given(**clean, **inputs.options, enable_gqa=True))
+    tensors = [None if x is None else x.detach().requires_grad_(x.requires_grad) for x in tensors]
+    torch.library.opcheck(torch.ops.tfkern.attention.default, (*tensors, *options))
 
 
 @looked_at
 def test_opcheck_one_tensor():
     qkv = torch.randn(2, 10, 3, 2, 8)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    arguments = ops.op_arguments(None, qkv.requires_grad_(), *call.given(q, k, v, is_causal=True))
-    torch.library.opcheck(torch.ops.tfkern.attention.default, arguments)
+    tensors, options = ops.op_arguments(*call.given(q, k, v, is_causal=True), qkv=qkv.requires_grad_())
+    torch.library.opcheck(torch.ops.tfkern.attention.default, (*tensors, *options))
 
 
 class Model(torch.nn.Module):

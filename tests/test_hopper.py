@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tfkern
-from tfkern import call, launch, testing, tiles
+from tfkern import backends, call, launch, ops, testing, tiles
 from tfkern.backends import hopper
 from tfkern.bench.static import candidates, sass
 from tfkern.testing import budget
@@ -63,9 +63,23 @@ def test_forward(form, name, dtype):
 @pytest.mark.parametrize(("form", "name"), FORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_on_the_chip(form, name, dtype):
+    """Forward and backward; the forward alone where it has no backward."""
+    case = CASES[name]
     with only(form):
-        for error in testing.check(CASES[name], dtype, "hopper", "cuda"):
-            assert error.ok, str(error)
+        if hopper.backward_limits(built(case, dtype)[1][0]):
+            errors = forward_errors(case, testing.make_inputs(case, dtype, "cuda"))
+        else:
+            errors = testing.check(case, dtype, "hopper", "cuda")
+    for error in errors:
+        assert error.ok, str(error)
+
+
+def forward_errors(case, inputs) -> list[testing.Error]:
+    function = tfkern.attention_varlen if case.lengths else tfkern.attention
+    with torch.random.fork_rng():
+        torch.manual_seed(1234)  # as budget.results
+        found = function(**inputs.tensors, enable_gqa=True, return_lse=True, **inputs.options, backend="hopper")
+    return budget.assess(case, inputs, dict(zip(("out", "lse"), found, strict=True)))
 
 
 TUNED = [
@@ -211,6 +225,69 @@ def test_it_declines_with_reasons():
     wide = torch.randn(1, 2, 8, 256).bfloat16()
     assert "several" in tfkern.explain(wide, wide, wide, softcap=2.0, dropout_p=0.1, backend="hopper")
     assert "hopper" not in tfkern.explain(h, h, h)  # not by default, until a GPU has shown it right and faster
+
+
+def test_it_declines_what_only_its_forward_takes(monkeypatch):
+    """Its name stands for both directions: no other backend's backward behind its forward."""
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
+    q, wide = (torch.empty(1, 2, 8, dim, dtype=torch.bfloat16) for dim in (64, 256))
+    mask = torch.zeros(8, 8)
+    for reason, x, options in (
+        ("an additive mask", q, dict(attn_mask=mask)), ("a mask", q, dict(attn_mask=mask > 0)), ("head dims beyond 128", wide, {}),
+        ("several of dropout, softcap, ALiBi and score_mod", q, dict(softcap=2.0, dropout_p=0.1)),
+    ):  # fmt: skip
+        problem, _ = call.build(x, x, x, **options)
+        assert backends.choose(problem, "hopper") is backends.BACKENDS["hopper"]
+        with pytest.raises(tfkern.UnsupportedError, match=f"hopper: the backward does not take {reason}"):
+            backends.choose(problem, "hopper", needs_grad=True)
+        monkeypatch.setenv("TFKERN_BACKENDS", "hopper,portable")
+        assert backends.choose(problem) is backends.BACKENDS["hopper"]
+        assert backends.choose(problem, needs_grad=True) is backends.BACKENDS["portable"]
+        assert backends.explain(problem, needs_grad=True).startswith("portable runs forward and backward of Problem(")
+        monkeypatch.delenv("TFKERN_BACKENDS")
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of kernels launched on an H100 that is not there."""
+    names = []
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(launch.Launch, "__call__", lambda self, *_: names.append(self.kernel.__name__))
+    backends._choose.cache_clear()
+    yield names
+    backends._choose.cache_clear()
+
+
+def by_op(q, k, v, mask, **options):
+    tensors, asked = ops.op_arguments(*call.given(q, k, v, mask), **options)
+    return torch.ops.tfkern.attention(*tensors, *asked)[0]
+
+
+def compiled(*tensors, **options):
+    torch._dynamo.reset()
+    return torch.compile(tfkern.attention, fullgraph=True, backend="aot_eager")(*tensors, **options)
+
+
+@pytest.mark.parametrize("attend", [tfkern.attention, by_op, compiled], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("leaf", ["query", "mask"])
+def test_it_declines_a_call_whose_backward_it_has_not(attend, leaf, launched):
+    """By its name it runs the same call without grad, and explain tells both."""
+    q, k, v = (torch.randn(1, 2, 9, 64).bfloat16() for _ in range(3))
+    mask, reason = torch.randn(9, 9), "hopper: the backward does not take an additive mask"
+    tensors, options = (q, k, v, mask), dict(backend="hopper")
+    attend(*tensors, **options)
+    assert tfkern.explain(*tensors, **options).startswith("hopper runs ")
+    (q if leaf == "query" else mask).requires_grad_()
+    with pytest.raises(tfkern.UnsupportedError, match=reason):
+        attend(*tensors, **options)
+    assert reason in tfkern.explain(*tensors, **options)
+    with torch.no_grad():
+        attend(*tensors, **options)
+        assert tfkern.explain(*tensors, **options).startswith("hopper runs ")
+    assert launched == ["flash_fwd", "flash_fwd"]
+    if attend is not compiled:  # which transforms from outside don't take
+        with pytest.raises(tfkern.UnsupportedError, match=reason):
+            torch.func.grad(lambda q: attend(q, *(x.detach() for x in tensors[1:]), **options).sum())(q.detach())
 
 
 @pytest.mark.parametrize("how", ["strided", "unaligned", "expanded", "negated"])

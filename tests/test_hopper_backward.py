@@ -15,7 +15,7 @@ import torch
 
 import tfkern
 from tfkern import call, launch, testing, tiles
-from tfkern.backends import hopper, hopper_backward
+from tfkern.backends import hopper
 from tfkern.bench.launches import watched
 from tfkern.problem import lse_of
 from tfkern.testing import budget
@@ -48,10 +48,10 @@ ONE_LAUNCH = [
 CASES = FORWARD | {case.name: case for case in ONE_LAUNCH}
 SUPPORTED = [
     name for name in (*IN_FORWARD, *(case.name for case in ONE_LAUNCH))
-    if not hopper_backward.limits(built(CASES[name], torch.bfloat16)[1][0])
+    if not hopper.backward_limits(built(CASES[name], torch.bfloat16)[1][0])
 ]  # fmt: skip
-with mock.patch.object(hopper_backward, "HOPPER_FULL_CHIP", 0):  # however few heads there are
-    FITTING = [name for name in SUPPORTED if hopper_backward.one_pass(built(CASES[name], torch.bfloat16)[1][0])]
+with mock.patch.object(hopper, "HOPPER_FULL_CHIP", 0):  # however few heads there are
+    FITTING = [name for name in SUPPORTED if hopper.one_pass(built(CASES[name], torch.bfloat16)[1][0])]
 
 
 @contextmanager
@@ -78,7 +78,7 @@ def backward(name, dtype=torch.bfloat16, schedule="lazy", seed=0, dlse=True, nee
         do, given = do.transpose(0, 1).unsqueeze(0), given.unsqueeze(0)
     needed = (*needed, False, problem.has_slopes, problem.has_sinks)
     with simulated(schedule, seed):
-        return hopper_backward.backward(problem, tensors, out, stats, do, given if dlse else None, needed, into)
+        return hopper.backward(problem, tensors, out, stats, do, given if dlse else None, needed, into)
 
 
 def assert_right(name, grads, inputs):
@@ -114,7 +114,7 @@ def test_backward(name, number, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_in_one_launch_on_the_chip(name, dtype, monkeypatch):
     """However few heads there are. test_hopper.py has the same in two launches, as few heads take them by themselves."""
-    monkeypatch.setattr(hopper_backward, "HOPPER_FULL_CHIP", 0)
+    monkeypatch.setattr(hopper, "HOPPER_FULL_CHIP", 0)
     monkeypatch.setattr(call, "_problems", {})  # they keep launches
     with watched() as seen:
         errors = testing.check(CASES[name], dtype, "hopper", "cuda")
@@ -128,15 +128,15 @@ def test_where_one_launch_is_taken(monkeypatch):
 
     def tiles_of(**more):
         problem = built(replace(CASES["full"], **{"batch": 64, **more}), torch.bfloat16)[1][0]
-        return getattr(hopper_backward.one_pass(problem), "tiles", None)
+        return getattr(hopper.one_pass(problem), "tiles", None)
 
     assert [tiles_of(n_q=n) for n in (1, 384, 385, 512, 513)] == [6, 6, 8, 8, None]
     assert [tiles_of(head_dim=d) for d in (40, 64, 72, 128)] == [6, 6, None, None]
     assert [tiles_of(heads=h, kv_heads=1, n_q=65) for h in (2, 3, 4, 5)] == [6, 6, 8, None]
-    monkeypatch.setattr(hopper_backward.launch, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(hopper_backward.launch, "triton_version", lambda: (3, 7))
+    monkeypatch.setattr(hopper.launch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(hopper.launch, "triton_version", lambda: (3, 7))
     assert [tiles_of(heads=3, batch=b) for b in (31, 32)] == [None, 6]
-    monkeypatch.setattr(hopper_backward.launch, "triton_version", lambda: (3, 8))  # spills in its loops
+    monkeypatch.setattr(hopper.launch, "triton_version", lambda: (3, 8))  # spills in its loops
     assert tiles_of(heads=3, batch=32) is None
 
 
@@ -148,10 +148,10 @@ def test_weights_of_keys_that_are_not_there_may_overflow(padded):
     k = k * -100
     lengths = torch.tensor([60]) if padded else None
     problem, tensors = call.build(q, k, v, key_lengths=lengths)
-    assert hopper_backward.one_pass(problem)
+    assert hopper.one_pass(problem)
     with simulated():
         out, stats = hopper.forward(problem, tensors)
-        found = hopper_backward.backward(problem, tensors, out, stats, do, None, ALL)
+        found = hopper.backward(problem, tensors, out, stats, do, None, ALL)
     assert lse_of(stats, problem.scale).max() < -100  # float32 ends at exp(88)
     leaves = [x.float().requires_grad_() for x in (q, k, v)]
     tfkern.attention(*leaves, key_lengths=lengths, backend="eager").backward(do.float())
@@ -173,7 +173,7 @@ def test_one_consumer_for_long_sequences(name, monkeypatch):
         kernel: {dim: found._replace(usual=found.single) for dim, found in table.items()}
         for kernel, table in tiles.HOPPER_BACKWARD.items()
     }
-    monkeypatch.setattr(hopper_backward, "HOPPER_BACKWARD", one)
+    monkeypatch.setattr(hopper, "HOPPER_BACKWARD", one)
     monkeypatch.setattr(call, "_problems", {})  # they keep launches
     with launches(2):
         assert_right(name, backward(name), forward(name)[0])
@@ -289,7 +289,7 @@ def test_one_launch_past_the_jit():
     script = """
 import torch
 from tfkern import call, launch
-from tfkern.backends import hopper, hopper_backward
+from tfkern.backends import hopper
 from tfkern.bench import fake_gpu
 launched, by_jit = [], []
 fake_gpu.pretend(launcher=lambda *args: launched.append(args[:3]))
@@ -297,7 +297,7 @@ original = launch.Launch.by_jit
 launch.Launch.by_jit = lambda self, *a: (by_jit.append(1), original(self, *a))[1]
 for n in (1, 197, 197, 384, 385, 512):
     q = torch.empty(32, 3, n, 64, dtype=torch.bfloat16)  # as many heads as fill a chip
-    hopper_backward.backward(*call.build(q, q, q, is_causal=True), q, torch.empty(32, 3, 2, n), q, None, (True,) * 3 + (False,) * 3)
+    hopper.backward(*call.build(q, q, q, is_causal=True), q, torch.empty(32, 3, 2, n), q, None, (True,) * 3 + (False,) * 3)
 print(len(by_jit), launched)
 """
     environment = {**os.environ, "TRITON_INTERPRET": "0"}

@@ -1,47 +1,82 @@
-"""The autograd Function and its backward, itself a Function, so that higher derivatives have a place to come to."""
+"""The autograd Functions of a call: Attention, and AttentionBackward, which is a Function too so that second derivatives raise.
 
-import functools
+ops.py has a pair of its own, for calls that are recorded as ops. What both pairs share is here as plain functions: PyTorch and
+compat.apply_within_op look at a Function's own attributes, not at inherited ones.
+"""
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from tfkern import call, compat
-from tfkern.problem import Gradients, Problem, Tensors
+from tfkern.problem import Gradients, Tensors
 
 
-def attention(
-    problem: Problem, backend, tensors: Tensors, qkv: Tensor | None = None, want_stats: bool = True
-) -> tuple[Tensor, Tensor | None]:
-    """(out, stats) of one problem by one backend, differentiable in the first six tensors; stats may be None where nobody wants
-    them. With qkv, of which query, key and value are views, the gradient of those is one tensor like it."""
-    if qkv is not None:
-        tensors = tensors._replace(q=qkv, k=None, v=None)
-    if not _transformed() and not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:6])):
-        if backend.output is not None and not want_stats:
-            return backend.output(problem, call.unpacked(tensors)), None
-        return Attention.forward(problem, backend, *tensors)
-    return apply(Attention, problem, backend, *tensors)
-
-
-def _transformed() -> bool:
-    """Whether torch.func or forward-mode AD may have a say in what a Function does."""
+def transformed() -> bool:
+    """Whether a torch.func transform or forward-mode AD is active, which may differentiate what doesn't require grad."""
     return compat.transforms() or compat.forward_mode()
 
 
+def differentiated(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether a derivative of an eager call may be asked for: grad mode is on and a tensor requires grad, or a transform is
+    active."""
+    if torch.is_grad_enabled():
+        for x in tensors:  # any() of a generator takes a microsecond more
+            if x is not None and x.requires_grad:
+                return True
+    return transformed()
+
+
+def applied(function: type[torch.autograd.Function]):
+    """function.apply, in 3 microseconds instead of 27 where no transform is active: PyTorch's own binds the arguments to the
+    signature of forward first, which only transforms need."""
+    return function.apply if transformed() else compat.apply_of(function)
+
+
+def refuse_jvp(ctx, *tangents):
+    """The jvp of all Functions: raises NotImplementedError."""
+    raise NotImplementedError("forward-mode derivatives (jvp) of tfkern.attention are not built yet; use reverse mode")
+
+
 def refuse_tangents(tensors) -> None:
-    """NotImplementedError for tensors of forward-mode AD, where no Function would be asked for their derivatives."""
+    """Raise NotImplementedError for tensors with a tangent, where no Function would be asked for its jvp."""
     if compat.forward_mode() and any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        Attention.jvp(None)
+        refuse_jvp(None)
 
 
 def refuse_second() -> None:
     raise NotImplementedError("second derivatives of tfkern.attention are not built yet; tfkern.reference.attention has them")
 
 
+def save(ctx, asked: tuple, tensors, output) -> None:
+    """setup_context of a forward; `asked` are the leading arguments of the forward and of its backward."""
+    ctx.asked = asked
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def gradients(ctx, needed: tuple[bool, ...], function, do: Tensor | None, dstats: Tensor | None) -> tuple:
+    """The backward of a forward: a gradient or None for each field of Tensors. `function` makes them: AttentionBackward or
+    ops.RecordedBackward. Of dstats only the part of log l is used, which is dlse."""
+    *tensors, out, stats = ctx.saved_tensors
+    if do is None and dstats is None:
+        return (None,) * len(tensors)
+    if do is None:
+        do = torch.zeros_like(out)
+    dlse = None if dstats is None else dstats.select(2, 1)
+    # Most gradients are not differentiated again: then nothing is recorded, and no Function applied.
+    run = applied(function) if torch.is_grad_enabled() or transformed() else function.forward
+    arguments = (*ctx.asked, needed[: len(Gradients._fields)], do, dlse, out, stats, *tensors)
+    several = compat.batched(do) or compat.batched(dlse)
+    grads = one_by_one_of_batched(run, arguments) if several else run(*arguments)
+    return *grads, *(None,) * (len(tensors) - len(grads))
+
+
 def one_by_one(function, count: int, in_dims, args) -> tuple[tuple, tuple]:
-    """What torch.vmap wants: `function` of each of `count` slices along a mapped dim, stacked. That way it has every feature,
-    sinks and packed sequences too; who wants one launch folds the dim into the batch."""
+    """The vmap rule of `function`: (outputs, their mapped dims), from a call for each of `count` slices along the mapped dims.
+
+    All features work that way, sinks and packed sequences too. To have one launch instead, fold the mapped dim into the batch.
+    """
     slices = (
         function(*(x.select(d, n) if isinstance(d, int) else x for x, d in zip(args, in_dims, strict=True)))
         for n in range(count)
@@ -51,7 +86,7 @@ def one_by_one(function, count: int, in_dims, args) -> tuple[tuple, tuple]:
 
 
 def one_by_one_of_batched(function, args) -> tuple:
-    """`function`, once for each of several gradients, those of torch.autograd.grad(..., is_grads_batched=True)."""
+    """`function`, called for each of several gradients, as torch.autograd.grad(..., is_grads_batched=True) passes them."""
     in_dims = [0 if compat.batched(x) else None for x in args]
     args = [x if d is None else compat.unbatched(x) for x, d in zip(args, in_dims, strict=True)]
     count = next(len(x) for x, d in zip(args, in_dims, strict=True) if d is not None)
@@ -59,65 +94,24 @@ def one_by_one_of_batched(function, args) -> tuple:
     return tuple(None if x is None else compat.batch(x) for x in stacked)
 
 
-def apply(function, problem, backend, *args):
-    """function.apply for 3 microseconds, not 27: PyTorch's own first binds the arguments to the signature of forward, for the
-    sake of transforms, which are the only ones to need it. (An op has met them before its kernel applies the Function.)"""
-    if not _transformed():
-        return compat.apply(function, problem, backend, *args)
-    if not backend.recorded or function is AttentionBackward:
-        return function.apply(problem, backend, *args)
-    return compat.apply_within_op(function, problem, backend, *args)
-
-
-def forward(problem, backend, t: Tensors) -> tuple[Tensor, Tensor]:
-    """(out, stats), without derivatives; q may be the packed qkv."""
-    return backend.forward(problem, t if backend.recorded else call.unpacked(t))
-
-
-def backward(problem, backend, needed, do, dlse, out, stats, t: Tensors) -> tuple[Tensor | None, ...]:
-    """The gradients, without derivatives; q may be the packed qkv, whose gradient is one tensor then."""
-    if t.k is not None or backend.recorded:
-        return tuple(backend.backward(problem, t, out, stats, do, dlse, needed))
-    qkv = torch.empty_like(t.q)
-    needed = (needed[0],) * 3 + needed[3:]
-    grads = backend.backward(problem, call.unpacked(t), out, stats, do, dlse, needed, into=call.unpack(qkv))
-    return qkv, None, None, *grads[3:]
-
-
 class Attention(torch.autograd.Function):
-    """out, stats = attention(tensors). Of the gradient of stats, that of log l is lse's; m counts as a constant."""
+    """(out, stats) of a Problem by a Backend, from the fields of Tensors; q may be the packed qkv, whose gradient is one tensor
+    then. The gradient of stats flows through log l, as that of lse; m counts as a constant."""
 
     @staticmethod
     def forward(problem, backend, *tensors):
-        return forward(problem, backend, Tensors(*tensors))
+        return backend.forward(problem, call.unpacked(Tensors(*tensors)))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.problem, ctx.backend, *tensors = inputs
-        ctx.save_for_backward(*tensors, *output)
-        ctx.set_materialize_grads(False)
+        problem, backend, *tensors = inputs
+        save(ctx, (problem, backend), tensors, output)
 
     @staticmethod
     def backward(ctx, do, dstats):
-        *tensors, out, stats = ctx.saved_tensors
-        if do is None and dstats is None:
-            return (None,) * (2 + len(tensors))
-        if do is None:
-            do = torch.zeros_like(out)
-        dlse = None if dstats is None else dstats.select(2, 1)
-        needed = ctx.needs_input_grad[2 : 2 + len(Gradients._fields)]
-        # Where nobody will differentiate the gradients, as in most backwards, their Function has nothing to record.
-        arguments = (ctx.problem, ctx.backend, needed, do, dlse, out, stats, *tensors)
-        function = AttentionBackward.forward
-        if torch.is_grad_enabled() or _transformed():
-            function = functools.partial(apply, AttentionBackward)
-        several = compat.batched(do) or compat.batched(dlse)
-        grads = one_by_one_of_batched(function, arguments) if several else function(*arguments)
-        return None, None, *grads, *(None,) * (len(tensors) - len(grads))
+        return None, None, *gradients(ctx, ctx.needs_input_grad[2:], AttentionBackward, do, dstats)
 
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise NotImplementedError("forward-mode derivatives (jvp) of tfkern.attention are not built yet; use reverse mode")
+    jvp = staticmethod(refuse_jvp)
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -125,11 +119,17 @@ class Attention(torch.autograd.Function):
 
 
 class AttentionBackward(torch.autograd.Function):
-    """Gradients from do, dlse and what the forward saved."""
+    """The Gradients of a Problem by a Backend, from do, dlse and what the forward saved."""
 
     @staticmethod
     def forward(problem, backend, needed, do, dlse, out, stats, *tensors):
-        return backward(problem, backend, needed, do, dlse, out, stats, Tensors(*tensors))
+        t = Tensors(*tensors)
+        if t.k is not None:
+            return tuple(backend.backward(problem, t, out, stats, do, dlse, needed))
+        dqkv = torch.empty_like(t.q)
+        needed = (needed[0],) * 3 + needed[3:]
+        grads = backend.backward(problem, call.unpacked(t), out, stats, do, dlse, needed, into=call.unpack(dqkv))
+        return dqkv, None, None, *grads[3:]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -139,7 +139,7 @@ class AttentionBackward(torch.autograd.Function):
     def backward(ctx, *grads):
         refuse_second()
 
-    jvp = Attention.jvp
+    jvp = staticmethod(refuse_jvp)
 
     @staticmethod
     def vmap(info, in_dims, *args):

@@ -35,11 +35,9 @@ def forward_mode() -> bool:
 _Function = found("torch.autograd.function:_SingleLevelFunction")
 
 
-def apply(function, *args):
-    """function.apply(*args) where transforms() is false."""
-    if _Function is None:
-        return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)
+def apply_of(function):
+    """function.apply for where transforms() is false: a bound C function, which adds no Python frame to a call."""
+    return function.apply if _Function is None else super(torch.autograd.Function, function).apply
 
 
 # For the Autograd kernel of an op. Transforms of torch.func peel off one by one before that kernel runs, so it differentiates

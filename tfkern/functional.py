@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tfkern import autograd, backends, call, checks, dropout, nested, ops, tracing
 from tfkern.dynamo import uncompiled
+from tfkern.options import Inputs, Options
 from tfkern.problem import lse_of
 
 Pair = tuple[Callable, Callable]  # as a tfkern.ScoreMod is
@@ -71,16 +72,16 @@ def attention(
     Source: Dao et al., "FlashAttention" (2022) and "FlashAttention-2" (2023); online softmax by Milakov and Gimelshein (2018);
     ALiBi by Press et al. (2022); softcap as in Gemma 2 (2024); sinks by Xiao et al. (2024), learned as in gpt-oss (2025).
     """
+    options = Options(
+        dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, causal_alignment=causal_alignment,
+        window=window, softcap=softcap, score_mod=score_mod, precise_delta=precise_delta,
+    )  # fmt: skip
     if isinstance(query, Tensor) and query.is_nested:
-        return nested.attention(
-            attention_varlen, query, key, value, key_lengths, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal,
-            scale=scale, enable_gqa=enable_gqa, causal_alignment=causal_alignment, window=window, softcap=softcap,
-            alibi_slopes=alibi_slopes, sinks=sinks, score_mod=score_mod, precise_delta=precise_delta, return_lse=return_lse,
-            backend=backend,
-        )  # fmt: skip
-    tensors = query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, None, None
-    options = dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap, score_mod, precise_delta
-    return _run(tensors, options, return_lse, backend)
+        q, k, v, cu_q, cu_k = nested.packed(query, key, value, key_lengths)
+        inputs = Inputs(q, k, v, attn_mask, alibi_slopes, sinks, None, cu_q, cu_k)
+        return nested.nested(_attend(inputs, options, return_lse, backend), query)
+    inputs = Inputs(query, key, value, attn_mask, alibi_slopes, sinks, key_lengths)
+    return _attend(inputs, options, return_lse, backend)
 
 
 def attention_varlen(
@@ -114,9 +115,12 @@ def attention_varlen(
 
     Raises: as attention.
     """
-    tensors = query, key, value, attn_mask, alibi_slopes, sinks, None, cu_seqlens_q, cu_seqlens_k
-    options = dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap, score_mod, precise_delta
-    return _run(tensors, options, return_lse, backend)
+    options = Options(
+        dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, causal_alignment=causal_alignment,
+        window=window, softcap=softcap, score_mod=score_mod, precise_delta=precise_delta,
+    )  # fmt: skip
+    inputs = Inputs(query, key, value, attn_mask, alibi_slopes, sinks, None, cu_seqlens_q, cu_seqlens_k)
+    return _attend(inputs, options, return_lse, backend)
 
 
 def attention_packed(
@@ -142,13 +146,16 @@ def attention_packed(
     """
     tracing.refuse("tfkern.attention_packed", qkv)
     checks.packed_qkv(qkv, cu_seqlens is not None)
-    qkv = call.autocast(qkv)[0]
+    qkv = call.cast(qkv, call.autocast_dtype(qkv))
     query, key, value = call.unpack(qkv.detach())
     if cu_seqlens is not None:
         query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    tensors = query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, cu_seqlens, cu_seqlens
-    options = dropout_p, is_causal, scale, False, causal_alignment, window, softcap, score_mod, precise_delta
-    out = _run(tensors, options, return_lse, backend, qkv)
+    options = Options(
+        dropout_p=dropout_p, is_causal=is_causal, scale=scale, causal_alignment=causal_alignment, window=window,
+        softcap=softcap, score_mod=score_mod, precise_delta=precise_delta,
+    )  # fmt: skip
+    inputs = Inputs(query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, cu_seqlens, cu_seqlens)
+    out = _attend(inputs, options, return_lse, backend, qkv)
     if cu_seqlens is not None:
         return out
     return (out[0].transpose(1, 2), out[1]) if return_lse else out.transpose(1, 2)
@@ -156,30 +163,45 @@ def attention_packed(
 
 @uncompiled
 def explain(query: Tensor, key: Tensor, value: Tensor, *args, return_lse=False, backend=None, **kwargs) -> str:
-    """Which backend `attention` would use for these arguments, and why not the ones before it. Computes nothing. With
-    cu_seqlens_q and cu_seqlens_k by name it answers for `attention_varlen`."""
-    problem, _ = call.build(query, key, value, *args, **kwargs)
-    return backends.explain(problem, backend)
+    """The backend that `attention` would use for these arguments, and the reasons why not the ones before it. Computes nothing.
+
+    The arguments are those of `attention`, or with cu_seqlens_q and cu_seqlens_k by name those of `attention_varlen`. As in a
+    call, a tensor that requires grad asks for the backward too, unless grad mode is off.
+
+    Raises: as attention, but no UnsupportedError: if no backend can do the problem, the text says why.
+    """
+    problem, tensors = call.build(query, key, value, *args, **kwargs)
+    return backends.explain(problem, backend, autograd.differentiated(tensors))
 
 
-def _run(tensors: tuple, options: tuple, return_lse: bool, backend: str | None, qkv: Tensor | None = None):
-    """What call.describe takes, attended; with qkv, of which query, key and value are views, its gradient is one tensor."""
-    tracing.refuse("tfkern.attention", *tensors)
+def _attend(inputs: Inputs, options: Options, return_lse: bool, backend: str | None, qkv: Tensor | None = None):
+    """(out, lse) or out of any call. With qkv, whose views query, key and value are, their gradient is one tensor.
+
+    A warm eager call runs only this function, autograd.Attention.forward and the backend between the caller and the launch.
+    """
+    tracing.refuse("tfkern.attention", *inputs)
     traced = torch.compiler.is_compiling() or tracing.make_fx()
     if not traced:
-        problem, given = call.prepare(tensors, options)
-        traced = checks.shapes_only(given.q)
+        problem, t = call.prepare(inputs, options)
+        traced = checks.shapes_only(t.q)
         if traced:
             backends.known(backend)
     if traced:
-        out, stats, unit = ops.attention(backend, qkv, tensors, options)
+        out, stats, unit = ops.attention(inputs, options, backend, qkv)
     else:
-        chosen = backends.choose(problem, backend)
+        needs_grad = autograd.differentiated((qkv, *t))
+        chosen = backends.choose(problem, backend, needs_grad)
         if problem.dropout_p:
-            given = given._replace(seed=dropout.draw_seed(problem.device))
-        out, stats = autograd.attention(problem, chosen, given, qkv, return_lse)
-        unit = problem.unit(given) if return_lse else None
+            t = t._replace(seed=dropout.draw_seed(problem.device))
+        if needs_grad:
+            leaves = t if qkv is None else t._replace(q=qkv, k=None, v=None)
+            out, stats = autograd.applied(autograd.Attention)(problem, chosen, *leaves)
+        elif chosen.output is not None and not return_lse:
+            out, stats = chosen.output(problem, t), None
+        else:
+            out, stats = chosen.forward(problem, t)
+        unit = problem.unit(t) if return_lse else None
     lse = lse_of(stats, unit) if return_lse else None
-    if tensors[7] is not None:
+    if inputs.cu_seqlens_q is not None:
         out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0) if return_lse else None
     return (out, lse) if return_lse else out

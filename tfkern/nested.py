@@ -1,4 +1,4 @@
-"""Jagged nested tensors: packed sequences with their boundaries on board."""
+"""Jagged nested tensors, attended as packed sequences: their offsets are the cu_seqlens."""
 
 import torch
 from torch import Tensor
@@ -6,10 +6,10 @@ from torch import Tensor
 from tfkern import compat
 
 
-def attention(varlen, query: Tensor, key: Tensor, value: Tensor, key_lengths, **options):
-    """attention_varlen of three nested tensors (B, H, ragged, D). out is nested like query; lse, with return_lse, (H, total).
+def packed(query: Tensor, key: Tensor, value: Tensor, key_lengths) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(query, key, value, cu_seqlens_q, cu_seqlens_k) as attention_varlen takes them, of nested tensors (B, H, ragged, D).
 
-    Raises ValueError where they are not of layout torch.jagged with the ragged dim behind the heads, and for key_lengths.
+    Raises ValueError if they are not of layout torch.jagged with the ragged dim behind the heads, and for key_lengths.
     """
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor) or x.layout != torch.jagged or x.dim() != 4:
@@ -24,7 +24,11 @@ def attention(varlen, query: Tensor, key: Tensor, value: Tensor, key_lengths, **
     if key_lengths is not None:
         raise ValueError("key_lengths can't be given with nested tensors, which have their lengths; drop it")
     q, k, v = (x.transpose(1, 2).values() for x in (query, key, value))
-    result = varlen(q, k, v, query.offsets(), key.offsets(), **options)
+    return q, k, v, query.offsets(), key.offsets()
+
+
+def nested(result, query: Tensor):
+    """The result of the packed call with out nested like query. With lse the result is (out, lse (H, total))."""
     out = result[0] if isinstance(result, tuple) else result
     out = torch.nested.nested_tensor_from_jagged(out, query.offsets()).transpose(1, 2)
     return (out, result[1]) if isinstance(result, tuple) else out

@@ -1,35 +1,41 @@
-"""The ops that torch.compile, torch.export, fake and meta tensors see in the place of a call: `tfkern::attention`,
-differentiable, and what it becomes when it is differentiated, `tfkern::attention_forward` and `tfkern::attention_backward`.
+"""The ops that torch.compile, torch.export, fake and meta tensors record in place of a call.
 
-Eager calls of other tensors never come here. The ops take a call's tensors as `Tensors` has them, and its options; what is to
-be done is worked out when they run, from the shapes that there are then, so that no length is built into a compiled graph.
-Their fakes tell the shapes, dtypes and strides of what they return.
+`tfkern::attention` is differentiable. Differentiated in a trace it becomes `tfkern::attention_forward`, and in the backward
+`tfkern::attention_backward`. Other eager calls never come here.
 
-Source: of the ways to register an op, the one that also keeps torch.func and forward-mode AD from going wrong without a word:
-an Autograd kernel that applies the same autograd.Function as eager calls.
+An op takes the fields of Tensors, then those of OpOptions. It derives the Problem when it runs, from the shapes it gets: no
+length is a constant of a compiled graph. The fakes give the shapes, dtypes and strides of the results.
+
+Source: PyTorch has several ways to register an op. With this one, an Autograd kernel that applies an autograd.Function,
+torch.func and forward-mode AD never return a wrong derivative: they work or raise.
 """
 
-import types
+from collections import namedtuple
 
 import torch
 from torch import Tensor
 
 from tfkern import autograd, backends, call, checks, compat, dropout, dynamo, layout, score_mods
-from tfkern.backends import Backend
+from tfkern.options import Inputs, Options, Scale, ScoreMod, Window
 from tfkern.problem import Problem, Tensors, lse_dtype, stats_rows
 
-# As Tensors; qkv in the place of q where k is missing. bias, slopes and masks as Tensors wants them.
-_TENSORS = (
-    "Tensor q, Tensor? k, Tensor? v, Tensor? bias, Tensor? slopes, Tensor? sinks, Tensor? mask, Tensor? key_lengths, "
-    "Tensor? cu_q, Tensor? cu_k, Tensor? seed, Tensor? scale_tensor"
+# The arguments of a schema for a field of Options, by its type. window is passed as its sides, which may be symbols, and
+# score_mod as its name. A scale that is a tensor is passed among the tensors, as scale_tensor.
+_ARGUMENTS = {
+    bool: "bool {}", float: "float {}", str: "str {}", float | None: "float? {}", Scale: "float? {}", ScoreMod: "str? {}",
+    Window: "SymInt? left, SymInt? right",
+}  # fmt: skip
+_OPTIONS = ", ".join(
+    [_ARGUMENTS[kind].format(name) for name, kind in Options.__annotations__.items()] + ["str? backend"],
 )
-_OPTIONS = (
-    "float dropout_p, bool is_causal, float? scale, bool enable_gqa, str causal_alignment, SymInt? left, SymInt? right, "
-    "float? softcap, str? score_mod, bool precise_delta, str? backend"
-)
+# q may be the packed qkv, without k and v then.
+_TENSORS = "Tensor q, " + ", ".join(f"Tensor? {dict(scale='scale_tensor').get(name, name)}" for name in Tensors._fields[1:])
 _COUNT = len(Tensors._fields)
+# Options as an op takes them, and the name of the backend.
+OpOptions = namedtuple("OpOptions", [argument.split()[1] for argument in _OPTIONS.split(", ")])
+
 _library = torch.library.Library("tfkern", "FRAGMENT")
-# Strides decide which form of a kernel runs, and the fakes promise strides that follow from those of the inputs.
+# Strides decide which form of a kernel runs, and the fakes derive strides from those of the inputs.
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 _library.define(f"attention({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)", tags=_TAGS)
 _library.define(f"attention_forward({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)", tags=_TAGS)
@@ -40,42 +46,57 @@ _library.define(
 _library.define("draw_seed(Device device) -> Tensor", tags=torch.Tag.nondeterministic_seeded)
 
 
-def attention(backend: str | None, qkv: Tensor | None, tensors: tuple, options: tuple) -> tuple[Tensor, Tensor]:
-    """(out, stats, their unit) by `tfkern::attention`, of what call.describe takes; for Dynamo to trace."""
-    given = op_arguments(backend, qkv, tensors, options)
-    return *torch.ops.tfkern.attention(*given), _unit(Tensors(*given[:_COUNT]), *given[_COUNT:])
+def attention(
+    inputs: Inputs, options: Options, backend: str | None, qkv: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | float]:
+    """(out, stats, the unit of stats) by `tfkern::attention`, for Dynamo to trace."""
+    t, asked = op_arguments(inputs, options, backend, qkv)
+    return *torch.ops.tfkern.attention(*t, *asked), _unit(t, asked)
 
 
-def op_arguments(backend: str | None, qkv: Tensor | None, tensors: tuple, options: tuple) -> tuple:
-    """What the op takes, of what call.describe takes, before autocast."""
-    query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k = tensors
-    dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap, score_mod, precise_delta = options
-    query, key, value, attn_mask, alibi_slopes, sinks = call.autocast(query, key, value, attn_mask, alibi_slopes, sinks)
-    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    call.fit(query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k, enable_gqa)
-    tensors = call.collect(
-        packed, query, key, value, attn_mask, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k, None
-    )
+def op_arguments(
+    inputs: Inputs, options: Options, backend: str | None = None, qkv: Tensor | None = None
+) -> tuple[Tensors, OpOptions]:
+    """What the op takes for a call, after autocast and the checks that need no values. With qkv, whose views query, key and
+    value are, the op takes qkv as q."""
+    inputs = call.autocast(inputs)
+    call.fit(inputs, options.enable_gqa)
+    t, query, scale = call.views(inputs, None), inputs.query, options.scale
     if qkv is not None:
-        tensors = tensors._replace(q=qkv, k=None, v=None)
+        t = t._replace(q=qkv, k=None, v=None)
     if isinstance(scale, Tensor):
         checks.scale(scale, 1, query)
-        tensors, scale = tensors._replace(scale=scale), None
-    if dropout_p:
-        tensors = tensors._replace(seed=torch.ops.tfkern.draw_seed(query.device))
-    checks.flag("is_causal", is_causal)
-    checks.flag("precise_delta", precise_delta)
-    left, right = checks.sides(window)
-    name = None if score_mod is None else _name(score_mod, query)
-    options = dropout_p, is_causal, scale, enable_gqa, causal_alignment, left, right, softcap, name, precise_delta, backend
-    return *tensors, *options
+        t, scale = t._replace(scale=scale), None
+    if options.dropout_p:
+        t = t._replace(seed=torch.ops.tfkern.draw_seed(query.device))
+    checks.flag("is_causal", options.is_causal)
+    checks.flag("precise_delta", options.precise_delta)
+    left, right = checks.sides(options.window)
+    named = dict(zip(Options._fields, options, strict=True)) | dict(
+        scale=scale,
+        left=left,
+        right=right,
+        score_mod=None if options.score_mod is None else _name(options.score_mod, query),
+        backend=backend,
+    )
+    return t, OpOptions(*[named[name] for name in OpOptions._fields])
 
 
-def _unit(t: Tensors, dropout_p, is_causal, scale, enable_gqa, causal_alignment, left, right, softcap, score_mod, *more):
-    """Problem.unit, or the tensor that scale is."""
-    if any(x is not None for x in (t.bias, t.slopes, t.sinks, softcap, score_mod)):
+def _options(asked: OpOptions, scale: Tensor | None) -> Options:
+    """The inverse of op_arguments."""
+    named = asked._asdict() | dict(
+        scale=asked.scale if scale is None else scale,
+        window=(asked.left, asked.right),
+        score_mod=None if asked.score_mod is None else score_mods.named(asked.score_mod),
+    )
+    return Options(*[named[name] for name in Options._fields])
+
+
+def _unit(t: Tensors, asked: OpOptions) -> float | Tensor:
+    """Problem.unit, without a Problem."""
+    if any(x is not None for x in (t.bias, t.slopes, t.sinks, asked.softcap, asked.score_mod)):
         return 1.0
-    return checks.scale(scale, t.q.shape[-1], t.q) if t.scale is None else t.scale.reshape(())
+    return checks.scale(asked.scale, t.q.shape[-1], t.q) if t.scale is None else t.scale.reshape(())
 
 
 def _name(score_mod, query: Tensor) -> str:
@@ -90,57 +111,58 @@ def _name(score_mod, query: Tensor) -> str:
     return score_mods.name_of(*score_mod)
 
 
-def _understood(tensors: tuple, options: tuple) -> tuple[Problem, Backend, Tensors]:
-    """What an op is asked to do, by what, with what."""
-    given = Tensors(*tensors)
-    dropout_p, is_causal, scale, enable_gqa, alignment, left, right, softcap, score_mod, precise_delta, backend = options
-    query, key, value, slopes = *call.unpacked(given)[:3], given.slopes
-    if given.cu_q is not None:
+def _understood(t: Tensors, asked: OpOptions, needs_grad: bool) -> tuple[Problem, backends.Backend, Tensors]:
+    """(problem, backend, tensors) of an op that runs."""
+    query, key, value = call.unpacked(t)[:3]
+    if t.cu_q is not None:
         query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    slopes = t.slopes
     if slopes is not None and len(slopes) == 1:
         slopes = slopes[0]
-    scale = scale if given.scale is None else given.scale
-    problem = call.describe(
-        (
-            query, key, value, given.mask if given.bias is None else given.bias, slopes, given.sinks, given.key_lengths,
-            given.cu_q, given.cu_k,
-        ),
-        (
-            dropout_p, is_causal, scale, enable_gqa, alignment, (left, right), softcap,
-            None if score_mod is None else score_mods.named(score_mod), precise_delta,
-        ),
-    )  # fmt: skip
-    given = given._replace(scale=call.on_device(given.scale, query))
-    return problem, backends.choose(problem, backend), given
+    mask = t.mask if t.bias is None else t.bias
+    inputs = Inputs(query, key, value, mask, slopes, t.sinks, t.key_lengths, t.cu_q, t.cu_k)
+    problem = call.describe(inputs, _options(asked, t.scale))
+    chosen = backends.choose(problem, asked.backend, needs_grad)
+    return problem, chosen, t._replace(scale=call.on_device(t.scale, query))
 
 
 def _draw_seed(device: torch.device) -> Tensor:
-    """dropout.draw_seed in a graph: by an operation in whose place no compiler puts a generator of its own."""
+    """dropout.draw_seed in a graph, by an operation for which no compiler substitutes a generator of its own."""
     with dynamo.drawn_once():
         return torch.ops.aten.randint.low_generator(*dropout.SEEDS, (2,), generator=None, dtype=torch.int64, device=device)
 
 
+def _split(arguments: tuple) -> tuple[Tensors, OpOptions]:
+    return Tensors(*arguments[:_COUNT]), OpOptions(*arguments[_COUNT:])
+
+
+def _without_grad(*arguments):
+    problem, backend, t = _understood(*_split(arguments), needs_grad=False)
+    return autograd.Attention.forward(problem, backend, *t)
+
+
 def _forward(*arguments):
-    problem, backend, tensors = _understood(arguments[:_COUNT], arguments[_COUNT:])
-    return autograd.forward(problem, backend, tensors)
+    problem, backend, t = _understood(*_split(arguments), needs_grad=True)
+    return autograd.Attention.forward(problem, backend, *t)
 
 
 def _backward(do, dlse, out, stats, needed, *arguments):
-    problem, backend, tensors = _understood(arguments[:_COUNT], arguments[_COUNT:])
-    grads = autograd.backward(problem, backend, tuple(needed), do, dlse, out, stats, tensors)
+    problem, backend, t = _understood(*_split(arguments), needs_grad=True)
+    grads = autograd.AttentionBackward.forward(problem, backend, tuple(needed), do, dlse, out, stats, *t)
     return [grad for grad, need in zip(grads, needed, strict=True) if need]
 
 
 def _forward_fake(*arguments):
-    t = call.unpacked(Tensors(*arguments[:_COUNT]))
+    t, asked = _split(arguments)
+    t = call.unpacked(t)
     out = layout.empty_in_order_of(t.q, t.v.shape[-1])
     batch, heads, rows = t.q.shape[:3]
-    kept = stats_rows(t.q.dtype, t.v.shape[-1], arguments[-2])
+    kept = stats_rows(t.q.dtype, t.v.shape[-1], asked.precise_delta)
     return out, torch.empty(batch, heads, kept, rows, dtype=lse_dtype(t.q.dtype), device=t.q.device)
 
 
 def _backward_fake(do, dlse, out, stats, needed, *arguments):
-    t = Tensors(*arguments[:_COUNT])
+    t, _ = _split(arguments)
     if t.k is None:
         likes = [torch.empty_like(t.q) if needed[0] else None, None, None]
     else:
@@ -149,38 +171,79 @@ def _backward_fake(do, dlse, out, stats, needed, *arguments):
     return [x for x in likes if x is not None] + [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in wanted]
 
 
-def _recorded_forward(options: tuple, t: Tensors):
-    with compat.below_autograd():  # of this level; transforms further out meet the Autograd kernel again
-        return torch.ops.tfkern.attention_forward(*t, *options)
+class Recorded(torch.autograd.Function):
+    """`tfkern::attention_forward`, whose backward is RecordedBackward: a trace gets ops, not what they do."""
+
+    @staticmethod
+    def forward(asked, *tensors):
+        with compat.below_autograd():  # of this level; outer transforms call the Autograd kernel again
+            return torch.ops.tfkern.attention_forward(*tensors, *asked)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        asked, *tensors = inputs
+        autograd.save(ctx, (asked,), tensors, output)
+
+    @staticmethod
+    def backward(ctx, do, dstats):
+        return None, *autograd.gradients(ctx, ctx.needs_input_grad[1:], RecordedBackward, do, dstats)
+
+    jvp = staticmethod(autograd.refuse_jvp)
 
 
-def _recorded_backward(options: tuple, t: Tensors, out, stats, do, dlse, needed):
-    with compat.below_autograd():
-        grads = iter(torch.ops.tfkern.attention_backward(do, dlse, out, stats, needed, *t, *options))
-    return [next(grads) if need else None for need in needed]
+class RecordedBackward(torch.autograd.Function):
+    """`tfkern::attention_backward`."""
 
+    @staticmethod
+    def forward(asked, needed, do, dlse, out, stats, *tensors):
+        with compat.below_autograd():
+            grads = iter(torch.ops.tfkern.attention_backward(do, dlse, out, stats, needed, *tensors, *asked))
+        return tuple(next(grads) if need else None for need in needed)
 
-# In the place of a backend: the ops, for a trace to have them and not what they do. Its problem are the options of a call.
-_RECORDED = Backend(lambda options: [], _recorded_forward, _recorded_backward, recorded=True)
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        autograd.refuse_second()
+
+    jvp = staticmethod(autograd.refuse_jvp)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return autograd.one_by_one(RecordedBackward.apply, info.batch_size, in_dims, args)
 
 
 def _differentiable(*arguments):
     """The Autograd kernel of `tfkern::attention`."""
-    return autograd.apply(autograd.Attention, arguments[_COUNT:], _RECORDED, *arguments[:_COUNT])
+    t, asked = _split(arguments)
+    autograd.refuse_tangents(t)
+    if not _wanted(t):
+        with compat.below_autograd():
+            return torch.ops.tfkern.attention(*arguments)
+    return _recorded(t, asked)
+
+
+def _recorded(t: Tensors, asked: OpOptions):
+    if autograd.transformed():  # and has called this kernel
+        return compat.apply_within_op(Recorded, asked, *t)
+    return compat.apply_of(Recorded)(asked, *t)
 
 
 def _differentiable_forward(*arguments):
-    """That of `tfkern::attention_forward`, which torch.export leaves when it decomposes."""
-    autograd.refuse_tangents(arguments[:_COUNT])
-    if not _wanted(arguments[:_COUNT]):
-        return _recorded_forward(arguments[_COUNT:], arguments[:_COUNT])
-    if compat.transforms():  # a derivative of what a transform further in has differentiated
+    """The Autograd kernel of `tfkern::attention_forward`, which a program decomposed by torch.export contains."""
+    t, asked = _split(arguments)
+    autograd.refuse_tangents(t)
+    if not _wanted(t):
+        return Recorded.forward(asked, *t)
+    if compat.transforms():  # the derivative of what an inner transform has differentiated
         autograd.refuse_second()
-    return _differentiable(*arguments)
+    return _recorded(t, asked)
 
 
 def _refused_backward(do, dlse, out, stats, needed, *arguments):
-    """That of `tfkern::attention_backward`."""
+    """The Autograd kernel of `tfkern::attention_backward`."""
     tensors = (do, dlse, out, stats, *arguments[:_COUNT])
     autograd.refuse_tangents(tensors)
     if _wanted(tensors):
@@ -190,26 +253,27 @@ def _refused_backward(do, dlse, out, stats, needed, *arguments):
 
 
 def _wanted(tensors) -> bool:
-    """Whether somebody wants derivatives with respect to one of them. (Transforms turn grad mode off for those further out.)"""
+    """Whether derivatives with respect to one of the tensors are asked for. (Inner transforms turn grad mode off for outer
+    ones.)"""
     able = torch.is_grad_enabled() or compat.transforms()
     return able and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _kept(ctx, inputs, output) -> None:
-    """What torch.library.register_autograd wants for the gradients of `tfkern::attention`."""
-    autograd.Attention.setup_context(ctx, (inputs[_COUNT:], _RECORDED, *inputs[:_COUNT]), output)
+    """setup_context for torch.library.register_autograd."""
+    t, asked = _split(inputs)
+    autograd.save(ctx, (asked,), t, output)
 
 
-def _gradients(ctx, *grads) -> tuple:
-    context = types.SimpleNamespace(
-        problem=ctx.problem, backend=ctx.backend, saved_tensors=ctx.saved_tensors,
-        needs_input_grad=(False, False, *ctx.needs_input_grad),
-    )  # fmt: skip
-    return *autograd.Attention.backward(context, *grads)[2:], *(None,) * len(ctx.problem)
+def _gradients(ctx, do, dstats) -> tuple:
+    """The backward for torch.library.register_autograd."""
+    grads = autograd.gradients(ctx, ctx.needs_input_grad, RecordedBackward, do, dstats)
+    return *grads, *(None,) * len(OpOptions._fields)
 
 
 _library.impl("draw_seed", _draw_seed, "CompositeImplicitAutograd")
-_library.impl("attention", _forward, "CompositeExplicitAutograd")
+# register_autograd runs the same kernel whether the call is differentiated or not.
+_library.impl("attention", _without_grad if compat.KERNELS else _forward, "CompositeExplicitAutograd")
 _library.impl("attention_forward", _forward, "CompositeExplicitAutograd")
 _library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 if compat.KERNELS:
@@ -226,7 +290,7 @@ torch.library.register_fake("tfkern::attention_backward", _backward_fake)
 
 
 def _mapped(name: str, as_list: bool = False) -> None:
-    """Let torch.vmap take an op."""
+    """Register the vmap rule of an op."""
     op = getattr(torch.ops.tfkern, name)
 
     def vmap(info, in_dims, *args):

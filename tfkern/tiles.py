@@ -161,8 +161,8 @@ class HopperConfig:
         """The kernel's compile-time constants that tell tiles; owns_keys: of flash_bwd_dkdv."""
         owned, streamed = ("BLOCK_N", "BLOCK_M") if owns_keys else ("BLOCK_M", "BLOCK_N")
         return {
-            owned: HOPPER_QUERIES, streamed: self.block_n, "D": block_d, "STAGES": self.stages, "CONSUMERS": self.consumers,
-            "PINGPONG": self.pingpong, "REGISTERS": self.registers,
+            owned: HOPPER_QUERIES, streamed: self.block_n, "BLOCK_D": block_d, "STAGES": self.stages,
+            "CONSUMERS": self.consumers, "PINGPONG": self.pingpong, "REGISTERS": self.registers,
         }  # fmt: skip
 
     def options(self) -> dict:
@@ -298,7 +298,7 @@ class HopperOnePass:
     def constants(self, block_d: int) -> dict:
         """The kernel's compile-time constants that tell tiles."""
         return {
-            "BLOCK_M": HOPPER_QUERIES, "BLOCK_N": self.block_n, "D": block_d, "STAGES": self.stages, "TILES": self.tiles,
+            "BLOCK_M": HOPPER_QUERIES, "BLOCK_N": self.block_n, "BLOCK_D": block_d, "STAGES": self.stages, "TILES": self.tiles,
             "RING": self.ring, "REGISTERS": self.registers, "GATHERER": self.gatherer,
         }  # fmt: skip
 

@@ -28,14 +28,14 @@ from tfkern.kernels import score_mods
 
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}  # bytes; tf32 is float32 inputs under PyTorch's TF32 switch
 
-# What is there beside queries, keys and values: fields of kernels/features.py, LEFT, RIGHT, DLSE, or MOD; the rest are numbers
+# What is there beside queries, keys and values: fields of kernels/features.py, left, right, DLSE, or MOD; the rest are numbers
 # at run time and change nothing that is compiled. "odd" has a head dim between two classes (10, 20, 40, 80, 160), "strided" a
 # last dim that is not dense. "bias" has rows that are aligned, "bias-any" any strides.
-BAND = {"LEFT", "RIGHT", "key_lengths", "DLSE"}
+BAND = {"left", "right", "key_lengths", "DLSE"}
 VARIANTS = {
-    "plain": set(), "causal": {"RIGHT"}, "padded": {"key_lengths"}, "all": BAND, "odd": BAND, "strided": BAND,
+    "plain": set(), "causal": {"right"}, "padded": {"key_lengths"}, "all": BAND, "odd": BAND, "strided": BAND,
     "mask": {"mask"}, "bias": {"bias"}, "bias-any": {"bias"}, "dropout": {"dropout"}, "packed": {"cu_q", "cu_k"},
-    "softcap": {"softcap"}, "slopes": {"slopes", "RIGHT"}, "sinks": {"sinks"}, "score-mod": {"MOD"}, "scale": {"scale"},
+    "softcap": {"softcap"}, "slopes": {"slopes", "right"}, "sinks": {"sinks"}, "score-mod": {"MOD"}, "scale": {"scale"},
     "precise": {"errors"},
     "everything": {*BAND, "bias", "dropout", "softcap", "slopes", "sinks", "MOD", "scale"} - {"key_lengths"} | {"cu_q", "cu_k"},
 }  # fmt: skip
@@ -43,7 +43,7 @@ HEAVY = {"mask", "bias", "dropout", "softcap", "slopes", "MOD"}
 FEATURES = [name for name in VARIANTS if name not in ("plain", "causal", "padded", "all", "odd", "strided")]
 FP32_TENSORS = {"STATS", "DLSE", "DELTA", "DSLOPES"}
 ONE_PASS_ONLY = {"DLSE", "DQ", "DSLOPES", "stride_dq"}  # of flash_bwd_dkdv
-CUT = {"LEFT", "cu_q", *HEAVY}  # with which portable.py has no descriptors
+CUT = {"left", "cu_q", *HEAVY}  # with which portable.py has no descriptors
 
 SPILLS = Path(__file__).with_name("spills.json")
 
@@ -75,7 +75,7 @@ def arguments(kernel_name: str, dtype: str, head_dim: int, config, variant: str)
     vec = 0 if variant == "strided" else math.gcd(dim, 16)
     mask_vec = 0 if variant == "bias-any" else 8
     constants = dict(
-        D=dim, DV=dim, BLOCK_D=head_dim, BLOCK_DV=head_dim, VEC=vec,
+        HEAD_DIM=dim, HEAD_DIM_V=dim, BLOCK_D=head_dim, BLOCK_DV=head_dim, VEC=vec,
         PRECISION="tf32" if dtype == "tf32" else "ieee",
         MOD=score_mods.signed_log if "MOD" in there else None,
         MOD_GRAD=score_mods.signed_log_derivative if "MOD" in there else None,
@@ -96,7 +96,7 @@ def arguments(kernel_name: str, dtype: str, head_dim: int, config, variant: str)
         elif name == "F":
             extra = {"bias"} if kernel.__name__ == "flash_bwd_dbias" else set()
             kinds[name] = features((there | extra) - ({"mask"} if extra else set()), pointer, mask_vec)
-        elif name in ("LEFT", "RIGHT"):
+        elif name in ("left", "right"):
             kinds[name] = "i32" if name in there else constant(None)
         elif (name == "DLSE" and name not in there) or (name == "DSLOPES" and "slopes" not in there):
             kinds[name] = constant(None)

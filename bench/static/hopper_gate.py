@@ -25,11 +25,11 @@ from tfkern.kernels import score_mods
 
 # As in compile_gate.py: what is there beside queries, keys and values.
 VARIANTS = {
-    "full": set(), "causal": {"RIGHT"}, "window": {"LEFT", "RIGHT"}, "padded": {"key_lengths"}, "packed": {"cu_q", "cu_k"},
+    "full": set(), "causal": {"right"}, "window": {"left", "right"}, "padded": {"key_lengths"}, "packed": {"cu_q", "cu_k"},
     "mask": {"mask"}, "bias": {"bias"}, "bias-any": {"bias"}, "dropout": {"dropout"}, "softcap": {"softcap"},
-    "slopes": {"slopes", "RIGHT"}, "sinks": {"sinks"}, "score-mod": {"MOD"},
-    "several": {"LEFT", "RIGHT", "cu_q", "cu_k", "dropout", "softcap", "slopes", "sinks", "MOD"},
-    "everything": {"LEFT", "RIGHT", "cu_q", "cu_k", "bias", "dropout", "softcap", "slopes", "sinks", "MOD"},
+    "slopes": {"slopes", "right"}, "sinks": {"sinks"}, "score-mod": {"MOD"},
+    "several": {"left", "right", "cu_q", "cu_k", "dropout", "softcap", "slopes", "sinks", "MOD"},
+    "everything": {"left", "right", "cu_q", "cu_k", "bias", "dropout", "softcap", "slopes", "sinks", "MOD"},
 }  # fmt: skip
 KERNELS = ["flash_fwd", "flash_fwd_short", "flash_bwd_dq", "flash_bwd_dkdv", "flash_bwd"]
 # Variants that its kernels have.
@@ -61,9 +61,9 @@ def source(name: str, dtype: str, dim: int, config, variant: str):
     kernel = getattr(importlib.import_module(f"tfkern.kernels.hopper.{name}"), name)
     mask_vec = 0 if variant == "bias-any" else 8
     linear = not there & {"bias", "softcap", "slopes", "sinks", "MOD"}
-    constants = dict(MOD=None, MOD_GRAD=None, DLSE=None, DSLOPES=None, LINEAR=linear, MASK_VEC=mask_vec, DIM=dim)
+    constants = dict(MOD=None, MOD_GRAD=None, DLSE=None, DSLOPES=None, LINEAR=linear, MASK_VEC=mask_vec, HEAD_DIM=dim)
     constants |= config.constants(dim, owns_keys=True) if name == "flash_bwd_dkdv" else config.constants(dim)
-    constants |= {side: None for side in ("LEFT", "RIGHT") if side not in there}
+    constants |= {side: None for side in ("left", "right") if side not in there}
     if "MOD" in there:
         constants |= dict(MOD=score_mods.signed_log, MOD_GRAD=score_mods.signed_log_derivative)
     for argument, feature in (("DLSE", "key_lengths"), ("DSLOPES", "slopes")):

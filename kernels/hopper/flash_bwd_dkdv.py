@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )  # fmt: skip
 
 from .. import band, score, sequence, softmax, tile
+from ..static import Static
 from .parts import (
     accumulator,
     barriers,
@@ -31,13 +32,13 @@ from .parts import (
 )
 
 # Changing these numbers never recompiles.
-RUN_TIME = ["stride_dk", "stride_dv", "batch", "heads", "group", "n_q", "n_k", "tiles", "align", "LEFT", "RIGHT"]
+RUN_TIME = ["stride_dk", "stride_dv", "batch", "heads", "group", "n_q", "n_k", "tiles", "align", "left", "right"]
 
 
 @gluon.jit
 def _produce(
     q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, STATS, DELTA, F, memory, seq, heads, h_k, group, start_n, first, lo, hi,
-    n_q, seen_lo, seen_hi, LINEAR: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
+    n_q, seen_lo, seen_hi, LINEAR: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """Fetch K and V once, then Q, dO, maxima, sums and delta of every tile from `first` to hi of every head of the group, as
@@ -66,7 +67,7 @@ def _produce(
             mbarrier.wait(empty.index(stage), phase ^ 1)
             cuts = load_rows(
                 q_desc, do_desc, [seq.at, h, seq.q_row + start_m, 0], qs.index(stage), dos.index(stage), full.index(stage),
-                cut.index(0), cuts, lo - start_m, hi - start_m, n_q, BLOCK_M, D)  # fmt: skip
+                cut.index(0), cuts, lo - start_m, hi - start_m, n_q, BLOCK_M, BLOCK_D)  # fmt: skip
             maxima.index(stage).store(m)
             sums.index(stage).store(log2_l)
             deltas.index(stage).store(delta)
@@ -76,8 +77,8 @@ def _produce(
             mbarrier.wait(done.index(c), 0)
             start = start_n + c * BLOCK_N
             if (start < seen_lo) | (start + BLOCK_N > seen_hi):
-                zero_rows(ks.index(c).reshape([BLOCK_N, D]), seen_lo - start, seen_hi - start, BLOCK_N)
-                zero_rows(vs.index(c).reshape([BLOCK_N, D]), seen_lo - start, seen_hi - start, BLOCK_N)
+                zero_rows(ks.index(c).reshape([BLOCK_N, BLOCK_D]), seen_lo - start, seen_hi - start, BLOCK_N)
+                zero_rows(vs.index(c).reshape([BLOCK_N, BLOCK_D]), seen_lo - start, seen_hi - start, BLOCK_N)
                 fence_async_shared()
             tma_store(dk_desc, [seq.at, h_k, start, 0], ks.index(c))
             tma_store(dv_desc, [seq.at, h_k, start, 0], vs.index(c))
@@ -86,8 +87,8 @@ def _produce(
 
 @gluon.jit
 def _step(
-    t, total, k, v, memory, dk, dv, ds, bh, start_m, start_n, F, S, LEFT, RIGHT, MOD: gl.constexpr, MOD_GRAD: gl.constexpr,
-    LINEAR: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    t, total, k, v, memory, dk, dv, ds, bh, start_m, start_n, F, scorer, left, right, C: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     CONSUMER: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """dS and dV of tile number t, queries from start_m on, and dK of the tile before it, whose dS^T is ds."""
@@ -96,26 +97,28 @@ def _step(
     before, _ = stage_of(t - 1, STAGES)
     S_LAYOUT: gl.constexpr = accumulator(BLOCK_M)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
-    A_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=accumulator(D), k_width=2)
+    A_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=accumulator(BLOCK_D), k_width=2)
     zero = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, S_LAYOUT)
-    if D > 64:  # t >= 0: always CONSUMER. The loops would keep a constant's addresses, of each step of a product, in registers.
-        k = ks.index(CONSUMER + gl.minimum(t, 0)).reshape([BLOCK_N, D])
-        v = vs.index(CONSUMER + gl.minimum(t, 0)).reshape([BLOCK_N, D])
-    q = qs.index(stage).reshape([BLOCK_M, D])
-    do = dos.index(stage).reshape([BLOCK_M, D])
-    s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)  # [BLOCK_N, D] @ [D, BLOCK_M]
+    # t >= 0: always CONSUMER. The loops would keep a constant's addresses, of each step of a product, in registers.
+    if BLOCK_D > 64:
+        k = ks.index(CONSUMER + gl.minimum(t, 0)).reshape([BLOCK_N, BLOCK_D])
+        v = vs.index(CONSUMER + gl.minimum(t, 0)).reshape([BLOCK_N, BLOCK_D])
+    q = qs.index(stage).reshape([BLOCK_M, BLOCK_D])
+    do = dos.index(stage).reshape([BLOCK_M, BLOCK_D])
+    s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)  # [BLOCK_N, BLOCK_D] @ [BLOCK_D, BLOCK_M]
     m, log2_l = maxima.index(stage).load(COLUMNS), sums.index(stage).load(COLUMNS)
     if FIRST:
         s = warpgroup_mma_wait(0, deps=(s,))
     else:
-        dk = warpgroup_mma(ds, qs.index(before).reshape([BLOCK_M, D]), dk, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
+        dk = warpgroup_mma(
+            ds, qs.index(before).reshape([BLOCK_M, BLOCK_D]), dk, is_async=True
+        )  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, BLOCK_D]
         s = warpgroup_mma_wait(1, deps=(s,))
     offs_m = start_m + gl.arange(0, BLOCK_M, layout=COLUMNS)
     offs_n = start_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, S_LAYOUT))
     s, keep, slope = score.logits(
-        s, offs_m[None, :], offs_n[:, None], start_m, start_n, F, S, LEFT, RIGHT,
-        MOD, MOD_GRAD, LINEAR, 0, MASKED, MASKED)  # fmt: skip
-    p = softmax.weights(gl.where(keep, s, float("-inf")), m[None, :], log2_l[None, :], S)
+        s, offs_m[None, :], offs_n[:, None], start_m, start_n, F, scorer, left, right, C, MASKED, MASKED)  # fmt: skip
+    p = softmax.weights(gl.where(keep, s, float("-inf")), m[None, :], log2_l[None, :], scorer)
     kept = p
     if F.dropout is not None:  # of what is dropped p is negative, so that one register holds both
         p = gl.where(survivors_transposed(F.dropout, bh, start_m, start_n, p), p, -p)
@@ -125,18 +128,18 @@ def _step(
     dp = zero
     if F.dropout is None:
         dp = zero - delta  # so that dP - delta comes out of the product
-    dp = warpgroup_mma(v, do.permute((1, 0)), dp, is_async=True)  # [BLOCK_N, D] @ [D, BLOCK_M]
+    dp = warpgroup_mma(v, do.permute((1, 0)), dp, is_async=True)  # [BLOCK_N, BLOCK_D] @ [BLOCK_D, BLOCK_M]
     if not FIRST:
         dk, p = warpgroup_mma_wait(1, deps=(dk, p))
         mbarrier.arrive(empty.index(before), count=1)
     pt = gl.convert_layout(kept.to(do.dtype), A_LAYOUT)
-    dv = warpgroup_mma(pt, do, dv, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
+    dv = warpgroup_mma(pt, do, dv, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, BLOCK_D]
     dp = warpgroup_mma_wait(1, deps=(dp,))
     if F.dropout is None:
         x = p * dp
     else:
         x = gl.maximum(p, 0.0) * (dp * F.dropout.factor) - gl.abs(p) * delta
-    if F.softcap is not None or MOD is not None:
+    if F.softcap is not None or C.MOD is not None:
         x = gl.where(keep, x * slope, 0.0)
     following = gl.convert_layout(x.to(q.dtype), A_LAYOUT)
     # A real branch: without one ptxas moves the wait below above dS, and nothing overlaps.
@@ -148,8 +151,8 @@ def _step(
 
 @gluon.jit
 def _sum(
-    k, v, memory, dk, dv, seq, heads, h_k, group, start_n, first, queries, scale, F, S, LEFT, RIGHT, MOD: gl.constexpr,
-    MOD_GRAD: gl.constexpr, LINEAR: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
+    k, v, memory, dk, dv, seq, heads, h_k, group, start_n, first, queries, scale, F, scorer, left, right, MOD: gl.constexpr,
+    MOD_GRAD: gl.constexpr, LINEAR: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """dk and dv over all tiles of queries, of which there is one at least."""
@@ -158,52 +161,55 @@ def _sum(
     n_tiles = gl.cdiv(hi - first, BLOCK_M)
     total = group * n_tiles
     bh = seq.b * heads + h_k * group
-    ds = gl.zeros([BLOCK_N, BLOCK_M], qs.dtype, gl.DotOperandLayout(operand_index=0, parent=accumulator(D), k_width=2))
+    ds = gl.zeros([BLOCK_N, BLOCK_M], qs.dtype, gl.DotOperandLayout(operand_index=0, parent=accumulator(BLOCK_D), k_width=2))
+    C: gl.constexpr = Static(MOD=MOD, MOD_GRAD=MOD_GRAD, LINEAR=LINEAR, MASK_VEC=0)
     mbarrier.wait(full.index(0), 0)
     dk, dv, ds = _step(
-        0, total, k, v, memory, dk, dv, ds, bh, first, start_n, F, S, LEFT, RIGHT,
-        MOD, MOD_GRAD, LINEAR, BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, True, True)  # fmt: skip
-    left = gl.minimum((full_lo - first) // BLOCK_M, n_tiles)
-    right = gl.minimum(gl.maximum((full_hi - first) // BLOCK_M, left), n_tiles)
+        0, total, k, v, memory, dk, dv, ds, bh, first, start_n, F, scorer, left, right,
+        C, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, CONSUMER, True, True)  # fmt: skip
+    full_begin = gl.minimum((full_lo - first) // BLOCK_M, n_tiles)
+    full_end = gl.minimum(gl.maximum((full_hi - first) // BLOCK_M, full_begin), n_tiles)
     for member in range(group):
-        S_h = score.prepare(F, seq, h_k * group + member, scale, S.shift, LINEAR, 0)
+        scorer_h = score.prepare(F, seq, h_k * group + member, scale, scorer.shift, C)
         t = member * n_tiles
         begin = gl.maximum(1 - member, 0)
-        if RIGHT is not None:
-            for i in range(begin, left):
+        if right is not None:
+            for i in range(begin, full_begin):
                 dk, dv, ds = _step(
-                    t + i, total, k, v, memory, dk, dv, ds, bh + member, first + i * BLOCK_M, start_n, F, S_h, LEFT, RIGHT,
-                    MOD, MOD_GRAD, LINEAR, BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, False, True)  # fmt: skip
-        for i in range(gl.maximum(left, begin), right):
+                    t + i, total, k, v, memory, dk, dv, ds, bh + member, first + i * BLOCK_M, start_n, F, scorer_h, left, right,
+                    C, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, CONSUMER, False, True)  # fmt: skip
+        for i in range(gl.maximum(full_begin, begin), full_end):
             dk, dv, ds = _step(
-                t + i, total, k, v, memory, dk, dv, ds, bh + member, first + i * BLOCK_M, start_n, F, S_h, LEFT, RIGHT,
-                MOD, MOD_GRAD, LINEAR, BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, False, False)  # fmt: skip
-        for i in range(gl.maximum(right, begin), n_tiles):
+                t + i, total, k, v, memory, dk, dv, ds, bh + member, first + i * BLOCK_M, start_n, F, scorer_h, left, right,
+                C, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, CONSUMER, False, False)  # fmt: skip
+        for i in range(gl.maximum(full_end, begin), n_tiles):
             dk, dv, ds = _step(
-                t + i, total, k, v, memory, dk, dv, ds, bh + member, first + i * BLOCK_M, start_n, F, S_h, LEFT, RIGHT,
-                MOD, MOD_GRAD, LINEAR, BLOCK_M, BLOCK_N, D, STAGES, CONSUMER, False, True)  # fmt: skip
+                t + i, total, k, v, memory, dk, dv, ds, bh + member, first + i * BLOCK_M, start_n, F, scorer_h, left, right,
+                C, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, CONSUMER, False, True)  # fmt: skip
     last, _ = stage_of(total - 1, STAGES)
-    dk = warpgroup_mma(ds, qs.index(last).reshape([BLOCK_M, D]), dk, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, D]
+    dk = warpgroup_mma(
+        ds, qs.index(last).reshape([BLOCK_M, BLOCK_D]), dk, is_async=True
+    )  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, BLOCK_D]
     dk = warpgroup_mma_wait(0, deps=(dk,))
     return dk, dv
 
 
 @gluon.jit
 def _consume(
-    DK, DV, stride_dk, stride_dv, memory, seq, heads, h_k, group, start_n, first, queries, seen_lo, seen_hi, scale, F, S,
-    LEFT, RIGHT, MOD: gl.constexpr, MOD_GRAD: gl.constexpr, LINEAR: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr,
+    DK, DV, stride_dk, stride_dv, memory, seq, heads, h_k, group, start_n, first, queries, seen_lo, seen_hi, scale, F, scorer,
+    left, right, MOD: gl.constexpr, MOD_GRAD: gl.constexpr, LINEAR: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """All of 64 keys: dK and dV."""
     ks, vs, _qs, _dos, _maxima, _sums, _deltas, kv_full, _full, _empty, _cut, done = memory
-    D_LAYOUT: gl.constexpr = accumulator(D)
+    D_LAYOUT: gl.constexpr = accumulator(BLOCK_D)
     start_n += CONSUMER * BLOCK_N
-    k = ks.index(CONSUMER).reshape([BLOCK_N, D])
-    v = vs.index(CONSUMER).reshape([BLOCK_N, D])
-    dk = gl.zeros([BLOCK_N, D], gl.float32, D_LAYOUT)
-    dv = gl.zeros([BLOCK_N, D], gl.float32, D_LAYOUT)
+    k = ks.index(CONSUMER).reshape([BLOCK_N, BLOCK_D])
+    v = vs.index(CONSUMER).reshape([BLOCK_N, BLOCK_D])
+    dk = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, D_LAYOUT)
+    dv = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, D_LAYOUT)
     mbarrier.wait(kv_full.index(CONSUMER), 0)
-    if D <= 64:
+    if BLOCK_D <= 64:
         A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=accumulator(BLOCK_M), k_width=2)
         k_a = k.load(A)
         v_a = v.load(A)
@@ -212,52 +218,53 @@ def _consume(
         v_a = v
     if queries[3] > first:
         dk, dv = _sum(
-            k_a, v_a, memory, dk, dv, seq, heads, h_k, group, start_n, first, queries, scale, F, S, LEFT, RIGHT,
-            MOD, MOD_GRAD, LINEAR, BLOCK_M, BLOCK_N, D, STAGES, CONSUMER)  # fmt: skip
+            k_a, v_a, memory, dk, dv, seq, heads, h_k, group, start_n, first, queries, scale, F, scorer, left, right,
+            MOD, MOD_GRAD, LINEAR, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, CONSUMER)  # fmt: skip
     if F.dropout is not None:
         dv *= F.dropout.factor
-    dk *= S.scale
+    dk *= scorer.scale
     if F.cu_k is None:
         v.store(dv.to(v.dtype))
         k.store(dk.to(k.dtype))
         fence_async_shared()
         mbarrier.arrive(done.index(CONSUMER), count=1)
     else:
-        row, left = seq.k_row + start_n, seq.n_k - start_n
+        row, there = seq.k_row + start_n, seq.n_k - start_n
         offs_n = start_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, D_LAYOUT))
         seen = ((offs_n >= seen_lo) & (offs_n < seen_hi))[:, None]
-        store_rows(gl.where(seen, dv, 0.0).to(v.dtype), DV, stride_dv, seq.at, h_k, row, left, DIM)
-        store_rows(gl.where(seen, dk, 0.0).to(k.dtype), DK, stride_dk, seq.at, h_k, row, left, DIM)
+        store_rows(gl.where(seen, dv, 0.0).to(v.dtype), DV, stride_dv, seq.at, h_k, row, there, HEAD_DIM)
+        store_rows(gl.where(seen, dk, 0.0).to(k.dtype), DK, stride_dk, seq.at, h_k, row, there, HEAD_DIM)
 
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def flash_bwd_dkdv(
     q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, DK, DV, STATS, DELTA, F, stride_dk, stride_dv, batch, heads, group, n_q,
-    n_k, tiles, scale, align, LEFT, RIGHT, MOD: gl.constexpr, MOD_GRAD: gl.constexpr, LINEAR: gl.constexpr,
-    DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    n_k, tiles, scale, align, left, right, MOD: gl.constexpr, MOD_GRAD: gl.constexpr, LINEAR: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Grid (batch * heads / group * tiles,), tiles = ceil(n_k / (CONSUMERS * BLOCK_N)); packed as in sequence.py.
 
-    Descriptors of Q and dO (B, heads, n_q, DIM) in blocks of (1, 1, BLOCK_M, D), of K, V, dK and dV (B, heads / group, n_k,
-    DIM) in blocks of (1, 1, BLOCK_N, D), DIM <= D; dK and dV again, with their strides. STATS as in flash_fwd, and DELTA of
-    flash_bwd_dq (B, heads, n_q), fp32 contiguous; F as in flash_fwd. Every key row is written: keys that no query sees, and
-    keys that do not exist, get 0.
+    Descriptors of Q and dO (B, heads, n_q, HEAD_DIM) in blocks of (1, 1, BLOCK_M, BLOCK_D), of K, V, dK and dV (B, heads /
+    group, n_k, HEAD_DIM) in blocks of (1, 1, BLOCK_N, BLOCK_D), HEAD_DIM <= BLOCK_D; dK and dV again, with their strides. STATS
+    as in flash_fwd, and DELTA of flash_bwd_dq (B, heads, n_q), fp32 contiguous; F as in flash_fwd. Every key row is written:
+    keys that no query sees, and keys that do not exist, get 0.
     """
     gl.static_assert(STAGES >= 3, "the next tile is waited for before the one before is free")
+    C: gl.constexpr = Static(LINEAR=LINEAR, MASK_VEC=0)
     seq, h_k, start_n = sequence.locate_keys(F, gl.program_id(0), tiles, heads // group, batch, n_q, n_k, BLOCK_N * CONSUMERS)
     shift = align * (seq.n_k - seq.n_q)
-    S = score.prepare(F, seq, h_k * group, scale, shift, LINEAR, 0)
-    end_n = gl.minimum(start_n + BLOCK_N * CONSUMERS, S.n_k)
-    n_seen = gl.where(start_n < S.n_k, seq.n_q, 0)
-    queries = band.query_range(start_n, end_n, n_seen, shift, LEFT, RIGHT, F, BLOCK_M)
+    scorer = score.prepare(F, seq, h_k * group, scale, shift, C)
+    end_n = gl.minimum(start_n + BLOCK_N * CONSUMERS, scorer.n_k)
+    n_seen = gl.where(start_n < scorer.n_k, seq.n_q, 0)
+    queries = band.query_range(start_n, end_n, n_seen, shift, left, right, F, BLOCK_M)
     first = band.first_tile(queries[0], F, BLOCK_M)
     # What no query sees (padding, NaN) spoils its own rows of dK and dV alone; they are zeroed in the end.
-    seen_lo, _, _, seen_hi = band.key_range(0, seq.n_q, S.n_k, shift, LEFT, RIGHT, F, BLOCK_N)
-    ks = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, BLOCK_N, D], k_desc.layout)
-    vs = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, BLOCK_N, D], v_desc.layout)
-    qs = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_M, D], q_desc.layout)
-    dos = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_M, D], do_desc.layout)
+    seen_lo, _, _, seen_hi = band.key_range(0, seq.n_q, scorer.n_k, shift, left, right, F, BLOCK_N)
+    ks = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
+    vs = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, BLOCK_N, BLOCK_D], v_desc.layout)
+    qs = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], q_desc.layout)
+    dos = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], do_desc.layout)
     maxima = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     sums = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     deltas = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -270,17 +277,17 @@ def flash_bwd_dkdv(
         gl.warp_specialize([
             (_produce, (q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, STATS, DELTA, F, memory, seq, heads, h_k, group,
                         start_n, first, queries[0], queries[3], n_q, seen_lo, seen_hi,
-                        LINEAR, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
+                        LINEAR, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, CONSUMERS)),
             (_consume, (DK, DV, stride_dk, stride_dv, memory, seq, heads, h_k, group, start_n, first, queries, seen_lo, seen_hi,
-                        scale, F, S, LEFT, RIGHT, MOD, MOD_GRAD, LINEAR, DIM, BLOCK_M, BLOCK_N, D, STAGES, 0)),
+                        scale, F, scorer, left, right, MOD, MOD_GRAD, LINEAR, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, 0)),
         ], [4], [REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (_produce, (q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, STATS, DELTA, F, memory, seq, heads, h_k, group,
                         start_n, first, queries[0], queries[3], n_q, seen_lo, seen_hi,
-                        LINEAR, BLOCK_M, BLOCK_N, D, STAGES, CONSUMERS)),
+                        LINEAR, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, CONSUMERS)),
             (_consume, (DK, DV, stride_dk, stride_dv, memory, seq, heads, h_k, group, start_n, first, queries, seen_lo, seen_hi,
-                        scale, F, S, LEFT, RIGHT, MOD, MOD_GRAD, LINEAR, DIM, BLOCK_M, BLOCK_N, D, STAGES, 0)),
+                        scale, F, scorer, left, right, MOD, MOD_GRAD, LINEAR, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, 0)),
             (_consume, (DK, DV, stride_dk, stride_dv, memory, seq, heads, h_k, group, start_n, first, queries, seen_lo, seen_hi,
-                        scale, F, S, LEFT, RIGHT, MOD, MOD_GRAD, LINEAR, DIM, BLOCK_M, BLOCK_N, D, STAGES, 1)),
+                        scale, F, scorer, left, right, MOD, MOD_GRAD, LINEAR, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, 1)),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip

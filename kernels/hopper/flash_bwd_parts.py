@@ -6,6 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .. import band, score, sequence
+from ..static import Static
 
 
 class Work(NamedTuple):
@@ -50,27 +51,36 @@ def place(item, F, work):
     """(batch, key head, Scorer) of item number `item`."""
     seq = sequence.of_batch(F, item // (work.heads // work.group), 0, work.n_q, work.n_k)
     h_k = item % (work.heads // work.group)
-    return seq.b, h_k, score.prepare(F, seq, h_k * work.group, work.scale, work.align * (seq.n_k - work.n_q), True, 0)
+    C: gl.constexpr = Static(LINEAR=True)
+    return seq.b, h_k, score.prepare(F, seq, h_k * work.group, work.scale, work.align * (seq.n_k - work.n_q), C)
 
 
 @gluon.jit
-def tiles_of(block, S, F, work, LEFT, RIGHT, BLOCK_M: gl.constexpr, KEYS: gl.constexpr):
-    """The tiles of queries that a block of KEYS keys goes through: (first, left, right, last); those of [left, right) are whole
-    and seen by all of its keys. first and last never fall from a block to the next, and no tile is left out: queries that see
-    no key come with the first block, or with the last that has keys. For blocks behind that one first = last = tiles."""
+def tiles_of(block, scorer, F, work, left, right, BLOCK_M: gl.constexpr, KEYS: gl.constexpr):
+    """The tiles of queries that a block of KEYS keys goes through: (first, full_begin, full_end, last); those of [full_begin,
+    full_end) are whole and seen by all of its keys. first and last never fall from a block to the next, and no tile is left
+    out: queries that see no key come with the first block, or with the last that has keys. For blocks behind that one first =
+    last = tiles."""
     start_n = block * KEYS
     end_n = start_n + KEYS
     lo, full_lo, full_hi, hi = band.query_range(
-        start_n, gl.minimum(end_n, S.n_k), gl.where(start_n < S.n_k, work.n_q, 0), S.shift, LEFT, RIGHT, F, BLOCK_M
+        start_n,
+        gl.minimum(end_n, scorer.n_k),
+        gl.where(start_n < scorer.n_k, work.n_q, 0),
+        scorer.shift,
+        left,
+        right,
+        F,
+        BLOCK_M,
     )
-    seen_lo, _, _, seen_hi = band.key_range(0, work.n_q, S.n_k, S.shift, LEFT, RIGHT, F, KEYS)
-    final = gl.maximum(S.n_k - 1, 0) // KEYS
+    seen_lo, _, _, seen_hi = band.key_range(0, work.n_q, scorer.n_k, scorer.shift, left, right, F, KEYS)
+    final = gl.maximum(scorer.n_k - 1, 0) // KEYS
     first = gl.where(block == 0, 0, gl.where(block > final, work.tiles, gl.minimum(lo // BLOCK_M, work.tiles)))
     last = gl.where(block >= final, work.tiles, gl.maximum(gl.cdiv(gl.maximum(hi, 0), BLOCK_M), first))
-    left = gl.minimum(gl.maximum(gl.cdiv(full_lo, BLOCK_M), first), last)
-    right = gl.minimum(gl.maximum(full_hi // BLOCK_M, left), last)
+    full_begin = gl.minimum(gl.maximum(gl.cdiv(full_lo, BLOCK_M), first), last)
+    full_end = gl.minimum(gl.maximum(full_hi // BLOCK_M, full_begin), last)
     # Scores of keys that are not there are 0, and their weights may overflow: they have to be masked too.
-    return first, left, gl.where((start_n >= seen_lo) & (end_n <= seen_hi), right, left), last
+    return first, full_begin, gl.where((start_n >= seen_lo) & (end_n <= seen_hi), full_end, full_begin), last
 
 
 @gluon.jit

@@ -80,8 +80,8 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 @gluon.jit
 def zero_rows(x, lo, hi, ROWS: gl.constexpr):
-    """Zero the rows outside [lo, hi) of a tile [ROWS, D] in shared memory, 8 at a time, as a producer has few registers: what
-    nothing sees may be NaN, and 0 * NaN would reach what is summed over it."""
+    """Zero the rows outside [lo, hi) of a tile [ROWS, BLOCK_D] in shared memory, 8 at a time, as a producer has few registers:
+    what nothing sees may be NaN, and 0 * NaN would reach what is summed over it."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
     for first in gl.static_range(0, ROWS, 8):
         part = x.slice(first, 8)
@@ -91,7 +91,7 @@ def zero_rows(x, lo, hi, ROWS: gl.constexpr):
 
 @gluon.jit
 def load_rows(
-    one_desc, two_desc, at, one, two, full, cut, cuts, lo, hi, n, ROWS: gl.constexpr, D: gl.constexpr
+    one_desc, two_desc, at, one, two, full, cut, cuts, lo, hi, n, ROWS: gl.constexpr, BLOCK_D: gl.constexpr
 ):  # fmt: skip
     """Tiles of the same ROWS rows of two tensors by TMA, after which `full` has one arrival more. Rows beyond a tensor, which
     has n, arrive as zeros; rows that are there, but outside of [lo, hi), counted from the first of the tile, are zeroed.
@@ -101,8 +101,8 @@ def load_rows(
         tma_load(one_desc, at, cut, one)
         tma_load(two_desc, at, cut, two)
         mbarrier.wait(cut, cuts & 1)
-        zero_rows(one.reshape([ROWS, D]), lo, hi, ROWS)
-        zero_rows(two.reshape([ROWS, D]), lo, hi, ROWS)
+        zero_rows(one.reshape([ROWS, BLOCK_D]), lo, hi, ROWS)
+        zero_rows(two.reshape([ROWS, BLOCK_D]), lo, hi, ROWS)
         fence_async_shared()
         mbarrier.arrive(full, count=1)
         cuts += 1
@@ -114,40 +114,40 @@ def load_rows(
 
 
 @gluon.jit
-def store_rows(x, X, stride, at, h, row, n, DIM: gl.constexpr):
-    """The first n rows of x [ROWS, D], and of those DIM columns, to X from a row on, where TMA would write the rows behind them
-    too: packed sequences end inside of a tensor."""
-    D: gl.constexpr = x.shape[1]
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4, 1], [1, 0])
+def store_rows(x, X, stride, at, h, row, n, HEAD_DIM: gl.constexpr):
+    """The first n rows of x [ROWS, BLOCK_D], and of those HEAD_DIM columns, to X from a row on, where TMA would write the rows
+    behind them too: packed sequences end inside of a tensor."""
+    BLOCK_D: gl.constexpr = x.shape[1]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BLOCK_D // 8), BLOCK_D // 8], [4, 1], [1, 0])
     x = gl.convert_layout(x, LAYOUT)
     rows = gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, LAYOUT))
-    columns = gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT))
+    columns = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, LAYOUT))
     X = tile.head(X, stride, at, h, row, 8)
     offsets = rows[:, None] * tile.stride_of(stride, 2, 8).to(gl.int32) + columns[None, :]
-    gl.store(X + offsets, x, mask=(rows < n)[:, None] & (columns < DIM)[None, :])
+    gl.store(X + offsets, x, mask=(rows < n)[:, None] & (columns < HEAD_DIM)[None, :])
 
 
 @gluon.jit
 def hide_rows(x, seen):
-    """Zero the rows of a tile [N, D] in shared memory where seen [N] is 0."""
+    """Zero the rows of a tile [N, BLOCK_D] in shared memory where seen [N] is 0."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     there = gl.convert_layout(seen, gl.SliceLayout(1, LAYOUT)) > 0
     x.store(gl.where(there[:, None], x.load(LAYOUT), 0.0))
 
 
 @gluon.jit
-def survivors(D, bh, start_m, start_n, like):
+def survivors(drop, bh, start_m, start_n, like):
     """True where dropout keeps the probability of queries from start_m and keys from start_n on, shaped as `like`."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0])
     rows = start_m + gl.arange(0, like.shape[0], layout=gl.SliceLayout(1, LAYOUT))
     groups = start_n // 8 + gl.arange(0, like.shape[1] // 8, layout=gl.SliceLayout(0, LAYOUT))
-    return gl.convert_layout(dropout.keep_at(D, bh, rows[:, None], groups[None, :]), like.type.layout)
+    return gl.convert_layout(dropout.keep_at(drop, bh, rows[:, None], groups[None, :]), like.type.layout)
 
 
 @gluon.jit
-def survivors_transposed(D, bh, start_m, start_n, like):
+def survivors_transposed(drop, bh, start_m, start_n, like):
     """The same, of keys by queries."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [1, 4], [0, 1])
     rows = start_m + gl.arange(0, like.shape[1], layout=gl.SliceLayout(0, LAYOUT))
     groups = start_n // 8 + gl.arange(0, like.shape[0] // 8, layout=gl.SliceLayout(1, LAYOUT))
-    return gl.convert_layout(dropout.keep_transposed_at(D, bh, rows[None, :], groups[:, None]), like.type.layout)
+    return gl.convert_layout(dropout.keep_transposed_at(drop, bh, rows[None, :], groups[:, None]), like.type.layout)

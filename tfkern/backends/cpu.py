@@ -19,7 +19,7 @@ SMALL = 1 << 16  # scores of all heads, of which a mask that is not needed costs
 WORTH = 1 / 16  # the share of all keys that a mask must hide behind the last seen one to be worth a look at lengths
 
 
-def unsupported(problem: Problem) -> list[str]:
+def unsupported(problem: Problem, needs_grad: bool) -> list[str]:
     """The reasons why it can't do the problem."""
     return [] if problem.device.type == "cpu" else ["it is for tensors on a CPU"]
 

@@ -14,7 +14,7 @@ from tfkern.groups import Group
 from tfkern.problem import Gradients, Problem, Tensors
 
 
-def unsupported(problem: Problem) -> list[str]:
+def unsupported(problem: Problem, needs_grad: bool) -> list[str]:
     """The reasons why it can't do the problem: none."""
     return []
 

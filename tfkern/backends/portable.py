@@ -9,7 +9,7 @@ from tfkern import configs, features, launch, layout, tma
 from tfkern.problem import Gradients, Problem, Tensors
 
 
-def unsupported(problem: Problem) -> list[str]:
+def unsupported(problem: Problem, needs_grad: bool) -> list[str]:
     """The reasons why these kernels can't do the problem here."""
     reasons = launch.unsupported(problem.device)
     if problem.dtype == torch.float64:
@@ -152,7 +152,7 @@ def _launch(p: Problem, t: Tensors, kernel, vec: int, strides: list, heads: int,
     numbers = (p.scale if p.scale is not None else 1.0, int(p.lower_right), p.left, p.right)
     value, derivative = p.score_mod or (None, None)
     constants = dict(
-        D=p.head_dim, DV=p.v_head_dim, BLOCK_D=configs.head_dim_class(p.head_dim),
+        HEAD_DIM=p.head_dim, HEAD_DIM_V=p.v_head_dim, BLOCK_D=configs.head_dim_class(p.head_dim),
         BLOCK_DV=configs.head_dim_class(p.v_head_dim), VEC=vec, PRECISION=_precision(p), MOD=value, MOD_GRAD=derivative,
         LINEAR=p.linear, MASK_VEC=features.mask_vec(t), STATS_ROWS=p.stats_rows, BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

@@ -26,7 +26,7 @@ def run(args) -> int:
     problem = call.build(q, q, q, is_causal=True)[0]
     wrong = 0
     for name in order(device.type):
-        if reasons := BACKENDS[name].unsupported(problem):
+        if reasons := BACKENDS[name].unsupported(problem, needs_grad=True):
             print(f"{name:9} does not work here: {'; '.join(reasons)}")
             continue
         errors = testing.check(SELF_CHECK, dtype, name, device)

@@ -74,7 +74,7 @@ class Result:
 def backends(device: torch.device) -> list[str]:
     """The backends that work on a device."""
     q = torch.empty(1, 1, 1, 16, device=device)
-    return [name for name in order(device.type) if not BACKENDS[name].unsupported(call.build(q, q, q)[0])]
+    return [name for name in order(device.type) if not BACKENDS[name].unsupported(call.build(q, q, q)[0], needs_grad=True)]
 
 
 def checked(case: testing.Case, backend: str, dtype: torch.dtype, device: torch.device) -> Result:

@@ -15,8 +15,9 @@ import warnings
 
 import torch
 
-from tfkern import autograd, backends, call, compat, dropout
+from tfkern import backends, call, compat, dropout
 from tfkern.integrations import flash_attn
+from tfkern.options import Inputs, Options
 from tfkern.problem import Gradients, Problem, Tensors, lse_of, stats_of
 
 NAME = "tfkern"
@@ -55,14 +56,15 @@ def _understood(
     query, key, value, cum_seq_q, cum_seq_k, dropout_p, is_causal, scale, window_size_left, window_size_right, seqused_k=None,
     alibi_slopes=None,
 ) -> tuple[Problem, backends.Backend, Tensors]:  # fmt: skip
-    """What is to be done, by what, with what."""
+    """(problem, backend, tensors) of an op. Forward and backward are chosen alike, for a backend that can do both."""
     packed = cum_seq_q is not None
     if not packed:
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     window = tuple(map(flash_attn.side, (window_size_left, window_size_right)))
-    tensors = query, key, value, None, alibi_slopes, None, seqused_k, cum_seq_q, cum_seq_k
-    problem = call.describe(tensors, (dropout_p, is_causal, scale, True, "lower_right", window, None, None, False))
-    return problem, backends.choose(problem, None), call.collect(packed, *tensors, None)
+    inputs = Inputs(query, key, value, None, alibi_slopes, None, seqused_k, cum_seq_q, cum_seq_k)
+    options = Options(dropout_p, is_causal, scale, enable_gqa=True, causal_alignment="lower_right", window=window)
+    problem = call.describe(inputs, options)
+    return problem, backends.choose(problem, needs_grad=True), call.views(inputs, None)
 
 
 def _refuse(query, key, value, return_debug_mask: bool, seqused_k, alibi_slopes, block_table) -> None:
@@ -95,7 +97,7 @@ def _forward(
         rng_state = tensors.seed.view(torch.uint64)
     else:
         rng_state = torch.zeros(2, dtype=torch.uint64, device=query.device)
-    out, stats = autograd.forward(problem, backend, tensors)
+    out, stats = backend.forward(problem, tensors)
     lse = lse_of(stats, problem.unit(tensors))
     if problem.packed:
         out, lse = out.squeeze(0), lse.squeeze(0)
@@ -124,7 +126,7 @@ def _backward(
     grad_out, out = (x.transpose(-2, -3) for x in (grad_out, out))
     if problem.packed:
         grad_out, out, logsumexp = (x.unsqueeze(0) for x in (grad_out, out, logsumexp))
-    grads = autograd.backward(problem, backend, _WANTED, grad_out, None, out, stats_of(logsumexp), tensors)[:3]
+    grads = backend.backward(problem, tensors, out, stats_of(logsumexp), grad_out, None, _WANTED)[:3]
     return tuple((x.squeeze(0) if problem.packed else x).transpose(-2, -3) for x in grads)
 
 

@@ -76,7 +76,8 @@ def scaled_dot_product_attention(
     more = dict(causal_alignment=alignment)
     if query.is_nested:
         return attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **more)
-    query, key, value, attn_mask = call.autocast(query, key, value, attn_mask)
+    dtype = call.autocast_dtype(query)
+    query, key, value, attn_mask = (call.cast(x, dtype) for x in (query, key, value, attn_mask))
     if _ordinary(query, key, value):
         batch, q, k, v = query.shape[:2], query, key, value
     else:  # PyTorch checks what comes with a lower-right CausalBias in Python
