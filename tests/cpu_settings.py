@@ -19,6 +19,7 @@ FILES = [
     "test_attention.py", "test_budget.py", "test_dropout.py", "test_extremes.py", "test_features.py", "test_flash_attn_names.py",
     "test_mha.py", "test_models.py", "test_nanogpt.py", "test_packed.py", "test_patch.py", "test_sdpa.py",
     "test_sdpa_flash_hook.py", "test_small.py", "test_timm.py", "test_transformers.py",
+    "test_transformers_function.py", "test_transformers_masks.py",
 ]  # fmt: skip
 # Of ATen's own kernels, oneDNN and MKL, from the narrowest instructions to the CPU's best.
 VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")

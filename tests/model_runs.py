@@ -74,6 +74,21 @@ def results(model, inputs: dict, seen=None, autocast=None, seed: int = 7) -> dic
     return {"out": out.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+def prepared(m, pad=None, autocast=None, change=None):
+    """A function for judge: forward and backward of a model of the zoo, which must attend by tfkern as often as it says."""
+
+    def run(attn, dtype):
+        inputs, model = m.inputs(pad=pad), m.make(attn, dtype)
+        if change is not None:
+            change(model, inputs)
+        cast = None if dtype == torch.float64 else autocast
+        found = results(model, inputs, lambda out: m.seen(inputs, out), cast)
+        assert integration.calls(model) == (m.calls if attn == "tfkern" else 0)
+        return found
+
+    return run
+
+
 def judge(run, products: torch.dtype = torch.float32) -> list[budget.Error]:
     """The errors of run("tfkern", float32) against run("eager", float64), beside those of eager attention and of the flash
     backward written out; `products` is the type of autocast, where `run` uses it."""

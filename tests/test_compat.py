@@ -270,6 +270,6 @@ def test_the_versions_that_are_named_are_those_that_are_tested(package):
     if package == "triton":
         gated = {version for line in versions(".ci/run", r"for version in ([\d. ]+); do") for version in line.split()}
         assert {pairs["-oldest"], pairs["-newest"]} <= gated
-        assert set(re.findall(r"\b3\.\d\.\d\b", versions("README.md", r"CI does so with Triton ([^\n]*)")[0])) <= gated | {
+        assert set(re.findall(r"\b3\.\d\.\d\b", versions("README.md", r"CI does this with Triton ([^\n]*)")[0])) <= gated | {
             pairs[""]
         }

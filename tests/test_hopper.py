@@ -107,20 +107,6 @@ def test_every_candidate_of_tuning(form, config, name, monkeypatch):
         assert error.ok, str(error)
 
 
-@pytest.mark.parametrize(
-    ("n", "batch", "consumers", "short"),
-    [(64, 1, 1, False), (128, 20, 3, True), (197, 166, 3, True), (197, 1, 2, False), (256, 128, 3, True),
-     (512, 64, 3, True), (512, 8, 2, False), (577, 56, 2, False), (1024, 32, 2, False), (2048, 16, 3, False)],
-)  # fmt: skip
-def test_tiles_by_length(n, batch, consumers, short, monkeypatch):
-    """Three consumers own 192 queries: at 577 most of the last tile would be empty. Where K and V of a head stay, a
-    multiprocessor needs many heads."""
-    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
-    q = torch.empty(1, 1, n, 64, dtype=torch.bfloat16).expand(batch, 12, n, 64)
-    _, config, chosen = hopper._config(call.build(q, q, q)[0])
-    assert (config.consumers, chosen) == (consumers, short)
-
-
 def test_what_is_never_short():
     """Windows, packed sequences, masks, dropout, other head dims, and few queries."""
     assert not {"packed", "window", "window-left", "bias", "bool-mask", "dropout", "d128", "decode"} & set(SHORT)

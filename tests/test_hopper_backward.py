@@ -123,23 +123,6 @@ def test_in_one_launch_on_the_chip(name, dtype, monkeypatch):
         assert error.ok, str(error)
 
 
-def test_where_one_launch_is_taken(monkeypatch):
-    """Head dims up to 64, up to 512 queries of a key head in all, whatever the keys; not where it leaves a GPU's chip idle."""
-
-    def tiles_of(**more):
-        problem = built(replace(CASES["full"], **{"batch": 64, **more}), torch.bfloat16)[1][0]
-        return getattr(hopper.one_pass(problem), "tiles", None)
-
-    assert [tiles_of(n_q=n) for n in (1, 384, 385, 512, 513)] == [6, 6, 8, 8, None]
-    assert [tiles_of(head_dim=d) for d in (40, 64, 72, 128)] == [6, 6, None, None]
-    assert [tiles_of(heads=h, kv_heads=1, n_q=65) for h in (2, 3, 4, 5)] == [6, 6, 8, None]
-    monkeypatch.setattr(hopper.launch, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(hopper.launch, "triton_version", lambda: (3, 7))
-    assert [tiles_of(heads=3, batch=b) for b in (31, 32)] == [None, 6]
-    monkeypatch.setattr(hopper.launch, "triton_version", lambda: (3, 8))  # spills in its loops
-    assert tiles_of(heads=3, batch=32) is None
-
-
 @pytest.mark.parametrize("padded", [False, True], ids=["tensor", "length"])
 def test_weights_of_keys_that_are_not_there_may_overflow(padded):
     """In the last block of keys. exp(-lse) is what a key of zeros would weigh."""

@@ -23,9 +23,8 @@ def owned(kernel: str, config) -> int:
     return config.block_n if kernel == "flash_bwd_dkdv" else config.block_m
 
 
-def test_where_rows_come_from():
-    """Every row was chosen by the model."""
-    assert {config.source for config in ROWS.values()} == {tiles.MODEL}
+def test_every_row_tells_where_it_comes_from():
+    assert all(config.source for config in ROWS.values())
 
 
 def test_a_warp_has_rows_of_its_own():
@@ -36,18 +35,28 @@ def test_a_warp_has_rows_of_its_own():
             assert owned(kernel, config) >= 16 * config.num_warps, (arch, kernel, head_dim, config)
 
 
-def test_lighter_tiles_have_half_the_rows_and_no_idle_warps():
-    """But four warps, and 16 rows."""
-    tile = configs.TileConfig
-    assert tile(128, 64, 4).lighter("flash_fwd", 64) == tile(64, 32, 4)
-    assert tile(128, 64, 8).lighter("flash_fwd", 64) == tile(64, 32, 4)
-    assert tile(256, 64, 8).lighter("flash_bwd_dq", 64) == tile(128, 64, 8)
-    assert tile(64, 64, 4).lighter("flash_bwd_dq", 64) == tile(32, 64, 4)
-    assert tile(32, 128, 8).lighter("flash_bwd_dkdv", 64) == tile(32, 64, 4)
-    assert tile(32, 16, 8).lighter("flash_fwd", 64) == tile(16, 16, 8)  # of float32, where warps had fewer before
-    assert tile(32, 16, 4).lighter("flash_bwd_dkdv", 64) == tile(32, 16, 4)
-    assert tile(128, 32, 8).lighter("flash_fwd", 256) == tile(64, 32, 8)
-    assert tile(64, 64, 8).lighter("flash_bwd_dbias", 64) == tile(64, 64, 8)
+def test_what_a_pass_streams_fits_into_shared_memory():
+    """In as many buffers as there are stages, if nothing else did. The compile gate has the exact bytes."""
+    for (arch, kernel, size, head_dim), config in ROWS.items():
+        if kernel != "flash_bwd_dbias":
+            streamed = config.block_m if kernel == "flash_bwd_dkdv" else config.block_n
+            assert config.num_stages * 2 * streamed * head_dim * size <= tiles.SHARED[arch], (arch, kernel, size, head_dim)
+
+
+def test_a_lighter_tile_is_no_heavier_in_anything():
+    """It has at least 16 rows, as a matrix instruction has; each warp has 16 of its own if it had before; no warp holds more
+    scores than it did."""
+    for (arch, kernel, size, head_dim), config in ROWS.items():
+        lighter = configs.tile_config(arch, kernel, size, head_dim, heavy=True)
+        at = arch, kernel, size, head_dim, lighter
+        assert 16 <= owned(kernel, lighter) <= max(16, owned(kernel, config)), at
+        assert 4 <= lighter.num_warps <= config.num_warps, at
+        assert lighter.num_stages == config.num_stages, at
+        assert lighter.block_m * lighter.block_n * config.num_warps <= config.block_m * config.block_n * lighter.num_warps, at
+        if owned(kernel, config) >= 16 * config.num_warps and lighter.num_warps > 4 and head_dim < 256:
+            assert owned(kernel, lighter) >= 16 * lighter.num_warps, at
+        if kernel != "flash_bwd_dbias" and owned(kernel, config) > 16:
+            assert owned(kernel, lighter) < owned(kernel, config), at
 
 
 TTGIR = """
@@ -123,12 +132,15 @@ def test_spilled_numbers_take_the_path_of_shared_memory():
 
 
 def test_chips_of_graphics_cards_multiply_slower():
-    """An A100 is the chip that the cycles of mma.sync are of; its vector pipes are half of the H100's."""
-    assert chips.MACHINES["sm_80"].mma == chips.MACHINES["sm_90"].mma == 1024
-    assert chips.MACHINES["sm_80"].fp32 == 64
+    """Than an A100, the chip whose mma.sync the cycles are of; its vector pipes are slower than an H100's."""
+    data_center = chips.MACHINES["sm_80"]
+    assert data_center.mma == chips.MACHINES["sm_90"].mma
+    assert data_center.fp32 < chips.MACHINES["sm_90"].fp32
     for arch in ("sm_86", "sm_89", "sm_120"):
-        assert chips.MACHINES[arch].mma == chips.MACHINES[arch].multiply_adds == 256
-        assert chips.MACHINES[arch].shared == tiles.SHARED[arch] + 1024
+        machine = chips.MACHINES[arch]
+        assert machine.mma < data_center.mma
+        assert machine.mma == machine.multiply_adds
+        assert machine.shared > tiles.SHARED[arch]
 
 
 ROW = sweep.Row("sm_80", "flash_fwd", "bf16", 64)

@@ -17,10 +17,9 @@ from tfkern.integrations import transformers as integration
 
 sys.path.append(str(Path(__file__).resolve().parent))
 import model_runs
-from zoo import IGNORING, LAYERS, MODELS
+from zoo import IGNORING, LAYERS, MODELS, NAMED
 
 pytestmark = pytest.mark.needs("transformers", importlib.util.find_spec("transformers") is not None)
-NAMED = {m.name.split(" ")[0]: m for m in MODELS}
 # What a model needs to be compiled without graph breaks with any attention, and why.
 NEEDED = {
     "gpt-oss": (dict(_experts_implementation="batched_mm"), "the other loops over the experts that were chosen, which is data"),

@@ -138,6 +138,7 @@ MODELS = [
     _of("BEiT (position bias)", "BeitForImageClassification", "BeitConfig", "image", "attention_probs_dropout_prob",
         base=_IMAGE, use_relative_position_bias=True, drop_path_rate=0.0),
 ]  # fmt: skip
+NAMED = {m.name.split(" ")[0]: m for m in MODELS}
 DECODERS = [m for m in MODELS if m.kind == "decoder"]
 TEXT = [m for m in MODELS if m.kind in ("encoder", "decoder", "seq2seq")]
 

@@ -30,8 +30,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 KERNELS = ROOT / "kernels"
+# Examples for users: they take no part in any other kernel, and their tests repeat their formulas.
+EXAMPLES = {"score_mods.py"}
 FILES = [
-    *sorted(path.name for path in KERNELS.glob("*.py")),
+    *sorted({path.name for path in KERNELS.glob("*.py")} - EXAMPLES),
     *sorted(f"hopper/{path.name}" for path in KERNELS.glob("hopper/*.py")),
 ]
 TESTS = ["test_small.py", "test_band.py", "test_addresses.py", "test_dropout.py", "test_features.py", "test_extremes.py"]
@@ -49,7 +51,6 @@ FIRST = {
     "flash_fwd.py": ["full", "window-narrow", "groups", "dropout", "packed"],
     "rounding.py": ["test_what_the_output_lost_when_it_was_rounded"],
     "score.py": ["test_addresses.py", "softcap", "bias-window", "slopes", "score-mod-log", "mask", "score-mod", "padded"],
-    "score_mods.py": ["test_the_examples_of_score_mod_are_what_they_say", "score-mod-log", "score-mod"],
     "sequence.py": ["packed-many", "packed", "padded", "packed-bias", "test_boundaries_that_nobody_checked"],
     "softmax.py": ["full", "strided", "sinks", "bnhd", "padded"],
     "tile.py": ["test_addresses.py", "full", "strided", "window-narrow", "packed"],
