@@ -1,7 +1,7 @@
-"""A GPU that is not there: kernels are compiled for it and launched into nothing.
+"""A stand-in for a GPU: kernels are compiled for it, and launches do nothing.
 
 With it the Python side of a launch can be timed, and what compiles anew be counted, on a machine without a GPU. Tensors are the
-CPU's; results are whatever memory held. Not to be used where Triton's interpreter is on.
+CPU's; results are whatever memory held. RuntimeError where Triton's interpreter is on.
 """
 
 import os
@@ -13,7 +13,7 @@ PROPERTIES = {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize":
 
 
 class Driver:
-    """All that Triton asks of a driver before it launches, and a launcher that returns at once."""
+    """What Triton asks of a driver before a launch, and a launcher that returns at once."""
 
     utils = types.SimpleNamespace(
         load_binary=lambda *_: (1, 2, 100, 0, 1024), unload_module=lambda *_: None, get_device_properties=lambda _: PROPERTIES
@@ -42,8 +42,8 @@ class Driver:
 
 
 def pretend(architecture: int = 90, launcher=lambda *_: None) -> None:
-    """For the rest of the process the backends for GPUs take CPU tensors for those of one, and call `launcher` in place of
-    CUDA. To be called before the first attention."""
+    """For the rest of the process, the backends for GPUs take CPU tensors as a GPU's, and call `launcher` in place of CUDA.
+    Call it before the first attention."""
     install(Driver(architecture, launcher))
 
 
