@@ -1,4 +1,4 @@
-"""Every check of the arguments of attention. A message names the argument, what is wanted, what came, and what to do."""
+"""The checks of the arguments of attention. A message names the argument, what it must be, what it is, and what to do."""
 
 import inspect
 import math
@@ -10,20 +10,20 @@ from torch import Tensor
 from tfkern import compat
 
 ALIGNMENTS = ("upper_left", "lower_right")
-LARGEST = torch.finfo(torch.float32).max  # what kernels compute in
+LARGEST = torch.finfo(torch.float32).max  # kernels compute in float32
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def same(given, wanted, unknown: bool = True) -> bool:
-    """Whether sizes are equal. `unknown` is said where torch.compile can't know, as data decide on a size: True lets pass
-    what an op checks again when it runs."""
+    """Whether sizes are equal. Where torch.compile can't know, because a size depends on data, the answer is `unknown`: True is
+    right for what an op checks again when it runs."""
     if not (torch.compiler.is_compiling() or torch.SymInt in map(type, (*given, *wanted))):
         return tuple(given) == tuple(wanted)
     return len(given) == len(wanted) and all(compat.guard_or(unknown, g == w) for g, w in zip(given, wanted, strict=True))
 
 
 def operands(query, key, value, packed: bool) -> None:
-    """query, key and value: tensors of the right number of dims that fit each other."""
+    """query, key and value are tensors of the right number of dims, and their shapes, dtypes and devices fit together."""
     dims = "(total, heads, head_dim)" if packed else "(batch, heads, length, head_dim)"
     for name, x in (("query", query), ("key", key), ("value", value)):
         _tensor(name, x)
@@ -51,13 +51,13 @@ def operands(query, key, value, packed: bool) -> None:
 
 
 def dtype(name: str, x: Tensor) -> None:
-    """One that attention is computed in."""
+    """x has a dtype that attention supports."""
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be one of {', '.join(map(str, DTYPES))}, but is {x.dtype}; convert it with .to(dtype)")
 
 
 def packed_qkv(qkv, varlen: bool) -> None:
-    """qkv is (B, N, 3, H, D), or (total, 3, H, D) with cu_seqlens."""
+    """qkv is (B, N, 3, H, D), with cu_seqlens (total, 3, H, D)."""
     _tensor("qkv", qkv)
     wanted, dims = ("(total, 3, H, D)", 4) if varlen else ("(B, N, 3, H, D)", 5)
     if qkv.dim() != dims or qkv.shape[-3] != 3:
@@ -70,7 +70,7 @@ def packed_qkv(qkv, varlen: bool) -> None:
 
 
 def heads(heads: int, kv_heads: int, enable_gqa: bool) -> None:
-    """Equal numbers, or with enable_gqa a multiple."""
+    """The numbers of heads are equal, or with enable_gqa those of query are a multiple."""
     if heads == kv_heads:
         return
     if not enable_gqa:
@@ -85,13 +85,13 @@ def heads(heads: int, kv_heads: int, enable_gqa: bool) -> None:
 
 
 def key_lengths(key_lengths, batch: int, n_k: int, device: torch.device) -> None:
-    """(batch,) integers in 0..n_k."""
+    """key_lengths is (batch,) integers in 0..n_k."""
     _integers("key_lengths", key_lengths, batch, "one length a batch", device)
     key_lengths_values(key_lengths, n_k)
 
 
 def key_lengths_values(key_lengths: Tensor, n_k: int) -> None:
-    """In 0..n_k. Where the values are not looked at, kernels clamp them to that instead."""
+    """The values are in 0..n_k. Where they can't be read, the kernels clamp them to that range."""
     if readable(key_lengths) and key_lengths.numel():
         values = key_lengths.tolist()
         if not (min(values) >= 0 and max(values) <= n_k):
@@ -99,7 +99,7 @@ def key_lengths_values(key_lengths: Tensor, n_k: int) -> None:
 
 
 def cu_seqlens(name: str, cu, total: int, device: torch.device, count: int | None = None) -> None:
-    """(B + 1,) integers that rise from 0 to at most total."""
+    """cu is (B + 1,) integers that rise from 0 to at most total. `count` is the wanted B + 1, None: any."""
     if isinstance(cu, Tensor) and (cu.dim() != 1 or same(cu.shape, (0,), unknown=False)):
         raise ValueError(f"{name} must have shape (sequences + 1,), starting with 0, but has {tuple(cu.shape)}")
     _integers(name, cu, count, "as cu_seqlens_q has", device)
@@ -107,16 +107,17 @@ def cu_seqlens(name: str, cu, total: int, device: torch.device, count: int | Non
 
 
 def cu_seqlens_values(name: str, cu: Tensor, total: int) -> None:
-    """Rising from 0 to at most total."""
+    """The values rise from 0 to at most total."""
     if not readable(cu):
-        return  # the kernels stay inside the tensors whatever stands there
+        return  # whatever the values are, the kernels stay inside the tensors
     values = cu.tolist()
     if values[0] != 0 or values != sorted(values) or values[-1] > total:
         raise ValueError(f"{name} must rise from 0 to at most {total}, the rows that there are, but is {values}")
 
 
 def mask(attn_mask, query: Tensor, shape: tuple[int, int, int, int], packed: bool, longest: tuple[int, int] | None) -> None:
-    """A tensor that broadcasts to (B, H, Nq, Nk); for packed sequences to (B, H, longest query sequence or more, …)."""
+    """attn_mask broadcasts to shape (B, H, Nq, Nk). Packed: to (B, H), and its last dims are 1 or at least `longest`, the
+    lengths of the longest sequences of queries and of keys, where those are known."""
     _tensor("attn_mask", attn_mask)
     if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
         raise TypeError(
@@ -142,17 +143,17 @@ def broadcasts(given: tuple, shape: tuple) -> bool:
 
 
 def slopes(alibi_slopes, query: Tensor, batch: int, heads: int) -> None:
-    """(H,) or (B, H), float32 or the dtype of query."""
+    """alibi_slopes is (H,) or (B, H), float32 or the dtype of query."""
     _vector("alibi_slopes", alibi_slopes, query, [(heads,), (batch, heads)])
 
 
 def sinks(sinks, query: Tensor, heads: int) -> None:
-    """(H,), float32 or the dtype of query."""
+    """sinks is (H,), float32 or the dtype of query."""
     _vector("sinks", sinks, query, [(heads,)])
 
 
 def softcap(softcap) -> float | None:
-    """A finite number above 0, or None."""
+    """softcap as a float: a finite number above 0. None stays None."""
     if softcap is None:
         return None
     _number("softcap", softcap, "a number above 0, or None")
@@ -162,14 +163,14 @@ def softcap(softcap) -> float | None:
 
 
 def dropout_p(dropout_p) -> float:
-    """A probability."""
+    """dropout_p as a float: a number in [0, 1]."""
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, numbers.Real) or not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be a number in [0, 1], but is {dropout_p!r}")
     return float(dropout_p)
 
 
 def score_mod(score_mod) -> tuple | None:
-    """A pair of functions, as triton.jit makes them."""
+    """score_mod as a tuple of two @triton.jit functions of five parameters. None stays None."""
     if score_mod is None:
         return None
     pair = isinstance(score_mod, (tuple, list)) and len(score_mod) == 2
@@ -182,7 +183,7 @@ def score_mod(score_mod) -> tuple | None:
 
 
 def scale(scale, head_dim: int, query: Tensor) -> float | Tensor:
-    """A finite number, or a tensor of one number that needs no gradient; None is 1 / sqrt(head_dim)."""
+    """scale as a finite float, or a tensor of one number that requires no grad. None becomes 1 / sqrt(head_dim)."""
     if scale is None:
         return head_dim**-0.5 if head_dim else 1.0
     if not isinstance(scale, Tensor):
@@ -202,12 +203,12 @@ def scale(scale, head_dim: int, query: Tensor) -> float | Tensor:
 
 
 def shapes_only(x: Tensor) -> bool:
-    """Whether there is nothing to compute but shapes: on the device meta, and in a FakeTensorMode."""
+    """Whether x has a shape but no values: on the device meta, or in a FakeTensorMode."""
     return x.is_meta or compat.fake(x)
 
 
 def readable(x: Tensor) -> bool:
-    """Whether values can be looked at: on a GPU that would stop the stream, and under torch.compile and vmap there are none."""
+    """Whether the values of x can be read. On a GPU that would stop the stream; under torch.compile and vmap there are none."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     return compat.has_values(x)
@@ -230,7 +231,7 @@ def alignment(causal_alignment) -> None:
 
 
 def band(window, is_causal: bool, unbounded: int) -> tuple[int | None, int | None]:
-    """(left, right) of window and is_causal together. A side of `unbounded` or more hides nothing: it becomes that number."""
+    """(left, right) of window and is_causal together. A side of `unbounded` or more hides nothing and is cut to that number."""
     left, right = sides(window)
     if is_causal:
         right = 0
@@ -238,6 +239,7 @@ def band(window, is_causal: bool, unbounded: int) -> tuple[int | None, int | Non
 
 
 def sides(window) -> tuple[int | None, int | None]:
+    """(left, right) of window, each an int >= 0 or None."""
     if window is None:
         return None, None
     if not isinstance(window, (tuple, list)) or len(window) != 2:
@@ -269,7 +271,8 @@ def _number(name: str, x, wanted: str) -> None:
 
 def _integers(name: str, x, count: int | None, what: str, device: torch.device) -> None:
     if not isinstance(x, Tensor):
-        number = "" if count is None else f"{count} "  # here: torch.compile takes a number that is written out as a constant
+        # Only here: torch.compile makes a constant of a symbol that is formatted.
+        number = "" if count is None else f"{count} "
         raise TypeError(f"{name} must be a tensor of {number}integers, but is {type(x).__name__}; torch.tensor(…) makes one")
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, but is {x.dtype}")

@@ -1,4 +1,4 @@
-"""Keeping torch.compile out of what it can't compile, and its backward from drawing other random bits than its forward."""
+"""Decorators for torch.compile: what it must not trace, and random operations whose bits forward and backward share."""
 
 import contextlib
 import functools
@@ -10,9 +10,9 @@ from tfkern import compat
 
 
 def uncompiled(function):
-    """`function` for torch.compile to leave alone: what it keeps between calls is nothing to guard on.
+    """`function`, which torch.compile doesn't trace: it would put guards on what the function caches between calls.
 
-    As torch.compiler.disable, but that imports Dynamo, and with it Triton, which no one needs who compiles nothing.
+    Same as torch.compiler.disable, which imports Dynamo, and with it Triton, even if nothing is compiled.
     """
     disabled = None
 
@@ -30,11 +30,12 @@ def uncompiled(function):
 
 @contextlib.contextmanager
 def drawn_once():
-    """Random operations that are traced within give forward and backward the same bits, whatever the partitioner recomputes.
+    """Random operations traced inside this context have the same bits in forward and backward, whatever the partitioner
+    recomputes.
 
-    It may recompute what is random, too (with an activation_memory_budget below 1; PyTorch's own dropout then has other bits in
-    the backward). Marked as checkpointing marks what it saves, the bits are saved. A budget of 0 saves nothing that was
-    computed: there the mark asks for a replay, for which PyTorch saves the state of the generator.
+    With an activation_memory_budget below 1 the partitioner recomputes random operations too (PyTorch's own dropout then has
+    different bits in the backward). Operations traced here carry the mark of activation checkpointing that saves their result.
+    A budget of 0 saves no results: the mark then asks for a replay, for which PyTorch saves the state of the generator.
     """
     meta = compat.current_meta()
     before = meta.get("recompute")

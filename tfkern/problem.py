@@ -1,10 +1,13 @@
-"""What is to be computed, without the tensors (Problem), and the tensors (Tensors). The checks are in checks.py.
+"""One call of attention: Problem describes it without its tensors, Tensors are its tensors. The checks are in checks.py.
 
-What a forward leaves of each row for its backward are `stats` (B, H, 2, Nq), in the dtype of lse: m, and log l = log(sum of
-exp(logit - unit * m)). With m the largest logit, in units of q . k where that is all of it (`unit` is the scale then, else 1),
-the backward can form weights as the forward did: in lse = unit * m + log l the second is lost beside a first of 1e9. m may be
-another number, 0 where a row sees no key, and log l is -inf there. With precise_delta stats have more rows (B, H, stats_rows,
-Nq), for what O lost when it was rounded to 16 bits: (Nq, Dv) in the dtype of O behind each head's two (kernels/rounding.py).
+The forward saves `stats` (B, H, 2, Nq) for the backward, in the dtype of lse. For each row of queries they hold m and
+log l = log(sum of exp(logit - unit * m)). m is usually the largest logit. It is in units of q . k if a logit is the scaled
+product alone (`unit` is the scale then, else 1). From m and log l the backward forms the same weights as the forward; from
+lse = unit * m + log l it could not, because beside an m of 1e9 log l is rounded away. m may be any number. A row that sees no
+key has m = 0 and log l = -inf.
+
+With precise_delta stats have more rows, (B, H, stats_rows, Nq). Those behind each head's first two hold what O lost when it was
+rounded to 16 bits, as (Nq, Dv) in the dtype of O (kernels/rounding.py).
 """
 
 import functools
@@ -16,24 +19,24 @@ from torch import Tensor
 
 
 class Tensors(NamedTuple):
-    """The tensors of one call, as every backend gets them. The first six are differentiable; all but three may be None."""
+    """The tensors of one call, as backends take them. The fields that Gradients has too are differentiable."""
 
-    q: Tensor  # (B, H, Nq, D); packed sequences lie behind each other in one batch, (1, H, total, D)
+    q: Tensor  # (B, H, Nq, D); packed sequences: (1, H, total_q, D)
     k: Tensor  # (B, Hkv, Nk, D)
     v: Tensor  # (B, Hkv, Nk, Dv)
-    bias: Tensor | None = None  # (B, H, Nq, Nk), float32 or the dtype of q, each dim its size or 1
+    bias: Tensor | None = None  # (B, H, Nq, Nk), float32 or the dtype of q; a dim that broadcasts is 1
     slopes: Tensor | None = None  # (B, H) or (1, H)
     sinks: Tensor | None = None  # (H,) contiguous
-    mask: Tensor | None = None  # as bias, bool
+    mask: Tensor | None = None  # bool, shape as bias
     key_lengths: Tensor | None = None  # (B,) contiguous
     cu_q: Tensor | None = None  # (B + 1,) contiguous
-    cu_k: Tensor | None = None
-    seed: Tensor | None = None  # (2,) int64
-    scale: Tensor | None = None  # one number, in the dtype of lse, where it isn't a Python number
+    cu_k: Tensor | None = None  # (B + 1,) contiguous
+    seed: Tensor | None = None  # (2,) int64, of dropout
+    scale: Tensor | None = None  # (), in the dtype of lse; None: Problem.scale is the number
 
 
 class Gradients(NamedTuple):
-    """A gradient for each differentiable tensor, or None where it is not needed."""
+    """The gradients of the differentiable tensors; None: not needed."""
 
     q: Tensor | None = None
     k: Tensor | None = None
@@ -44,23 +47,23 @@ class Gradients(NamedTuple):
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """That of lse, for inputs of `dtype`."""
+    """The dtype of lse for inputs of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def lse_of(stats: Tensor, unit) -> Tensor:
-    """lse (B, H, Nq), all of whose gradient comes by way of log l."""
+    """lse (B, H, Nq). Its gradient flows through log l only; m counts as a constant."""
     m, log_l = stats.select(2, 0), stats.select(2, 1)
     return log_l + m.detach() * unit
 
 
 def stats_rows(dtype: torch.dtype, v_head_dim: int, precise_delta: bool) -> int:
-    """Rows of stats. What is not rounded to 16 bits loses nothing."""
+    """The number of rows of stats: 2, and those for the rounding of O, which only 16-bit dtypes have."""
     return 2 + (v_head_dim + 1) // 2 if precise_delta and dtype.itemsize == 2 else 2
 
 
 def stats_of(lse: Tensor, stats_rows: int = 2) -> Tensor:
-    """stats where lse is all that is known: m = 0."""
+    """stats from lse alone: m = 0, log l = lse."""
     batch, heads, rows = lse.shape
     stats = lse.new_zeros(batch, heads, stats_rows, rows)
     stats.select(2, 1).copy_(lse)
@@ -69,9 +72,11 @@ def stats_of(lse: Tensor, stats_rows: int = 2) -> Tensor:
 
 @dataclass(frozen=True)
 class Problem:
-    """One call of attention. Query i sees key j where i + shift - left <= j <= i + shift + right (None: unbounded side), j is
-    below the number of keys and no mask hides it; shift is 0, or keys - queries under lower_right. With key lengths, a batch
-    has that many keys. Packed: `batch` sequences lie behind each other in n_q rows of queries and n_k rows of keys.
+    """One call of attention, without its tensors.
+
+    Query i sees key j if i + shift - left <= j <= i + shift + right, j is less than the number of keys, and no mask hides it.
+    shift is 0, with lower_right the number of keys - the number of queries. With key lengths, the number of keys is that of the
+    batch. With packed, n_q and n_k are the rows of all `batch` sequences together.
     """
 
     batch: int
@@ -83,21 +88,21 @@ class Problem:
     v_head_dim: int
     dtype: torch.dtype
     device: torch.device
-    scale: float | None = None  # None: it is a tensor
-    left: int | None = None
+    scale: float | None = None  # None: it is Tensors.scale
+    left: int | None = None  # None: unbounded
     right: int | None = None
     lower_right: bool = False
     packed: bool = False
     has_key_lengths: bool = False
-    mask: tuple[int, ...] | None = None  # shape of the boolean mask, dims that broadcast being 1
-    bias: tuple[int, ...] | None = None  # shape of the additive mask
+    mask: tuple[int, ...] | None = None  # the shape of the boolean mask; a dim that broadcasts is 1
+    bias: tuple[int, ...] | None = None  # the shape of the additive mask
     dropout_p: float = 0.0
     softcap: float | None = None
     has_slopes: bool = False
     has_sinks: bool = False
     score_mod: tuple | None = None
     precise_delta: bool = False
-    plans: dict = field(default_factory=dict, compare=False, repr=False)  # what a backend wants to work out only once
+    plans: dict = field(default_factory=dict, compare=False, repr=False)  # memo of the backends
 
     def __post_init__(self):
         values = [getattr(self, f.name) for f in fields(self) if f.compare]
@@ -108,7 +113,7 @@ class Problem:
 
     @property
     def group(self) -> int:
-        """Query heads that share one key head."""
+        """The number of query heads that share a key head."""
         return self.heads // max(self.kv_heads, 1)
 
     @property
@@ -121,26 +126,26 @@ class Problem:
 
     @property
     def heavy(self) -> bool:
-        """Whether more than scale and band stands between a product and its logit, or random bits between weight and value."""
+        """Whether the kernels do more for each score than scale it and apply the band."""
         return bool(self.mask or self.bias or self.dropout_p or self.softcap or self.has_slopes or self.score_mod)
 
     @property
     def several(self) -> bool:
-        """Whether more than one of those is there that take registers in every score, masks aside."""
+        """Whether at least two of dropout, softcap, ALiBi and score_mod are there, which together take many registers."""
         return sum(map(bool, (self.dropout_p, self.softcap, self.has_slopes, self.score_mod))) > 1
 
     @property
     def linear(self) -> bool:
-        """Whether logits are products of queries and keys, scaled, and nothing else."""
+        """Whether a logit is the scaled product of query and key alone, and no sink is there."""
         return not (self.bias or self.softcap or self.has_slopes or self.has_sinks or self.score_mod)
 
     def unit(self, t: Tensors):
-        """What m of the stats is multiplied by to be a logit."""
+        """The factor that makes a logit of m of the stats."""
         if not self.linear:
             return 1.0
         return t.scale if self.scale is None else self.scale
 
     @functools.cached_property
     def plain(self) -> bool:
-        """Whether scores are nothing but scale * q . k within a band: no tensor is there beside q, k and v."""
+        """Whether q, k and v are the only tensors and a logit is scale * q . k within a band."""
         return not (self.heavy or self.packed or self.has_key_lengths or self.has_sinks or self.scale is None)
