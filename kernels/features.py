@@ -1,17 +1,17 @@
-"""The optional arguments of attention as the kernels take them: one tuple, in which what is None compiles away.
+"""Device side of attention's optional arguments: one tuple for all of them, in which a None compiles away.
 
-Whole numbers in a tuple arrive as 2 n + 3, which Triton's JIT never specialises on (see tile.py); `tile.whole` decodes.
+A whole number n in a tuple is passed as 2 n + 3, on which Triton's JIT never specialises (tile.py); `tile.whole` decodes it.
 """
 
 from typing import Any, NamedTuple
 
 
 class Mask(NamedTuple):
-    """A tensor (B, H, n_q, n_k) of any strides, 0 on broadcast dims."""
+    """A tensor (B, H, n_q, n_k) of any strides. Dimensions along which it broadcasts have stride 0."""
 
     ptr: Any
-    stride: Any  # as in tile.py, with its own VEC
-    rows: Any  # queries and keys that it has, encoded; of a broadcast dim, more than there can be
+    stride: Any  # as in tile.py, with MASK_VEC for VEC
+    rows: Any  # its numbers of queries and keys, encoded; of a dimension that broadcasts, more than there can be
     columns: Any
 
 
@@ -24,7 +24,8 @@ class Slopes(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Of 65536 equally likely numbers, those below `threshold` (encoded) drop; what is kept is scaled by `factor`."""
+    """A probability is dropped if its random number, one of 65536 equally likely ones, is below `threshold` (encoded). What is
+    kept is multiplied by `factor`."""
 
     seed: Any  # pointer to two int64
     threshold: Any
@@ -32,10 +33,10 @@ class Dropout(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What a call of attention has beside queries, keys, values, scale and band."""
+    """What a call of attention has besides queries, keys, values, scale and band."""
 
-    key_lengths: Any = None  # (B,) integers: keys from there on do not exist
-    cu_q: Any = None  # (B + 1,) integers: where packed sequences start, for queries and for keys
+    key_lengths: Any = None  # (B,) integers: how many keys of a sequence exist
+    cu_q: Any = None  # (B + 1,) integers: the first row of each packed sequence, of queries and of keys
     cu_k: Any = None
     scale: Any = None  # pointer to one float32, instead of the number
     softcap: Any = None

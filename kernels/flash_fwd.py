@@ -1,41 +1,35 @@
-"""Forward: O = softmax(logits(Q K^T)) V for one tile of queries, keys streamed past it (Dao et al., FlashAttention, 2022)."""
+"""Forward: O = softmax(logits(Q K^T)) V of a tile of queries; keys stream past it (Dao et al., FlashAttention, 2022)."""
 
 import triton
 import triton.language as tl
 
 from . import band, dropout, rounding, score, sequence, softmax, tile
 from .static import Static
+from .work import Work, load_k, load_v, logits
 
-# Changing these numbers never recompiles; what does recompile is dtype, head dim, VEC and which arguments are None.
+# Changing these numbers never recompiles. Another dtype, head dim or VEC does, and so does an argument that becomes None.
 RUN_TIME = [
     "stride_q", "stride_k", "stride_v", "stride_o", "batch", "heads", "group", "n_q", "n_k", "tiles", "align", "left", "right",
 ]  # fmt: skip
 
 
 @triton.jit
-def _attend(
-    q, K, V, stride_k, stride_v, acc, m_i, l_i, start, stop, lo, hi, start_m, left, right, F, scorer, bh,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, VEC: tl.constexpr, PRECISION: tl.constexpr,
-    MOD: tl.constexpr, LINEAR: tl.constexpr, MASK_VEC: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Take the key tiles of [start, stop) into (acc, m_i, l_i)."""
-    C: tl.constexpr = Static(MOD=MOD, LINEAR=LINEAR, MASK_VEC=MASK_VEC)
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    for start_n in tl.range(start, stop, BLOCK_N):
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        k = tile.load(K, stride_k, start_n, lo, hi, BLOCK_N, HEAD_DIM, BLOCK_D, VEC, MASKED)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_D] @ [BLOCK_D, BLOCK_N]
-        s, keep, _ = score.logits(
-            s, offs_m[:, None], offs_n[None, :], start_m, start_n, F, scorer, left, right, C, MASKED, MASKED)  # fmt: skip
+def _attend(q, acc, m_i, l_i, start, stop, work, F, C: tl.constexpr, MASKED: tl.constexpr):
+    """Take the tiles of keys from start to stop into (acc, m_i, l_i)."""
+    offs_m = work.start_m + tl.arange(0, C.BLOCK_M)
+    for start_n in tl.range(start, stop, C.BLOCK_N):
+        offs_n = start_n + tl.arange(0, C.BLOCK_N)
+        k = load_k(work, start_n, C, MASKED)
+        s = tl.dot(q, tl.trans(k), input_precision=C.PRECISION)  # [BLOCK_M, BLOCK_D] @ [BLOCK_D, BLOCK_N]
+        s, keep, _ = logits(s, offs_m, offs_n, start_n, work, F, C, MASKED)
         s = tl.where(keep, s, float("-inf"))
-        p, alpha, m_i, l_i = softmax.step(s, m_i, l_i, scorer)
+        p, alpha, m_i, l_i = softmax.step(s, m_i, l_i, work.scorer)
         if F.dropout is not None:
-            p = tl.where(dropout.keep(F.dropout, bh, start_m, start_n, BLOCK_M, BLOCK_N), p, 0.0)
-        v = tile.load(V, stride_v, start_n, lo, hi, BLOCK_N, HEAD_DIM_V, BLOCK_DV, VEC, MASKED)
+            p = tl.where(dropout.keep(F.dropout, work.bh, work.start_m, start_n, C.BLOCK_M, C.BLOCK_N), p, 0.0)
+        v = load_v(work, start_n, C, MASKED)
         v = score.hide_unseen(v, keep, F, 0)
         # [BLOCK_M, BLOCK_N] @ [BLOCK_N, BLOCK_DV]
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=C.PRECISION)
     return acc, m_i, l_i
 
 
@@ -47,41 +41,37 @@ def flash_fwd(
     PRECISION: tl.constexpr, MOD: tl.constexpr, LINEAR: tl.constexpr, MASK_VEC: tl.constexpr,
     STATS_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid (batch * heads * tiles,), tiles = ceil(n_q / BLOCK_M); packed: (heads * tiles,), tiles as in sequence.py.
+    """Grid (batch * heads * tiles,), tiles = ceil(n_q / BLOCK_M). Packed: (heads * tiles,), tiles as in sequence.py.
 
-    Q (B, heads, n_q, HEAD_DIM), K (B, heads / group, n_k, HEAD_DIM), V (…, HEAD_DIM_V), O (B, heads, n_q, HEAD_DIM_V), STATS
-    (B, heads, STATS_ROWS, n_q) fp32 contiguous (softmax.store_stats, rounding.store), F Features; packed sequences have B = 1
-    and `batch` of them. align = 1 aligns the last query with the last key, 0 the first with the first. MOD: the user's change
-    of scores, a jit function, or None.
+    Q (B, heads, n_q, HEAD_DIM), K (B, heads / group, n_k, HEAD_DIM), V (B, heads / group, n_k, HEAD_DIM_V), O (B, heads, n_q,
+    HEAD_DIM_V), STATS (B, heads, STATS_ROWS, n_q) fp32 contiguous (softmax.store_stats, rounding.store). F: Features. Packed
+    sequences have B = 1, and there are `batch` of them. align = 1 aligns the last query with the last key, align = 0 the first
+    with the first. MOD: the user's score_mod, a jit function, or None.
     """
     C: tl.constexpr = Static(
-        HEAD_DIM_V=HEAD_DIM_V, BLOCK_DV=BLOCK_DV, LINEAR=LINEAR, MASK_VEC=MASK_VEC, STATS_ROWS=STATS_ROWS,
-        BLOCK_M=BLOCK_M)  # fmt: skip
+        HEAD_DIM=HEAD_DIM, HEAD_DIM_V=HEAD_DIM_V, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, VEC=VEC, PRECISION=PRECISION, MOD=MOD,
+        LINEAR=LINEAR, MASK_VEC=MASK_VEC, STATS_ROWS=STATS_ROWS, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+    )  # fmt: skip
     seq, h, start_m = sequence.locate_queries(F, tl.program_id(0), tiles, heads, batch, n_q, n_k, BLOCK_M)
     shift = align * (seq.n_k - seq.n_q)
     Q_h = tile.head(Q, stride_q, seq.at, h, seq.q_row, VEC)
-    q = tile.load(Q_h, stride_q, start_m, 0, seq.n_q, BLOCK_M, HEAD_DIM, BLOCK_D, VEC, True)
+    q = tile.load(Q_h, stride_q, start_m, 0, seq.n_q, BLOCK_M, HEAD_DIM, BLOCK_D, VEC, MASKED=True)
     q, scale, sign = softmax.fold_scale(q, score.scale_of(F, scale))
     scorer = score.prepare(F, seq, h, scale, shift, C)
     end_m = tl.minimum(start_m + BLOCK_M, seq.n_q)
     lo, full_lo, full_hi, hi = band.key_range(start_m, end_m, scorer.n_k, shift, left, right, F, BLOCK_N)
 
-    bh = seq.b * heads + h
-    K = tile.head(K, stride_k, seq.at, h // group, seq.k_row, VEC)
-    V = tile.head(V, stride_v, seq.at, h // group, seq.k_row, VEC)
+    work = Work(
+        K=tile.head(K, stride_k, seq.at, h // group, seq.k_row, VEC), stride_k=stride_k,
+        V=tile.head(V, stride_v, seq.at, h // group, seq.k_row, VEC), stride_v=stride_v,
+        start_m=start_m, lo=lo, hi=hi, left=left, right=right, scorer=scorer, bh=seq.b * heads + h,
+    )  # fmt: skip
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m_i, l_i = softmax.start(tl.zeros([BLOCK_M], tl.float32), F.sinks, h, seq.real)
-    if left is not None:
-        acc, m_i, l_i = _attend(
-            q, K, V, stride_k, stride_v, acc, m_i, l_i, band.first_tile(lo, F, BLOCK_N), tl.minimum(full_lo, hi), lo, hi,
-            start_m, left, right, F, scorer, bh, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-            VEC, PRECISION, MOD, LINEAR, MASK_VEC, True)  # fmt: skip
-    acc, m_i, l_i = _attend(
-        q, K, V, stride_k, stride_v, acc, m_i, l_i, full_lo, full_hi, lo, hi, start_m, left, right, F, scorer, bh,
-        HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, LINEAR, MASK_VEC, False)  # fmt: skip
-    acc, m_i, l_i = _attend(
-        q, K, V, stride_k, stride_v, acc, m_i, l_i, full_hi, hi, lo, hi, start_m, left, right, F, scorer, bh,
-        HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, VEC, PRECISION, MOD, LINEAR, MASK_VEC, True)  # fmt: skip
+    starts, stops = band.parts(band.first_tile(lo, F, BLOCK_N), full_lo, full_hi, hi)
+    for PART in tl.static_range(3):  # before, in and behind the full tiles
+        if PART > 0 or left is not None:
+            acc, m_i, l_i = _attend(q, acc, m_i, l_i, starts[PART], stops[PART], work, F, C, MASKED=PART != 1)
 
     o = acc / softmax.safe(l_i)[:, None]
     if F.dropout is not None:
@@ -91,6 +81,6 @@ def flash_fwd(
     if STATS_ROWS > 2:
         rounding.store(STATS, O, seq, h, heads, n_q, start_m, o, C)
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    if not LINEAR:  # the maximum is of whole logits
+    if not LINEAR:  # the maximum is in units of logits, not of q . k
         sign = 1.0
     softmax.store_stats(softmax.stats_at(STATS, seq, h, heads, n_q, STATS_ROWS), offs_m, n_q, seq.n_q, m_i, l_i, sign)

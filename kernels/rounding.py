@@ -1,8 +1,8 @@
-"""What O loses when it is rounded to 16 bits, for a backward with a precise delta.
+"""What O loses when it is rounded to 16 bits, stored for a backward with a precise delta.
 
-It is kept behind the stats of its head (softmax.py). STATS is (B, heads, STATS_ROWS, n_q) of float32. Its first two rows are
-the stats. The others hold n_q rows of 2 * (STATS_ROWS - 2) numbers in the type of O, of which the first HEAD_DIM_V are used.
-STATS_ROWS is 2 where nothing is kept.
+STATS is (B, heads, STATS_ROWS, n_q) of float32. The first two rows of a head are its stats (softmax.py); the rounding errors
+lie behind them. They are n_q rows of 2 * (STATS_ROWS - 2) numbers in the type of O, of which the first HEAD_DIM_V are used.
+Where no errors are stored, STATS_ROWS is 2.
 
 delta = rowsum(O * dO) of a rounded O is off by 2^-9 of its largest terms in bfloat16. Where one weight of a row is nearly 1,
 that is more than all of dP - delta (Qiu and Yao, "Why low-precision transformer training fails", 2025).
@@ -29,7 +29,7 @@ def _there(start_m, hi, C: tl.constexpr):
 
 @triton.jit
 def store(STATS, O, seq, h, heads, n_q, start_m, o, C: tl.constexpr):
-    """Keep what the type of the pointer O takes from o [BLOCK_M, BLOCK_DV], float32."""
+    """Store what o [BLOCK_M, BLOCK_DV], which is float32, loses in the type of the pointer O."""
     kind: tl.constexpr = O.dtype.element_ty
     at = _pointers(STATS, O, seq, h, heads, n_q, start_m, C)
     lost = (o - o.to(kind).to(tl.float32)).to(kind)
@@ -38,6 +38,6 @@ def store(STATS, O, seq, h, heads, n_q, start_m, o, C: tl.constexpr):
 
 @triton.jit
 def load(STATS, O, seq, h, heads, n_q, start_m, C: tl.constexpr):
-    """What `store` kept [BLOCK_M, BLOCK_DV]."""
+    """The errors [BLOCK_M, BLOCK_DV] that `store` left, in the type of O."""
     at = _pointers(STATS, O, seq, h, heads, n_q, start_m, C)
     return tl.load(at, mask=_there(start_m, seq.n_q, C), other=0.0)

@@ -1,6 +1,7 @@
-"""From products q . k to logits: scale, softcap, the user's score_mod, ALiBi, bias, and which of them a query sees.
+"""From products q . k to logits: scale, softcap, the user's score_mod, ALiBi, bias, and which keys a query sees.
 
-Everything between the dot and the softmax is here, once, for forward and backward. In this order:
+Everything between the dot and the softmax is here, once, for forward and backward. The order is:
+
 s = scale * q . k;  s = softcap * tanh(s / softcap);  s = MOD(s, b, h, i, j);  s -= slope * |i + shift - j|;  s += bias.
 """
 
@@ -17,22 +18,22 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class Scorer(NamedTuple):
-    """What the scores of one head of one sequence depend on, beside query and key. What the call does not have is 0 here:
-    Triton 3.6 returns no None from a function, and F tells."""
+    """What the scores of one head of one sequence depend on besides query and key. Absent fields are 0, since Triton 3.6
+    returns no None from a function; test F."""
 
     scale: Any
-    c: Any  # what remains to multiply logits by, to have them in base 2; where logits are LINEAR, scale is in it
+    c: Any  # logits times c are logits to base 2; where logits are LINEAR, c includes scale
     b: Any
     h: Any
     n_k: Any
     shift: Any
     slope: Any
-    mask: Any  # the bool mask or the bias; its pointer is at this sequence's and head's element (0, 0)
+    mask: Any  # the bool mask or the bias (head_mask)
 
 
 @triton.jit
 def scale_of(F, scale):
-    """scale as a number or read from where it lies."""
+    """The scale: the number given, or the one that F.scale points to."""
     if F.scale is not None:
         return tl.load(F.scale)
     else:
@@ -41,7 +42,7 @@ def scale_of(F, scale):
 
 @triton.jit
 def head_mask(M, seq, h, MASK_VEC: tl.constexpr):
-    """What head h of a sequence uses of the mask."""
+    """The part of a mask or a bias that head h of a sequence uses, from its element (0, 0) on."""
     rows = tl.minimum(whole(M.rows), seq.n_q)
     columns = tl.minimum(whole(M.columns), seq.n_k)
     return Mask(tile.head(M.ptr, M.stride, seq.b, h, 0, MASK_VEC), M.stride, rows, columns)
@@ -49,7 +50,7 @@ def head_mask(M, seq, h, MASK_VEC: tl.constexpr):
 
 @triton.jit
 def prepare(F, seq, h, scale, shift, C: tl.constexpr):
-    """The Scorer of head h of a sequence. Keys beyond a mask's size, if there are any, are not there."""
+    """The Scorer of head h of a sequence. Its keys end where a mask or a bias ends."""
     slope = 0.0
     c = LOG2E
     if C.LINEAR:
@@ -69,7 +70,7 @@ def prepare(F, seq, h, scale, shift, C: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """To the last bits of float32 everywhere; a polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel."""
+    """tanh to the last bits of float32 everywhere. Near 0, where 1 - 2 / (e^2x + 1) would cancel, it is a polynomial."""
     z = x * x
     poly = ((((-0.006282466 * z + 0.021077753) * z - 0.053853856) * z + 0.13332602) * z - 0.33333318) * z
     far = 1.0 - 2.0 / (tl.math.exp2(tl.abs(x) * (2.0 * LOG2E)) + 1.0)
@@ -78,16 +79,16 @@ def tanh(x):
 
 @triton.jit
 def distance(offs_m, offs_n, scorer):
-    """|i + shift - j|, what ALiBi's slope multiplies."""
+    """|i + shift - j|, which ALiBi multiplies by its slope."""
     return tl.abs(offs_m + scorer.shift - offs_n).to(tl.float32)
 
 
 @triton.jit
 def mask_pointers(M, offs_m, offs_n, start_m, start_n, MASK_VEC: tl.constexpr):
-    """Pointers to a tile of a head's mask, from query start_m and key start_n on."""
+    """Pointers to a tile of a head's mask: queries offs_m from start_m on, and keys offs_n from start_n on."""
     row = tile.stride_of(M.stride, 2, MASK_VEC)
     ptr = M.ptr + start_m * row
-    if MASK_VEC > 0:  # within a tile int32 suffices, as in tile.pointers
+    if MASK_VEC > 0:  # offsets within a tile fit int32, as in tile.pointers
         return ptr + start_n + ((offs_m - start_m) * row.to(tl.int32) + (offs_n - start_n))
     else:
         return ptr + ((offs_m - start_m) * row + offs_n * tile.stride_of(M.stride, 3, MASK_VEC))
@@ -95,7 +96,7 @@ def mask_pointers(M, offs_m, offs_n, start_m, start_n, MASK_VEC: tl.constexpr):
 
 @triton.jit
 def _load(M, offs_m, offs_n, start_m, start_n, other, MASK_VEC: tl.constexpr, RAGGED: tl.constexpr):
-    """A tile of a mask, `other` outside of it. Without RAGGED its columns are known to be there."""
+    """A tile of a mask, `other` outside of it. Without RAGGED the caller knows that the mask has all of the columns."""
     inside = offs_m < M.rows
     if RAGGED:
         inside = inside & (offs_n < M.columns)
@@ -106,14 +107,14 @@ def _load(M, offs_m, offs_n, start_m, start_n, other, MASK_VEC: tl.constexpr, RA
 def logits(
     s, offs_m, offs_n, start_m, start_n, F, scorer, left, right, C: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr
 ):  # fmt: skip
-    """(logits, keep, slope) of the products s of queries offs_m from start_m on and keys offs_n from start_n on, index tensors
-    that broadcast to its shape.
+    """(logits, keep, slope) from the products s = q . k of queries offs_m, from start_m on, and keys offs_n, from start_n on.
+    The index tensors broadcast to the shape of s.
 
-    scorer.c * logits are base-2 logits. `keep` is where the query sees the key (logits elsewhere may be anything, NaN too);
-    `slope` is d logits / d (scale * q . k), not to be used without MOD_GRAD. Where they are true and 1 everywhere, they are
-    constants that fold away. MASKED: the tile may cross the band's edges; RAGGED: it may reach beyond the last key.
+    logits * scorer.c are logits to base 2. `keep` is True where the query sees the key; elsewhere logits may be anything, NaN
+    too. `slope` is d logits / d (scale * q . k); with a MOD it needs MOD_GRAD. Where keep is True and slope is 1 everywhere,
+    they are constants and fold away. MASKED: the tile may cross the band's edges. RAGGED: it may reach beyond the last key.
     """
-    keep = (s > 0.0) | True  # in the layout that s has: Gluon's `full` would want it named
+    keep = (s > 0.0) | True  # True, in the layout of s: Gluon's `full` would need its name
     slope = 1.0
     if MASKED:
         keep = band.visible(offs_m, offs_n, scorer.n_k, scorer.shift, left, right)
@@ -140,8 +141,9 @@ def logits(
 
 @triton.jit
 def hide_unseen(x, keep, F, AXIS: tl.constexpr):
-    """x [N, HEAD_DIM] with 0 in rows that no query (or key) of the tile meets, along AXIS of keep: with 0 * NaN being NaN, what
-    stands there would reach others through a dot. Only a mask makes such rows; those beyond the band are never loaded."""
+    """x [N, D] with zeros in the rows that no query (or key) of the tile sees; AXIS is the other axis of keep. Such rows may
+    hold NaN, and a dot would spread 0 * NaN to other rows. Only a mask or a bias hides them: rows beyond the band are never
+    loaded."""
     if F.mask is not None or F.bias is not None:
         seen = tl.max(keep.to(tl.int32), AXIS) > 0
         return tl.where(seen[:, None], x, tl.zeros_like(x))

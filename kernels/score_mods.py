@@ -1,6 +1,6 @@
-"""Examples of score_mod: pairs of functions of (score, b, h, i, j), a value and its derivative by the score.
+"""Device side of score_mod: examples, each a pair of functions of (score, b, h, i, j), a value and its derivative by the score.
 
-score is a tile of float32, b and h numbers, i and j int32 tensors that broadcast to the tile's shape. Pass a pair to
+score is a tile of float32, b and h are numbers, i and j are int32 tensors that broadcast to the tile's shape. Pass a pair to
 tfkern.attention(…, score_mod=(value, derivative)).
 """
 
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def signed_log(score, b, h, i, j):
-    """sign(s) * log(1 + |s|): large scores grow slowly, none is cut off."""
+    """sign(s) * log(1 + |s|): large scores grow slowly, and none is cut off."""
     size = tl.log(1.0 + tl.abs(score))
     return tl.where(score < 0.0, -size, size)
 
@@ -27,8 +27,8 @@ def _temperature(b, h, i, j):
 
 @triton.jit
 def cooling(score, b, h, i, j):
-    """Scores of distant keys are divided by a temperature that grows with the distance, faster in later heads (and batches,
-    which shows that a score_mod may use all of its arguments)."""
+    """Divide scores by a temperature that grows with the distance of the key, faster in later heads and batches. It uses all
+    arguments that a score_mod has."""
     return score / _temperature(b, h, i, j)
 
 

@@ -1,9 +1,9 @@
-"""Which sequence a program works on, and where its rows are: dense batches, padded ones, and packed ones.
+"""Which sequence a program works on, and where its rows are: in dense, padded and packed batches.
 
-Packed sequences lie behind each other in one batch of `total` rows; sequence b holds rows cu[b] … cu[b + 1] - 1. How long they
-are only the device knows, so a grid is laid out for the worst case without asking: sequence b owns the tiles from
-cu[b] // BLOCK + b on, which are enough for it, since floor(y / B) + 1 - floor(x / B) >= ceil((y - x) / B). A program finds its
-sequence by bisection; tiles that turn out empty do nothing. Rows from cu[batch] on belong to a last sequence, without partners,
+Packed sequences lie behind each other in one batch of `total` rows: sequence b holds rows cu[b] … cu[b + 1] - 1. Only the
+device knows their lengths, so the grid is laid out for the worst case: sequence b owns the tiles from cu[b] // BLOCK + b on.
+They are enough, since floor(y / B) + 1 - floor(x / B) >= ceil((y - x) / B). A program finds its sequence by bisection, and does
+nothing if its tile is empty. Rows from cu[batch] on form one more sequence, in which queries have no keys and keys no queries,
 so that every row of a result is written.
 """
 
@@ -14,7 +14,8 @@ import triton.language as tl
 
 
 class Sequence(NamedTuple):
-    """Sequence b: n_q queries from row q_row and n_k keys from row k_row of batch `at`; not `real`: what is behind the last."""
+    """Sequence b: n_q queries from row q_row on, and n_k keys from row k_row on, of batch `at`. `real` is False of the rows
+    behind the last sequence."""
 
     b: Any
     at: Any
@@ -27,14 +28,14 @@ class Sequence(NamedTuple):
 
 @triton.jit
 def _boundary(cu, b, total):
-    """Where packed sequence b starts; nothing in cu can lead outside of 0 … total."""
+    """The row where packed sequence b starts, clamped to 0 … total: no value in cu leads outside of the tensors."""
     start = tl.minimum(tl.maximum(tl.load(cu + b), 0), total).to(tl.int32)
     return tl.where(b == 0, 0, start)
 
 
 @triton.jit
 def _span(cu, b, batch, total):
-    """(first row, length) of packed sequence b; b = batch is what is left behind the last."""
+    """(first row, length) of packed sequence b. b = batch stands for the rows behind the last sequence."""
     start = _boundary(cu, b, total)
     end = tl.where(b < batch, _boundary(cu, tl.minimum(b + 1, batch), total), total)
     return start, tl.maximum(end - start, 0)
@@ -42,7 +43,7 @@ def _span(cu, b, batch, total):
 
 @triton.jit
 def _owner(cu, slot, batch, total, BLOCK: tl.constexpr):
-    """The last b in 0 … batch with cu[b] // BLOCK + b <= slot."""
+    """The sequence that owns tile number `slot`: the last b in 0 … batch with cu[b] // BLOCK + b <= slot."""
     lo = 0
     hi = batch + 1
     while hi - lo > 1:
@@ -55,7 +56,7 @@ def _owner(cu, slot, batch, total, BLOCK: tl.constexpr):
 
 @triton.jit
 def of_batch(F, b, batch, n_q, n_k):
-    """Sequence b of a call with n_q query rows and n_k key rows a batch, or in all where packed."""
+    """Sequence b of a call that has n_q rows of queries and n_k rows of keys in each batch, or in all if they are packed."""
     if F.cu_q is not None:
         q_row, n_q = _span(F.cu_q, b, batch, n_q)
         k_row, n_k = _span(F.cu_k, b, batch, n_k)
@@ -68,12 +69,12 @@ def of_batch(F, b, batch, n_q, n_k):
 
 @triton.jit
 def query_tile(F, tile, bh, heads, batch, n_q, n_k, BLOCK: tl.constexpr):
-    """(sequence, head, first query) of a tile of queries of (batch, head) number bh."""
+    """(sequence, head, first query) of tile number `tile` of the queries of (batch, head) number bh."""
     if F.cu_q is not None:
         b = _owner(F.cu_q, tile, batch, n_q, BLOCK)
         s = of_batch(F, b, batch, n_q, n_k)
         start = (tile - s.q_row // BLOCK - b) * BLOCK
-        n_k = tl.where(s.real & (start < s.n_q), s.n_k, 0)  # a tile without rows has nothing to do
+        n_k = tl.where(s.real & (start < s.n_q), s.n_k, 0)  # a tile without rows needs no keys
         return Sequence(b, 0, s.q_row, s.n_q, s.k_row, n_k, s.real), bh, start
     else:
         return of_batch(F, bh // heads, batch, n_q, n_k), bh % heads, tile * BLOCK
@@ -81,14 +82,14 @@ def query_tile(F, tile, bh, heads, batch, n_q, n_k, BLOCK: tl.constexpr):
 
 @triton.jit
 def locate_queries(F, pid, tiles, heads, batch, n_q, n_k, BLOCK: tl.constexpr):
-    """(sequence, head, first query) of a program of a grid over (batch, head, tile), tile fastest. The last tiles come first:
-    under a causal mask they are the longest."""
+    """(sequence, head, first query) of program pid in a grid over (batch, head, tile), where the tile varies fastest. The
+    last tiles come first, since with a causal mask they take longest."""
     return query_tile(F, tiles - 1 - pid % tiles, pid // tiles, heads, batch, n_q, n_k, BLOCK)
 
 
 @triton.jit
 def locate_keys(F, pid, tiles, heads, batch, n_q, n_k, BLOCK: tl.constexpr):
-    """(sequence, key head, first key) of a program of a grid over (batch, key head, tile), tile fastest."""
+    """(sequence, key head, first key) of program pid in a grid over (batch, key head, tile), where the tile varies fastest."""
     tile = pid % tiles
     bh = pid // tiles
     if F.cu_q is not None:

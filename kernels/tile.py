@@ -1,13 +1,13 @@
-"""Bounds-checked loads and stores of rows of one head's (N, HEAD_DIM) matrix.
+"""Bounds-checked loads and stores of rows of one head's matrix (N, HEAD_DIM).
 
-A tensor is addressed by its pointer and a tuple of strides (batch, head, row, column). `VEC` says what the compiler may
-assume of them: with VEC = v > 0 the last dimension has stride 1 and the other strides are given in units of v elements, so
-that loads vectorise whatever the sequence length (a stride that is a plain run-time number would not, and specialising on
-it would recompile for new lengths). With VEC = 0 all four strides are in elements and free. A stride s arrives as 2 s + 3, a
-number that Triton's JIT never specialises on. Addresses are int64: tensors beyond 2**31 elements are ordinary.
+A tensor is given by its pointer and a tuple of strides (batch, head, row, column). VEC says what the compiler may assume of
+them. With VEC = v > 0 the last dimension has stride 1, and the other strides are given in units of v elements: loads vectorise
+whatever the sequence length. A plain run-time number as a stride would prevent that, and specialising on it would recompile for
+new lengths. With VEC = 0 all four strides are in elements and free. A stride s is passed as 2 s + 3, on which Triton's JIT
+never specialises. Addresses are int64: tensors beyond 2**31 elements are ordinary.
 
-Or a tensor is a TMA descriptor of (B, H, N, HEAD_DIM) in blocks of (1, 1, rows, BLOCK_D), and None stands for its strides: it
-needs no addresses, which leaves registers. It knows the tensor's ends, and no others.
+Or a tensor is given by a TMA descriptor of (B, H, N, HEAD_DIM) in blocks of (1, 1, rows, BLOCK_D), with None for its strides. A
+descriptor needs no addresses, which saves registers. It checks the bounds of the tensor and no others.
 """
 
 from typing import Any, NamedTuple
@@ -18,13 +18,13 @@ import triton.language as tl
 
 @triton.jit
 def whole(n):
-    """The whole number that was sent as 2 n + 3."""
+    """The whole number n that was passed as 2 n + 3."""
     return (n - 3) // 2
 
 
 @triton.jit
 def stride_of(stride, dim: tl.constexpr, VEC: tl.constexpr):
-    """The stride of a dimension in elements, int64."""
+    """The stride of dimension `dim` in elements, int64."""
     s = whole(stride[dim]).to(tl.int64)
     if VEC > 0:
         s = s * VEC
@@ -32,7 +32,7 @@ def stride_of(stride, dim: tl.constexpr, VEC: tl.constexpr):
 
 
 class Described(NamedTuple):
-    """The matrix of head h in batch b behind a descriptor, from a row on."""
+    """The matrix of head h in batch b behind a descriptor, from `row` on."""
 
     descriptor: Any
     b: Any
@@ -42,7 +42,7 @@ class Described(NamedTuple):
 
 @triton.jit
 def head(ptr, stride, b, h, row, VEC: tl.constexpr):
-    """Pointer to a row of head h in batch b, or what stands for it with a descriptor."""
+    """Pointer to `row` of head h in batch b; of a descriptor, Described."""
     if stride is None:
         return Described(ptr, b, h, row)
     else:
@@ -51,12 +51,12 @@ def head(ptr, stride, b, h, row, VEC: tl.constexpr):
 
 @triton.jit
 def pointers(ptr, stride, start, ROWS: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr):
-    """[ROWS, COLUMNS] pointers to rows from `start` and columns from 0."""
+    """[ROWS, COLUMNS] pointers to the rows from `start` on and the columns from 0 on."""
     row = stride_of(stride, 2, VEC)
     ptr += start * row
     rows = tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, COLUMNS)[None, :]
-    if VEC > 0:  # within a tile int32 suffices (layout.kernel_strides sees to it) and saves registers
+    if VEC > 0:  # offsets within a tile fit int32, which saves registers; layout.kernel_strides checks it
         return ptr + (rows * row.to(tl.int32) + cols)
     else:
         return ptr + (rows * row + cols * stride_of(stride, 3, VEC))
@@ -76,9 +76,11 @@ def load(
     ptr, stride, start, lo, hi,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Rows [start, start + ROWS) of an (N, HEAD_DIM) matrix as [ROWS, BLOCK_D]. Columns beyond HEAD_DIM are 0; so are rows
-    outside [lo, hi) where MASKED, and they are not read. Without MASKED the caller knows that every row is inside. With a
-    descriptor the caller knows that start >= lo, and that hi is the last row's end."""
+    """Rows [start, start + ROWS) of a matrix (N, HEAD_DIM) as [ROWS, BLOCK_D]. Columns beyond HEAD_DIM are 0.
+
+    With MASKED, rows outside [lo, hi) are 0 and are not read. Without it, the caller knows that every row is inside. With a
+    descriptor, the caller knows that start >= lo, and that the tensor ends at hi.
+    """
     if stride is None:
         return ptr.descriptor.load([ptr.b, ptr.h, ptr.row + start, 0]).reshape(ROWS, BLOCK_D)
     elif MASKED:
@@ -95,14 +97,15 @@ def load(
 def store(
     ptr, stride, start, hi, value, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr
 ):  # fmt: skip
-    """Write value [ROWS, BLOCK_D] to rows from start and below hi, columns below HEAD_DIM, in the pointer's dtype."""
+    """Write value [ROWS, BLOCK_D] to the rows from start on that are below hi, and the columns below HEAD_DIM, in the pointer's
+    dtype."""
     at = pointers(ptr, stride, start, ROWS, BLOCK_D, VEC)
     tl.store(at, value.to(ptr.dtype.element_ty), mask=_mask(start, start, hi, ROWS, HEAD_DIM, BLOCK_D))
 
 
 @triton.jit
 def load_row_values(ptr, rows, lo, hi, other, MASKED: tl.constexpr):
-    """One number a row, and `other` for rows outside [lo, hi) where MASKED."""
+    """One number a row. With MASKED it is `other` for rows outside [lo, hi)."""
     if MASKED:
         return tl.load(ptr + rows, mask=(rows >= lo) & (rows < hi), other=other)
     else:

@@ -1,4 +1,4 @@
-"""The host's side of dropout: the seed, and the bits that kernels/dropout.py makes, made by PyTorch."""
+"""Host side of dropout: the seed, and the bits that kernels/dropout.py makes, made by PyTorch."""
 
 import math
 

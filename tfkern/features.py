@@ -1,4 +1,4 @@
-"""The optional arguments of a call, as the kernels take them (kernels/features.py), and gradients from what kernels leave."""
+"""Host side of the optional arguments: the tuple that kernels take (kernels/features.py), and gradients of what they leave."""
 
 import torch
 from torch import Tensor

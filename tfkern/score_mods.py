@@ -1,4 +1,4 @@
-"""A user's change of scores, which is written for the kernels in Triton, on PyTorch tensors too: for the backend eager."""
+"""Host side of score_mod: what a user writes for the kernels in Triton, on PyTorch tensors, for the backend eager."""
 
 import functools
 import importlib
