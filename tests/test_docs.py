@@ -55,3 +55,21 @@ def test_every_argument_is_told():
         assert function.__name__ in text
         for name in inspect.signature(function).parameters:
             assert name in text or name in ("query", "key", "value", "backend", "enable_gqa", "qkv"), name
+
+
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+NAMED = {name for name in re.findall(r"\b(?:tfkern|kernels|bench|tests|docs)/[\w./]*\w/?|\bconstraints[\w-]*\.txt", ARCHITECTURE)
+         if "NAME" not in name}  # fmt: skip
+
+
+def test_every_file_of_the_map_exists():
+    assert len(NAMED) > 50
+    assert not {name for name in NAMED if not (ROOT / name).exists()}
+
+
+@pytest.mark.parametrize("folder", ["tfkern", "kernels"])
+def test_the_map_has_every_file(folder):
+    """Of the first level: modules, and packages as folders."""
+    there = {f"{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")} - {f"{folder}/__init__.py"}
+    there |= {f"{folder}/{path.parent.name}/" for path in (ROOT / folder).glob("*/__init__.py")}
+    assert not there - NAMED

@@ -1,4 +1,4 @@
-"""The band of a dense problem: which keys rows of queries see, told for slices of rows and of keys."""
+"""The band of a dense problem on the host: which keys each row of queries sees, for slices of rows and of keys."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ def shift_of(p: Problem) -> int:
 
 
 def alive(p: Problem) -> slice:
-    """The rows that see a key. They lie side by side."""
+    """The rows that see at least one key, which are contiguous."""
     shift = shift_of(p)
     first = 0 if p.right is None else max(0, -shift - p.right)
     stop = p.n_q if p.left is None else min(p.n_q, p.n_k - shift + p.left)
@@ -28,7 +28,7 @@ def keys_of(p: Problem, rows: slice) -> slice:
 
 
 def seen(p: Problem, rows: int) -> float:
-    """Keys that so many neighbouring queries see, on average."""
+    """The average number of keys that `rows` neighbouring queries see together."""
     if p.left is None and p.right is None:
         return p.n_k
     if p.left is None or p.right is None:
@@ -37,24 +37,24 @@ def seen(p: Problem, rows: int) -> float:
 
 
 def step(p: Problem, costs: dict[int, float]) -> int:
-    """Of numbers of rows that go together, and what a score costs in each, the one that costs least."""
+    """The number of rows of a tile for which all scores cost least. `costs`: the cost of a score by number of rows."""
     return min(costs, key=lambda rows: costs[rows] * seen(p, rows))
 
 
 def places(p: Problem, rows: slice, keys: slice) -> tuple[Tensor, Tensor]:
-    """i + shift (rows, 1) and j (keys,), whose difference is the distance."""
+    """i + shift (rows, 1) and j (keys,). Their difference is the signed distance."""
     i = torch.arange(rows.start, rows.stop, device=p.device)[:, None] + shift_of(p)
     return i, torch.arange(keys.start, keys.stop, device=p.device)
 
 
 def hidden(p: Problem, rows: slice, keys: slice) -> Tensor:
-    """Where the band hides keys from rows, (1, 1, rows, keys)."""
+    """(1, 1, rows, keys) bool: True where the band hides a key from a row."""
     i, j = places(p, rows, keys)
     return beyond(i - j, p.left, p.right)[None, None]
 
 
 def beyond(distance: Tensor, left: int | None, right: int | None) -> Tensor:
-    """Where i - j is outside of a band, in the shape of that."""
+    """True where the distance i - j is outside of a band, in the shape of `distance`."""
     found = torch.zeros_like(distance, dtype=torch.bool)
     if left is not None:
         found |= distance > left

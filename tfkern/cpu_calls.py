@@ -1,10 +1,10 @@
-"""Which calls of PyTorch's fused CPU attention make up a dense problem: rows of queries, the keys that these see, and a mask of
-that tile alone where it hides or adds something.
+"""Which calls of PyTorch's fused CPU attention make up a dense problem. A call has some rows of queries, the keys that these
+rows see, and a mask of that tile alone where something is hidden or added.
 
-ALiBi, where no other mask has a row for each query, takes small masks. A block of rows meets the keys near its diagonal by a
-mask of that block. The keys beyond are all on one side of an edge, and the rows on its other: there -slope * |i - j| is
--slope * |i - edge|, a number for each row that the softmax does not notice, and -slope * |edge - j|, one for each key. Results
-are joined by their lse.
+ALiBi needs only small masks where no other mask has a row for each query. A block of rows attends to the keys near its diagonal
+with a mask of that block. All further keys lie on one side of an edge and all rows on the other. There -slope * |i - j| splits
+into -slope * |i - edge|, one number a row, which does not change the softmax, and -slope * |edge - j|, one number a key. The
+results of the calls are joined by their lse.
 """
 
 import functools
@@ -18,19 +18,19 @@ from torch import Tensor
 from tfkern import band, compat
 from tfkern.problem import Problem, Tensors
 
-# Rows of a call, and what a score costs in it beside one of a call of all rows (measured with masks, D = 64).
+# Rows of a call: the cost of a score, relative to a call of all rows (measured with masks, D = 64).
 STEPS = {64: 1.45, 128: 1.3, 256: 1.2, 512: 1.1}
-ELEMENTS = 1 << 21  # of a mask that is made for a call
-KEPT = 1 << 18  # of a mask that is kept for the next calls, of which there are MANY_KEPT: 16 MiB in all
+ELEMENTS = 1 << 21  # at most, of a mask that is made for a call
+KEPT = 1 << 18  # elements at most of a mask that is cached; there are MANY_KEPT of them, 16 MiB in all
 MANY_KEPT = 16
 BLOCK = 512  # rows of ALiBi that meet the keys near their diagonal; half as many if causal
 SLOPES_ELEMENTS = 1 << 22  # of ALiBi's mask for such a block: 16 MiB
 
 
 class Call(NamedTuple):
-    """Slices of query rows and of keys. Either `causal`: the first row sees the first key, and each row one more; or `cut`: a
-    mask of the band has to be made; or every row sees all keys within the band. `edge`: the place on one side of which are all
-    keys, and on the other all rows, for ALiBi."""
+    """Slices of query rows and of keys. With `causal` the first row sees the first key, and each further row one key more. With
+    `cut` the band needs a mask. With neither, every row sees all of the keys. `edge`, for ALiBi, is the place that all keys lie
+    on one side of and all rows on the other."""
 
     rows: slice
     keys: slice
@@ -40,9 +40,10 @@ class Call(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Why the fused op can't do a problem, or the calls of a dense one: none where no row sees a key, and each row that sees
-    one is in one, or in several to be `joined`. `masked`: some call has a mask. `whole`: one call has all rows, and `exact`:
-    all keys, too. `plain`: what F.scaled_dot_product_attention gives is out. `boolean`: a mask of bool is all that it needs."""
+    """`refusal`: why the fused op can't do a problem, else None. `calls`: those of a dense problem; there is none where no row
+    sees a key. Each row that sees a key is in one call, or in several whose results are `joined`. `masked`: some call has a
+    mask. `whole`: one call has all rows. `exact`: it has all keys as well. `plain`: the result of
+    F.scaled_dot_product_attention is out. `boolean`: a bool mask is all that this function needs."""
 
     refusal: str | None
     calls: list[Call]
@@ -55,7 +56,7 @@ class Plan(NamedTuple):
 
 
 def plan_of(p: Problem) -> Plan:
-    """The problem keeps it."""
+    """The plan of a problem, which the problem keeps."""
     plan = p.plans.get("cpu")
     if plan is None:
         plan = p.plans["cpu"] = _plan(p)
@@ -117,12 +118,13 @@ def _shape(p: Problem) -> tuple[int, int]:
 
 
 def _made(p: Problem) -> bool:
-    """Whether a mask with a row for each query must be made of what is there. (A bias is taken as it is.)"""
+    """Whether a mask with a row for each query must be made. (A bias is passed on as it is.)"""
     return p.has_slopes or (p.mask is not None and p.mask[2] > 1)
 
 
 def _slopes_calls(p: Problem, start: int, stop: int) -> Iterator[Call]:
-    """Those of some rows: the keys to the left of their diagonal, those to the right, and the block between."""
+    """The calls of rows [start, stop) under ALiBi: the keys to the left of their diagonal, those to the right, and the block
+    between."""
     first, last = start + band.shift_of(p), stop - 1 + band.shift_of(p)
     lo, hi = min(max(first, 0), p.n_k), min(max(last + 1, 0), p.n_k)
     rows = slice(start, stop)
@@ -144,8 +146,8 @@ def _call(p: Problem, rows: slice) -> Call:
 
 
 def mask_of(p: Problem, t: Tensors, call: Call, made: dict | None = None) -> Tensor | None:
-    """What is added to the scores of a call, (B or 1, H or 1, rows or 1, keys or 1), in a dtype that the op takes. `made` keeps
-    what other calls of the same problem can take, too."""
+    """The mask that is added to the scores of a call, (B or 1, H or 1, rows or 1, keys or 1), in a dtype that the op takes.
+    `made` keeps masks that other calls of the same problem can use."""
     bias, mask, total = t.bias, t.mask, None
     if call.rows != slice(0, p.n_q) or call.keys != slice(0, p.n_k):
         bias, mask = (None if x is None else band.of_tile(x, call.rows, call.keys) for x in (bias, mask))
@@ -161,7 +163,7 @@ def mask_of(p: Problem, t: Tensors, call: Call, made: dict | None = None) -> Ten
 
 
 def _slopes_mask(p: Problem, slopes: Tensor, call: Call, made: dict) -> Tensor:
-    """What ALiBi adds; the same for all calls of one shape that lie alike to the diagonal."""
+    """What ALiBi adds. Calls of one shape and one position relative to the diagonal share it."""
     rows, keys, first = _shape_of(p, call)
     if call.edge is not None:
         rows, first = 1, call.edge - call.keys.start
@@ -171,13 +173,13 @@ def _slopes_mask(p: Problem, slopes: Tensor, call: Call, made: dict) -> Tensor:
 
 
 def _shape_of(p: Problem, call: Call) -> tuple[int, int, int]:
-    """Rows and keys of a call, and which of the keys the first row stands at."""
+    """(rows, keys, first): the sizes of a call, and the key at which its first row stands."""
     rows, keys = call.rows, call.keys
     return rows.stop - rows.start, keys.stop - keys.start, rows.start + band.shift_of(p) - keys.start
 
 
 def _kept(make: Callable, rows: int, keys: int, *more) -> Tensor:
-    """What a cached function makes, but anew where that is large."""
+    """The result of a cached function; a large one is made anew and not cached."""
     return (make if rows * keys <= KEPT else make.__wrapped__)(rows, keys, *more)
 
 
@@ -193,7 +195,7 @@ def _between(rows: int, keys: int, first: int) -> Tensor:
 
 
 def beyond_the_edge(p: Problem, t: Tensors, call: Call) -> Tensor | None:
-    """What the logits of a call's rows (B or 1, H, rows) lack, None for nothing."""
+    """-slope * |i - edge| (B or 1, H, rows), which the logits of a call with an edge leave out; None without an edge."""
     if call.edge is None:
         return None
     i, _ = band.places(p, call.rows, call.keys)
@@ -205,7 +207,7 @@ def _sum(x: Tensor | None, y: Tensor) -> Tensor:
 
 
 def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where something is seen, else -inf. (1 - 1 / x: a quarter of the time of filling.)"""
+    """0 where `seen` is True, else -inf. (1 - 1 / x takes a quarter of the time of masked_fill.)"""
     return seen.to(dtype).reciprocal_().neg_().add_(1.0)
 
 

@@ -1,8 +1,9 @@
 """A dense problem by PyTorch's fused CPU attention and its backward, in the calls of cpu_calls.py.
 
-What the op does not know is made of its results: sinks from lse, and -inf for the lse of rows that see no key. Some values make
-it wrong, and then there is no result: NaN or inf beside hidden keys, which come through a mask that is added; and in the
-backward an lse too large for float32 to hold the log of the sum beside it.
+Sinks, which the op does not know, follow from its lse, and so does an lse of -inf for rows that see no key. Some values make
+the op wrong; then the functions here return None, and the caller uses tiles of PyTorch's operations. These values are NaN or
+inf in hidden keys, which pass through a mask that is added, and in the backward an lse so large that float32 can't hold the
+log of the sum beside it.
 """
 
 import math
@@ -15,13 +16,14 @@ from tfkern import compat, layout
 from tfkern.cpu_calls import Call, Plan, beyond_the_edge, mask_of
 from tfkern.problem import Gradients, Problem, Tensors
 
-# Keys of a call up to which the op's backward takes less time in float32, with all that has to be copied (measured: half at 128
-# keys on a CPU with instructions for bfloat16). For float16 it always did; the limit is there for the copies.
+# The number of keys of a call up to which the op's backward is faster in float32, copies included (measured: half the time
+# at 128 keys, on a CPU with instructions for bfloat16). In float16 it was always faster; the limit bounds the memory of the
+# copies.
 WIDE = {torch.bfloat16: 256, torch.float16: 2048}
 
 
 def forward(p: Problem, t: Tensors, plan: Plan) -> tuple[Tensor, Tensor] | None:
-    """out (B, H, Nq, Dv) in any memory order and lse (B, H, Nq), unless the op would be wrong."""
+    """out (B, H, Nq, Dv) in any memory order and lse (B, H, Nq); None where the op would be wrong."""
     out, lse = _forward(p, t, plan, t[:3])
     if plan.masked and not finite(out):
         if (qkv := _without_unseen(p, t)) is None:
@@ -51,7 +53,7 @@ def _forward(p: Problem, t: Tensors, plan: Plan, qkv) -> tuple[Tensor, Tensor]:
 
 
 def _join(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Let out and lse be those of the keys that they have seen and of others."""
+    """Merge the result for further keys (part, part_lse) into out and lse, in place."""
     both = torch.logaddexp(lse, part_lse)
     share, part_share = ((x - both).masked_fill_(both == -math.inf, 0.0).exp_()[..., None] for x in (lse, part_lse))
     out.mul_(share).add_(part * part_share)
@@ -63,7 +65,7 @@ def _forward_call(p: Problem, t: Tensors, qkv, call: Call, made: dict) -> tuple[
     out, lse = compat.flash(*operands(p, qkv, call), 0.0, call.causal, attn_mask=mask, scale=p.scale)
     if p.v_head_dim < p.head_dim:
         out = out[..., : p.v_head_dim]
-    if mask is not None and int(lse.count_nonzero()) < lse.numel():  # it makes 0 of an lse of no keys, too
+    if mask is not None and int(lse.count_nonzero()) < lse.numel():  # the op returns an lse of 0 for rows that see no key
         if call.causal:
             mask = mask + mask.new_full((lse.shape[2], call.keys.stop - call.keys.start), -math.inf).triu(1)
         lse = lse.masked_fill((mask == -math.inf).all(-1), -math.inf)
@@ -72,7 +74,7 @@ def _forward_call(p: Problem, t: Tensors, qkv, call: Call, made: dict) -> tuple[
 
 
 def backward(p: Problem, t: Tensors, plan: Plan, out: Tensor, lse: Tensor, do: Tensor, needed) -> Gradients | None:
-    """The needed gradients of q, k, v and sinks, those of q, k and v in any memory order, unless the op would be wrong."""
+    """The needed gradients of q, k, v (in any memory order) and sinks; None where the op would be wrong."""
     if not exact_enough(lse, p.dtype):
         return None
     qkv, hiding = t[:3], plan.masked or any(call.causal for call in plan.calls)
@@ -94,7 +96,7 @@ def backward(p: Problem, t: Tensors, plan: Plan, out: Tensor, lse: Tensor, do: T
 
 
 def _backward(p: Problem, t: Tensors, plan: Plan, qkv, do: Tensor, out: Tensor, lse: Tensor) -> list[Tensor]:
-    """Gradients of q, k and v; what several calls add to is added up in the wide dtype."""
+    """The gradients of q, k and v. Several calls are summed in the wide dtype."""
     do, out = (_padded(x, max(p.head_dim, p.v_head_dim)) for x in (do, out))
     sums = None if plan.exact else [torch.zeros_like(x, dtype=lse.dtype) for x in t[:3]]
     made: dict = {}
@@ -117,8 +119,8 @@ def _backward(p: Problem, t: Tensors, plan: Plan, qkv, do: Tensor, out: Tensor, 
 
 
 def _heads_as_batch(p: Problem, rows, mask: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
-    """(do, q, k, v, out), lse and mask with one head in each of B * H sequences, where q has its heads so in memory: the op's
-    backward gives gradients whose heads lie within their rows, which would have to be copied."""
+    """(do, q, k, v, out), lse and mask as B * H sequences of one head, where q has its heads outside of its rows in memory. The
+    op's backward returns gradients whose heads lie within the rows, which would have to be copied."""
     shared = mask is None or mask.shape[:2] == (1, 1)
     if p.group == 1 and p.heads > 1 and rows[1].stride(1) > rows[1].stride(2) and (shared or p.batch == 1):
         rows = [x.reshape(p.batch * p.heads, 1, *x.shape[2:]) for x in rows]
@@ -127,7 +129,8 @@ def _heads_as_batch(p: Problem, rows, mask: Tensor | None) -> tuple[tuple[Tensor
 
 
 def operands(p: Problem, qkv, call: Call) -> tuple[Tensor, ...]:
-    """q, k and v of a call, as the op takes them: of one head dim, dense in it. (It reads past the end otherwise.)"""
+    """q, k and v of a call as the op takes them: with equal head dims, dense in the last dim. (It reads past the end
+    otherwise.)"""
     q, k, v = qkv
     if call.rows != slice(0, p.n_q):
         q = q[:, :, call.rows]
@@ -143,7 +146,7 @@ def _padded(x: Tensor, dim: int) -> Tensor:
 
 
 def finite(x: Tensor) -> bool:
-    """Whether there is no NaN and no inf; or False, where a sum overflows."""
+    """Whether x has no NaN and no inf. False as well where its sum overflows."""
     return math.isfinite(x.sum(dtype=torch.float32 if x.dtype.itemsize < 4 else None).item())
 
 
@@ -164,8 +167,8 @@ def _seen(p: Problem, t: Tensors) -> Tensor:
 
 
 def exact_enough(lse: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the op's backward, which takes weights from lse, loses less by lse's rounding than results of that dtype do by
-    theirs, or no more than a float32 sum of some numbers loses. -inf is that of a row without keys."""
+    """Whether the rounding of lse, from which the op's backward takes weights, costs less than the rounding of results of that
+    dtype, or no more than a float32 sum of a few numbers. An lse of -inf, of a row that sees no key, does not count."""
     largest = max(64.0, torch.finfo(dtype).eps * 2**20) if lse.dtype == torch.float32 else 2.0**30
     if not lse.numel():
         return True
@@ -176,7 +179,7 @@ def exact_enough(lse: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _beside_sinks(sinks: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor] | None:
-    """out and lse with the sinks' share; None where lse, or theirs, is too large to tell it."""
+    """out and lse with the sinks' share. None where an lse or a sink is too large to compute the share."""
     both = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
     if not exact_enough(both, out.dtype):  # (an lse far below that is nothing beside it)
         return None

@@ -1,4 +1,4 @@
-"""Host side of dropout: the seed, and the bits that kernels/dropout.py makes, made by PyTorch."""
+"""Dropout on the host: the seed, and the bits of kernels/dropout.py computed by PyTorch operations."""
 
 import math
 
@@ -20,12 +20,12 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def threshold(dropout_p: float) -> int:
-    """Of STEPS equally likely numbers, those below it drop."""
+    """The number of STEPS equally likely values whose weights are dropped: those below it."""
     return math.floor(dropout_p * STEPS + 0.5)
 
 
 def factor(dropout_p: float) -> float:
-    """What kept probabilities are scaled by, so that their mean stays."""
+    """The factor of kept probabilities, which preserves their mean."""
     kept = STEPS - threshold(dropout_p)
     return STEPS / kept if kept else 0.0
 
@@ -34,13 +34,13 @@ def keep(
     seed: Tensor, dropout_p: float, bh: Tensor, rows: Tensor, first: int, stop: int, dtype: torch.dtype = torch.bool
 ) -> Tensor:
     """True, or 1 in `dtype`, where an element survives, for keys [first, stop) along the last dim. bh = sequence * heads + head
-    and the query rows are int64 tensors that broadcast, with a last dim of 1. The layout of the bits is told in
-    kernels/dropout.py."""
+    and the query rows are int64 tensors that broadcast, with a last dim of 1. kernels/dropout.py describes the layout of the
+    bits."""
     groups = torch.arange(first // 8, (stop + 7) // 8, device=seed.device)
     pairs = _philox(groups, rows, bh, seed[1] & _WORD, _keys(seed[0] & _WORD, seed[0] >> 32, ROUNDS, _SIGNS))
     words = pairs.new_empty((*pairs.shape[1:], 2))
     for i, (high, low) in enumerate(zip(_high(pairs), pairs.bitwise_left_shift_(32), strict=True)):
-        torch.bitwise_or(high, low, out=words[..., i])  # memory has the low half first, where the first word belongs
+        torch.bitwise_or(high, low, out=words[..., i])  # little-endian memory has the low half, the first word, first
     numbers = words.view(torch.int16).flatten(-2)[..., first % 8 : first % 8 + stop - first]
     survives = torch.empty(numbers.shape, dtype=dtype, device=seed.device)
     limit = threshold(dropout_p)
@@ -54,7 +54,8 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0, k1, rounds: int =
 
 
 def _keys(k0: Tensor, k1: Tensor, rounds: int, flips: int = 0) -> list[Tensor]:
-    """The two words of each round's key, int64 (2,), in the high half, where they are xored; the last also with `flips`."""
+    """The two words of each round's key, int64 (2,), in the high half, where they are xored. The last key is xored with
+    `flips`."""
     steps = torch.arange(rounds, device=k0.device)
     keys = torch.stack([k0 + steps * 0x9E3779B9, k1 + steps * 0xBB67AE85], 1) << 32
     keys[-1] ^= flips
@@ -70,7 +71,7 @@ def _philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, keys: list[Tensor]) 
     for key in keys[:2]:
         first, second = c0 * _FACTORS[0], c2 * _FACTORS[1]
         x, y = ((c1 << 32) ^ key[0]) ^ second, ((c3 << 32) ^ key[1]) ^ first
-        c0, c1, c2, c3 = _high(x), x, _high(y), y  # what c1 and c3 have in the high half, a shift takes away
+        c0, c1, c2, c3 = _high(x), x, _high(y), y  # the next shift discards the high halves of c1 and c3
     pairs = torch.stack(torch.broadcast_tensors(x, y))
     products, factors = torch.empty_like(pairs), pairs.new_tensor(_FACTORS)
     each = (2,) + (1,) * x.dim()
@@ -83,5 +84,5 @@ def _philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, keys: list[Tensor]) 
 
 
 def _high(pair: Tensor) -> Tensor:
-    """The word in the high half, in the low one."""
+    """The word of the high half, moved to the low half."""
     return (pair >> 32).bitwise_and_(_WORD)

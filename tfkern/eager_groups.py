@@ -20,7 +20,7 @@ def forward_group(group: Group) -> tuple[Tensor, Tensor]:
     if not _filled_by_tiles(p):
         out.zero_()
     if t.sinks is not None:
-        lse[:] = t.sinks[:, None]  # of rows that see no key; the others follow
+        lse[:] = t.sinks[:, None]  # the lse of rows that see no key; tiles write the others
     care, scratch = care_for(p, t), Scratch(p)
     for part in parts(p, group.numbers):
         tiles = Tiles(p, t, part, care, scratch)
@@ -49,7 +49,8 @@ def _forward_tile(tiles: Tiles, tile: Tile, out: Tensor, lse: Tensor) -> None:
 
 
 def _multiply(x: Tensor, y: Tensor, into: Tensor, alpha: float = 1.0, add: bool = False) -> None:
-    """Write alpha * x @ y, of matrices, into a tensor (B, H, rows, columns) of any dtype, or add it there."""
+    """Write alpha * x @ y into a tensor (B, H, rows, columns) of any dtype, or add it there. x and y are batches of
+    matrices."""
     try:
         place = into.view(len(x), x.shape[1], y.shape[2]) if into.dtype == x.dtype else None
     except RuntimeError:  # its matrices are not evenly apart
@@ -62,8 +63,8 @@ def _multiply(x: Tensor, y: Tensor, into: Tensor, alpha: float = 1.0, add: bool 
 
 
 class _Rows(NamedTuple):
-    """Of rows of logits, each (B, H, rows, 1): their lse, if wanted; where they see no key, None for nowhere; and where there
-    are sinks, the share of all weights that the keys have, and that of the sink."""
+    """What is known of the rows of a tile, each (B, H, rows, 1). lse: if wanted. dead: True where a row sees no key; None if no
+    row is dead. share and sink: with sinks, the keys' share of all weights, and the sink's."""
 
     lse: Tensor | None
     dead: Tensor | None
@@ -72,7 +73,7 @@ class _Rows(NamedTuple):
 
 
 def _softmax(tiles: Tiles, s: Tensor, want_lse: bool) -> tuple[Tensor, _Rows]:
-    """Weights of logits, which they overwrite, as if there were no sinks; 0 in rows that see no key."""
+    """The softmax of s, in place, without sinks, and what is known of its rows. Rows that see no key are 0."""
     want_lse = want_lse or tiles.sinks is not None
     largest, dead = s.amax(-1, keepdim=True) if want_lse or tiles.masked else None, None
     if tiles.masked:
@@ -116,7 +117,7 @@ def backward_group(group: Group, do: Tensor, dlse: Tensor | None, needed) -> Gra
     grads = Gradients(*rows, *sums)
     if grads.q is not None and not _filled_by_tiles(p):
         grads.q.zero_()
-    for x in grads[1:3]:  # as tiles add to them
+    for x in grads[1:3]:  # tiles add to these
         if x is not None:
             x.zero_()
     if grads.sinks is not None and dlse is not None:  # rows that see no key have a weight of 1 for the sink
@@ -133,7 +134,7 @@ def backward_group(group: Group, do: Tensor, dlse: Tensor | None, needed) -> Gra
 
 
 def _backward_part(tiles: Tiles, do: Tensor, dlse: Tensor | None, grads: Gradients) -> None:
-    """Add a part's gradients to its own of the group's."""
+    """Add the gradients of a part to `grads`, its views of the group's."""
     sums = [_in_wide(x, name, tiles) for x, name in zip(grads[1:3], ("dk", "dv"), strict=True)]
     own = grads._replace(k=sums[0], v=sums[1])
     for tile in tiles:
@@ -144,7 +145,7 @@ def _backward_part(tiles: Tiles, do: Tensor, dlse: Tensor | None, grads: Gradien
 
 
 def _in_wide(x: Tensor | None, name: str, tiles: Tiles) -> Tensor | None:
-    """A gradient, 0 so far, or zeros like it that can be added to without loss."""
+    """x, a gradient that is still 0, or zeros of its shape in the wide dtype, in which sums lose nothing."""
     if x is None or x.dtype == tiles.p.lse_dtype:
         return x
     return tiles.scratch.take(name, *x.shape).zero_()
@@ -170,7 +171,7 @@ def _backward_tile(tiles: Tiles, tile: Tile, do: Tensor, dlse: Tensor | None, gr
 
 
 def _of_scores(tiles: Tiles, tile: Tile, weights, do: Tensor, dlse: Tensor | None, dsinks: Tensor | None) -> Tensor:
-    """The gradient of a tile's logits (B, H, rows, keys), and what it brings to that of sinks."""
+    """The gradient of a tile's logits (B, H, rows, keys). Adds the tile's part to the gradient of sinks."""
     prob, rows, kept = weights
     dp = tiles.scores("gradients", tile)
     factor = dropout.factor(tiles.p.dropout_p)
@@ -185,14 +186,14 @@ def _of_scores(tiles: Tiles, tile: Tile, weights, do: Tensor, dlse: Tensor | Non
     if dsinks is not None:
         delta = (prob * dp).sum(-1, keepdim=True)
         dsinks.sub_((rows.sink * (delta if dlse is None else delta - dlse)).sum((0, 2, 3)))
-    ds = compat.softmax_backward_(dp, prob)  # delta is sum P dP, and not that of O * dO, as O was rounded
+    ds = compat.softmax_backward_(dp, prob)  # with delta = sum(P * dP): sum(O * dO) would have the rounding of O
     if dlse is not None:  # d lse / d s = p
         ds.addcmul_(prob, dlse)
     return tile.fill(ds, 0.0) if tiles.care.needed else ds
 
 
 def _from_scores(tiles: Tiles, tile: Tile, q: Tensor, ds: Tensor, grads: Gradients) -> None:
-    """What the gradient of a tile's logits brings to those of what they are made of."""
+    """Pass the gradient of a tile's logits on to the gradients of bias, slopes, q and k."""
     if grads.bias is not None:
         tiles.add_dbias(grads.bias, ds, tile)
     if grads.slopes is not None:
@@ -206,5 +207,5 @@ def _from_scores(tiles: Tiles, tile: Tile, q: Tensor, ds: Tensor, grads: Gradien
         k = _hide_unseen(tiles, tile, tiles.k[:, tile.keys])
         k = k if tiles.scale_tensor is None else k * tiles.scale_tensor
         _multiply(ds, k, grads.q[:, :, tile.rows], tiles.scale)  # [rows, keys] @ [keys, D]
-    if grads.k is not None:  # q has the scale that is a tensor
+    if grads.k is not None:  # a scale that is a tensor is in q already
         _multiply(ds.mT, q, grads.k[:, :, tile.keys], tiles.scale, add=True)  # [keys, rows] @ [rows, D]

@@ -1,7 +1,7 @@
-"""What the backend eager holds at once: some rows of queries of some heads against all keys that they see, and their scores.
+"""The tiles of the backend eager: some rows of queries of some heads, all keys that they see, and their scores.
 
-Logits, weights and the gradients of logits are shaped (B, H, rows, keys). Products are batched over (B, Hkv), the heads of a
-group folded into rows, so that gradients of shared keys add up by themselves.
+Logits, weights and the gradients of logits are shaped (B, H, rows, keys). Products are batched over (B, Hkv), with the heads
+of a group folded into the rows. So a product sums the gradients of shared keys over the group.
 """
 
 import functools
@@ -19,14 +19,15 @@ from tfkern.score_mods import each_head
 
 CACHED = 1 << 18  # scores of a tile on a CPU for each thread: 1 MiB of float32, which stays in its L2 cache
 ELEMENTS = 1 << 22  # scores of a tile elsewhere
-# Rows of a tile at least, if there are as many, and what a score costs in it (measured): what happens once for each tile costs
-# more where there are few, and where there are many they see more keys that the band hides from one of them.
+# The least number of rows of a tile, if there are that many: the cost of a score (measured). Few rows make the overhead of a
+# tile weigh more. Many rows see more keys together, some of which the band hides from single rows.
 STEPS = {64: 1.3, 128: 1.12, 256: 1.06, 512: 1.0}
-LARGEST = 1e37  # products of less, added up, are finite in float32
+LARGEST = 1e37  # sums of products below this are finite in float32
 
 
 class Part(NamedTuple):
-    """Sequences and heads of a dense problem that go together: the sequences' numbers; slices of batch, heads, key heads."""
+    """Sequences and heads of a dense problem that are computed together: the sequences' numbers, and slices of batch, heads and
+    key heads."""
 
     numbers: Sequence[int]
     batch: slice
@@ -34,14 +35,14 @@ class Part(NamedTuple):
     kv_heads: slice
 
     def of(self, x: Tensor | None) -> Tensor | None:
-        """The part of a tensor with a dim for each of batch and heads, or 1 where it broadcasts."""
+        """The part of a tensor (B or 1, H or 1, …), a view."""
         if x is None:
             return None
         return x[self.batch if x.shape[0] > 1 else slice(None), self.heads if x.shape[1] > 1 else slice(None)]
 
 
 def parts(p: Problem, numbers: Sequence[int]) -> Iterator[Part]:
-    """A dense problem in parts. On a CPU their tiles fit into its cache."""
+    """The parts of a dense problem. On a CPU their tiles fit into the cache."""
     if min(p.batch, p.heads, p.n_q, p.n_k) == 0:
         return
     batch, kv_heads = p.batch, p.kv_heads
@@ -61,20 +62,21 @@ def _elements(p: Problem) -> int:
 
 
 def _least(p: Problem) -> int:
-    """Rows of a tile on a CPU at least."""
+    """The least number of rows of a tile on a CPU."""
     rows = band.step(p, STEPS)
     return min(p.n_q, rows, max(min(STEPS), ELEMENTS // (2 * _most(p, rows))))
 
 
 def _most(p: Problem, rows: int) -> int:
-    """The most keys that so many neighbouring queries see."""
+    """The most keys that `rows` neighbouring queries see together."""
     if p.left is None or p.right is None:
         return p.n_k
     return min(p.n_k, rows + p.left + p.right)
 
 
 class Scratch:
-    """Memory that one tile after the other has its scores in, so that they find it in the cache, and no page is new to them."""
+    """Memory for the scores of a tile, which the tiles use one after another: it stays in the cache, and its pages are
+    mapped."""
 
     def __init__(self, p: Problem):
         self.options = dict(dtype=p.lse_dtype, device=p.device)
@@ -89,15 +91,15 @@ class Scratch:
 
 
 class Care(NamedTuple):
-    """What is known of a group's numbers. `bias_hides`: some of its bias may be -inf. `needed`: there may be NaN or inf in what
-    is hidden, or a sum that overflows. Nobody asks a GPU, which would have to be waited for."""
+    """What is known of the values of a group. `bias_hides`: its bias may have -inf. `needed`: hidden places may hold NaN or
+    inf, or a sum may overflow. On a GPU both are assumed, because looking would wait for its stream."""
 
     bias_hides: bool
     needed: bool
 
 
 def care_for(p: Problem, t: Tensors, do: Tensor | None = None, dlse: Tensor | None = None) -> Care:
-    """What a forward, or with gradients of results a backward, has to look out for."""
+    """The Care for a forward, or with do for a backward."""
     on_cpu = p.device.type == "cpu"
     bias_hides = t.bias is not None and t.bias.numel() > 0 and not (on_cpu and t.bias.amin() > -math.inf)
     if not (bias_hides or p.mask or p.left is not None or p.right is not None):  # nothing is hidden
@@ -112,7 +114,7 @@ def care_for(p: Problem, t: Tensors, do: Tensor | None = None, dlse: Tensor | No
 
 
 def _product(x: Tensor, y: Tensor, scale) -> float:
-    """What products of rows of x and y, scaled, can't exceed; NaN where there is one."""
+    """A bound of the scaled products of rows of x and y; NaN if x or y has one."""
     return _largest(x) * _largest(y) * abs(float(scale)) * x.shape[-1]
 
 
@@ -122,8 +124,9 @@ def _largest(x: Tensor) -> float:
 
 @dataclass
 class Tile:
-    """Query rows and key columns, as slices, and `hidden`: pairs of a slice of the columns and where those are hidden, (B or 1,
-    H or 1, rows, columns). What is in none is seen. `slope` is d logits / d (scale * q . k), None for 1 and until asked for."""
+    """Query rows and key columns, as slices. `hidden`: pairs of a slice of columns and a bool tensor (B or 1, H or 1, rows,
+    columns), True where they are hidden; all other places are visible. `slope`: d logits / d (scale * q . k), None where it
+    is 1 or not computed yet."""
 
     rows: slice
     keys: slice
@@ -131,13 +134,13 @@ class Tile:
     slope: Tensor | None = None
 
     def fill(self, x: Tensor, value: float) -> Tensor:
-        """x with a value where it is hidden."""
+        """x with a value in its hidden places, in place."""
         for columns, hidden in self.hidden:
             x[..., columns].masked_fill_(hidden, value)
         return x
 
     def hide(self, s: Tensor) -> Tensor:
-        """s with -inf where it is hidden, for an s without NaN and inf."""
+        """s with -inf in its hidden places, in place. s must be finite."""
         for columns, hidden in self.hidden:
             seen = 1.0 - hidden.to(s.dtype)
             s[..., columns] += seen.reciprocal_().neg_().add_(1.0)  # -inf or 0, in a quarter of the time of filling
@@ -145,8 +148,8 @@ class Tile:
 
 
 class Tiles:
-    """A part of a dense problem, tile by tile. q, k, v and whatever products are made of are matrices (B * Hkv, rows, columns),
-    the rows of a group's heads behind each other."""
+    """A part of a dense problem, tile by tile. k, v and all operands of products are matrices (B * Hkv, rows, columns), in
+    which the rows of a group's heads lie one after another."""
 
     def __init__(self, p: Problem, t: Tensors, part: Part, care: Care, scratch: Scratch):
         self.p, self.part, self.care, self.scratch = p, part, care, scratch
@@ -156,7 +159,7 @@ class Tiles:
         self.k, self.v = (x[part.batch, part.kv_heads].to(p.lse_dtype).flatten(0, 1) for x in (t.k, t.v))
         self.sinks = None if t.sinks is None else t.sinks[part.heads, None].to(p.lse_dtype)
         self.seed = t.seed
-        # A scale that is a tensor goes into q, as products take numbers.
+        # A scale that is a tensor is multiplied into q, because baddbmm takes numbers only.
         self.scale, self.scale_tensor = (1.0, t.scale) if p.scale is None else (p.scale, None)
         self.shift = band.shift_of(p)
         least = _least(p)
@@ -185,12 +188,13 @@ class Tiles:
         return self.scratch.take(name, self.matrices, self.p.group * rows, keys)
 
     def queries(self, tile: Tile) -> Tensor:
-        """The tile's queries, times a scale that is no number."""
+        """The tile's queries as matrices, multiplied by the scale if that is a tensor."""
         q = self.fold(self.q[:, :, tile.rows].to(self.p.lse_dtype))
         return q if self.scale_tensor is None else q * self.scale_tensor
 
     def logits(self, tile: Tile, q: Tensor, want_slope: bool = False) -> Tensor:
-        """(B, H, rows, keys) of `queries`, -inf where not seen, as kernels/score.py; sets the tile's slope if wanted."""
+        """The logits (B, H, rows, keys) of q, which `queries` returned, with -inf in hidden places, as kernels/score.py
+        computes them. Sets the tile's slope if wanted."""
         p, keys = self.p, self.k[:, tile.keys].mT
         matrices = self.scores("scores", tile)
         s = self.unfold(matrices)
@@ -204,7 +208,7 @@ class Tiles:
         return tile.fill(s, -math.inf) if self.care.needed else tile.hide(s)
 
     def _changed(self, s: Tensor, tile: Tile, want_slope: bool) -> Tensor:
-        """By softcap, which overwrites them, and score_mod."""
+        """The scores after softcap (in place) and score_mod. Sets the tile's slope."""
         p, slope = self.p, None
         if p.softcap is not None:
             s.div_(p.softcap).tanh_()
@@ -222,7 +226,7 @@ class Tiles:
         return s
 
     def _begin(self, s: Tensor, tile: Tile) -> bool:
-        """Let s be what is added to the products, and tell whether that is anything."""
+        """Write bias and ALiBi into s, to which the products are then added. False where there is neither."""
         if self.bias is not None:
             s.copy_(band.of_tile(self.bias, tile.rows, tile.keys))
         elif self.slopes is not None:
@@ -245,7 +249,7 @@ class Tiles:
         return (i - j).abs().to(self.p.lse_dtype)
 
     def kept(self, tile: Tile) -> Tensor | None:
-        """1 where dropout keeps a weight, else 0."""
+        """(B, H, rows, keys): 1 where dropout keeps a weight, else 0. None without dropout."""
         p = self.p
         if not p.dropout_p:
             return None
@@ -255,7 +259,8 @@ class Tiles:
         return dropout.keep(self.seed, p.dropout_p, b * p.heads + h, rows, tile.keys.start, tile.keys.stop, self.p.lse_dtype)
 
     def unseen(self, tile: Tile) -> Tensor | None:
-        """Keys that a mask hides from all the tile's queries, (B * Hkv, keys, 1). (What the band hides is in no tile.)"""
+        """(B * Hkv, keys, 1) bool: keys that a mask hides from all queries of the tile; None without a mask. (Keys that the
+        band hides from all of them are in no tile.)"""
         if not self.masked:
             return None
         hidden = tile.fill(self._all_false(tile), True).all(2)
@@ -267,7 +272,7 @@ class Tiles:
         return self.mask is not None or self.care.bias_hides
 
     def add_dbias(self, dbias: Tensor, ds: Tensor, tile: Tile) -> None:
-        """Add the tile's ds to the part's gradient of the bias, summed over the dims along which that broadcasts."""
+        """Add ds to the part's gradient of the bias, summed over the dims along which the bias broadcasts."""
         part = band.of_tile(dbias, tile.rows, tile.keys)
         part += ds.sum_to_size(part.shape)
 
@@ -294,7 +299,7 @@ class Tiles:
         return [(slice(None), hidden.expand(-1, -1, rows.stop - rows.start, keys.stop - keys.start))]
 
     def _cuts(self, rows: slice, keys: slice) -> list[tuple[int, int]]:
-        """The columns of a tile that the band hides from some of its rows: at its left, at its right, or all at once."""
+        """Ranges of the tile's columns that the band hides from some of its rows: at the left, at the right, or all columns."""
         p, count = self.p, keys.stop - keys.start
         left = 0 if p.left is None else rows.stop - 1 + self.shift - p.left - keys.start
         right = count if p.right is None else rows.start + self.shift + p.right + 1 - keys.start

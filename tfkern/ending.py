@@ -1,4 +1,4 @@
-"""How a command ends: its exit status, and one line where a traceback would tell its user nothing.
+"""How a command ends: its exit status, and one line in the place of a traceback that would not help the user.
 
 Imports nothing of tfkern: the programs of bench/static, which need no torch, end so, too.
 """
@@ -12,7 +12,7 @@ INTERRUPTED, PIPE_CLOSED = 130, 141  # as a shell shows an end by SIGINT and by 
 
 
 class InputError(Exception):
-    """An argument or a file that won't do; the message names it, says what is wanted, and what to do."""
+    """An unusable argument or file. The message names it, and says what is wanted and what to do."""
 
 
 def ended(name: str, command: Callable[[], int], refused: tuple[type[Exception], ...] = ()) -> int:
@@ -28,7 +28,7 @@ def ended(name: str, command: Callable[[], int], refused: tuple[type[Exception],
     except KeyboardInterrupt:
         status = INTERRUPTED
         if sys.stderr.isatty():
-            print(file=sys.stderr)  # below ^C, and below how far it was
+            print(file=sys.stderr)  # to a new line, after ^C and the progress line
     except BrokenPipeError:
         status = PIPE_CLOSED
     except OSError as error:
@@ -46,7 +46,7 @@ def _told(name: str, what: object, status: int) -> int:
 
 
 def _streams_are_there() -> None:
-    """A stream that the caller has closed leads nowhere; a character that a terminal can't show is no reason to stop."""
+    """Replace a stream that the caller has closed by the null device, and escape characters that a terminal can't show."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -56,7 +56,7 @@ def _streams_are_there() -> None:
 
 
 def _drop_what_nobody_takes() -> None:
-    """Python writes out what is left at its end, and complains where it can't."""
+    """Send output that can't be written to the null device: Python would report an error when it flushes at its exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

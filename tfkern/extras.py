@@ -1,15 +1,15 @@
-"""Optional dependencies: imported where they are used, with an error that says how to get them."""
+"""Optional dependencies, imported where they are used. The error for a missing one says how to install it."""
 
 import importlib
 from types import ModuleType
 
 
 class MissingExtraError(ImportError):
-    """A package that only an extra of tfkern installs is not there."""
+    """A package that an extra of tfkern installs is missing."""
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import a module that an extra of tfkern brings."""
+    """Import a module that an extra of tfkern installs. Raises MissingExtraError."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -1,8 +1,8 @@
-"""A problem as dense ones: packed sequences, or a batch with key lengths, as groups of neighbours of equal lengths with just
-their own keys.
+"""Packed sequences, or a batch with key lengths, as dense problems: groups of neighbouring sequences of equal lengths, each
+with just its own keys.
 
-Groups are views. Many short sequences of mixed lengths would be as many groups: they are copied once into another order, by
-length (sequences.py), and what comes of them is copied back.
+Groups are views. Many short sequences of mixed lengths would make many groups. They are copied once into an order by length
+(sequences.py), and their results are copied back.
 """
 
 import dataclasses
@@ -22,15 +22,14 @@ MANY_PLANS = 4096
 
 
 class Rows(NamedTuple):
-    """Where a group's rows lie in (B, H, N, …); or in (1, H, total, …), where `packed` tells how many sequences they are, and
-    of how many rows."""
+    """Where a group's rows lie in (B, H, N, …), or in (1, H, total, …) if packed. `packed`: (sequences, rows of each)."""
 
     batch: slice
     rows: slice
     packed: tuple[int, int] | None = None
 
     def of(self, x: Tensor | None) -> Tensor | None:
-        """x of the group, (S, H, n, …), a view."""
+        """The group's part of x, a view (S, H, n, …)."""
         if x is None:
             return None
         if self.packed is None:
@@ -44,17 +43,17 @@ class Rows(NamedTuple):
         self.of(x).copy_(part)
 
     def whole(self, part: Tensor) -> Tensor:
-        """(S, H, n, …) of a group that has all rows, in their place."""
+        """The part (S, H, n, …) of a group that has all rows, in the shape of the whole."""
         return part if self.packed is None else part.transpose(0, 1).flatten(1, 2)[None]
 
     def count(self) -> int:
-        """Of rows: of each sequence, or packed of all."""
+        """The number of rows: of each sequence, or of all if packed."""
         return self.rows.stop - self.rows.start
 
 
 class Group(NamedTuple):
-    """A dense problem, its tensors, the numbers of its sequences, their places in whatever has one entry for each sequence, and
-    those of their rows."""
+    """A dense problem and its tensors. `numbers`: its sequences' numbers in the whole problem. `batch`: their slice of whatever
+    has one entry for each sequence. `queries` and `keys`: where their rows lie."""
 
     problem: Problem
     tensors: Tensors
@@ -72,7 +71,7 @@ class Group(NamedTuple):
 
 
 def dense(p: Problem, t: Tensors) -> Group | None:
-    """All of a problem without lengths."""
+    """A problem without lengths as one group; None for others."""
     if p.packed or p.has_key_lengths:
         return None
     whole = slice(0, p.batch)
@@ -80,7 +79,7 @@ def dense(p: Problem, t: Tensors) -> Group | None:
 
 
 def groups(p: Problem, t: Tensors, places: Places, numbers: Sequence[int]) -> Iterator[Group]:
-    """Together they have every query that belongs to a sequence, each once. `numbers` are those of the sequences."""
+    """The groups of a problem. Together they have each query of each sequence once. `numbers`: the sequences' numbers."""
     starts, sizes = places.starts, places.sizes
     for batch in places.runs:
         part = _of_sizes(p, batch.stop - batch.start, *sizes[batch.start])
@@ -94,7 +93,7 @@ def groups(p: Problem, t: Tensors, places: Places, numbers: Sequence[int]) -> It
 
 
 def _rows(p: Problem, batch: slice, count: int, start: int | None) -> Rows:
-    """Of sequences with so many rows each, the first of which is at `start` if packed."""
+    """Where `count` rows of each sequence of the batch lie. `start`: the first of them if packed."""
     if start is None:
         return Rows(batch, slice(0, count))
     sequences = batch.stop - batch.start
@@ -161,7 +160,7 @@ def gradients(p: Problem, t: Tensors, needed, into, of_group: Callable, *rows: T
 
 
 def _added(p: Problem, t: Tensors, needed, of_group: Callable, rows) -> Gradients:
-    """Those of q, k and v in any memory order, the others in the wide dtype."""
+    """The gradients of a problem with lengths: those of q, k and v in any memory order, the others in the wide dtype."""
     places = places_of(p, t)
     order, *which = order_of(p, t, places) or (None, places, range(p.batch))
     if order is None:
@@ -173,7 +172,7 @@ def _added(p: Problem, t: Tensors, needed, of_group: Callable, rows) -> Gradient
 
 
 def _gradients(p: Problem, t: Tensors, needed, of_group: Callable, rows, places: Places, numbers: Sequence[int]) -> Gradients:
-    """Those of q, k and v in any memory order, the others in the wide dtype."""
+    """The gradients of the groups, put together: those of q, k and v in any memory order, the others in the wide dtype."""
     parts = list(groups(p, t, places, numbers))
     if len(parts) == 1 and places.all_queries and places.all_keys:
         group = parts[0]

@@ -1,4 +1,4 @@
-"""How far a long command is: on standard error, so that what it prints elsewhere can be kept. Imports nothing of tfkern."""
+"""The progress of a long command, on standard error, so that its standard output can be kept. Imports nothing of tfkern."""
 
 import shutil
 import sys
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
-PAUSE = 5.0  # seconds between lines where they stay
+PAUSE = 5.0  # seconds between lines where they are not overwritten
 
 
 class Progress:
@@ -17,7 +17,7 @@ class Progress:
         self.there, self.shown, self.last = sys.stderr.isatty(), False, time.monotonic()
 
     def show(self, text: str) -> None:
-        """Tell where it is. What is printed next on the same terminal goes over it."""
+        """Show the progress. The next output on the same terminal overwrites it."""
         if self.there:
             text = text[: shutil.get_terminal_size().columns - 1]
             print(f"\r\x1b[K{text}", end="\r", file=sys.stderr, flush=True)
@@ -27,14 +27,14 @@ class Progress:
             self.last = time.monotonic()
 
     def clear(self) -> None:
-        """Take the line away, before other output."""
+        """Remove the line, before other output."""
         if self.shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
             self.shown = False
 
 
 def counted(items: Iterable[T], describe: Callable[[T], object]) -> Iterator[T]:
-    """The items, one after the other, with "3 of 20" and what it is shown while each is being worked on."""
+    """Yield the items. While the caller works on one, the progress shows "3 of 20" and its description."""
     items, progress = list(items), Progress()
     try:
         for number, item in enumerate(items, 1):

@@ -1,6 +1,6 @@
-"""The naive oracle: attention as its formula is written, N x N scores and all, differentiable by PyTorch, in the inputs' dtype.
+"""The naive oracle: attention written as its formula, with N x N scores, differentiated by PyTorch, in the dtype of the inputs.
 
-Call it with float64 inputs for the truth, with low-precision inputs for what plain PyTorch makes of them.
+Call it with float64 inputs for the truth, and with low-precision inputs for the result of plain PyTorch.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from tfkern.score_mods import each_head
 
 
 def visible(n_q: int, n_k: int, *, is_causal=False, causal_alignment="upper_left", window=None, key_lengths=None, device=None):
-    """(B or 1, 1, n_q, n_k) bool: True where query i sees key j, written out from the definitions in tfkern.attention."""
+    """(B or 1, 1, n_q, n_k) bool: True where query i sees key j, by the definitions in the docstring of tfkern.attention."""
     i = torch.arange(n_q, device=device)[:, None]
     j = torch.arange(n_k, device=device)[None, :]
     lengths = torch.tensor([n_k], device=device) if key_lengths is None else key_lengths
@@ -72,7 +72,7 @@ def attention_weights(query: Tensor, key: Tensor, *args, sinks=None, **options) 
 
 
 def kept(seed: Tensor, dropout_p: float, shape, first: int = 0) -> Tensor:
-    """(B, H, Nq, Nk) float64 factors of dropout: 0, or what makes up for those."""
+    """(B, H, Nq, Nk) float64 factors of dropout: 0 for dropped weights, 1 / (1 - p) for others."""
     batch, heads, n_q, n_k = shape
     bh = torch.arange(first * heads, (first + batch) * heads, device=seed.device).view(batch, heads, 1, 1)
     rows = torch.arange(n_q, device=seed.device)[:, None]
@@ -86,7 +86,7 @@ def attention(
     """The naive counterpart of tfkern.attention, with its arguments and results; O(N^2) memory; any device and dtype.
 
     With dropout it draws the same random bits from the same state of torch's generator, unless `seed`, two int64, gives them.
-    precise_delta changes nothing: there is no delta.
+    precise_delta has no effect, because autograd uses no delta.
     """
     p, lse = attention_weights(query, key, attn_mask, is_causal, scale, first=first, **options)
     if dropout_p:
@@ -102,7 +102,7 @@ def attention_varlen(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q, cu_seqlens_k, attn_mask=None, dropout_p=0.0, *args,
     alibi_slopes=None, return_lse=False, naive=None, **options,
 ):  # fmt: skip
-    """The naive counterpart of tfkern.attention_varlen: one sequence after the other."""
+    """The naive counterpart of tfkern.attention_varlen. It computes one sequence after another."""
     naive = naive or attention
     outs, lses = [], []
     seed = dropout.draw_seed(query.device) if dropout_p else None
@@ -124,7 +124,7 @@ def attention_varlen(
 
 
 def of_sequence(attn_mask: Tensor | None, b: int, n_q: int, n_k: int) -> Tensor | None:
-    """What sequence b of lengths n_q and n_k uses of the mask for packed sequences."""
+    """The part of the mask for packed sequences that sequence b, of lengths n_q and n_k, uses."""
     if attn_mask is None:
         return None
     mask = attn_mask[(None,) * (4 - attn_mask.dim())]
@@ -142,9 +142,9 @@ def flash(
     return_lse=False, seed=None, first=0, sinks=None, precise_delta=False, out_dtype=None,
     **options,
 ):  # fmt: skip
-    """`attention` with the backward that flash backwards compute, written out, N x N and all: delta = rowsum(O * dO) - dlse,
-    dS = P * (dP - delta) (Dao et al., FlashAttention, 2022, section B.4). out_dtype is what O is rounded to, from which delta
-    is taken, unless that is to be precise."""
+    """`attention` with the backward of flash attention, written out with N x N matrices: delta = rowsum(O * dO) - dlse,
+    dS = P * (dP - delta) (Dao et al., FlashAttention, 2022, section B.4). O is rounded to out_dtype before delta is computed
+    from it, unless precise_delta."""
     if dropout_p and seed is None:
         seed = dropout.draw_seed(query.device)
     with torch.no_grad():
@@ -163,7 +163,8 @@ def flash(
 
 
 class _Flash(torch.autograd.Function):
-    """(out, lse) as given; backward from logits, sink (H,) and values by the flash formula."""
+    """The forward returns the given (out, lse). The backward gives the gradients of logits, sink (H,) and values by the flash
+    formula."""
 
     @staticmethod
     def forward(ctx, s, sink, value, out, lse, factors):

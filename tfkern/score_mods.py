@@ -1,4 +1,5 @@
-"""Host side of score_mod: what a user writes for the kernels in Triton, on PyTorch tensors, for the backend eager."""
+"""score_mod on the host: names for torch.compile, and a user's Triton functions run on PyTorch tensors, for the backend
+eager and the reference. (kernels/score_mods.py has examples.)"""
 
 import functools
 import importlib
@@ -23,8 +24,8 @@ def _tensor(x, like):
 
 
 class ScoreMod(tuple):
-    """A score_mod by name: ScoreMod(value, derivative), wherever the pair may stand. torch.compile needs it on a machine with a
-    GPU, where Dynamo takes @triton.jit functions for kernels that are launched, and can't pass them on.
+    """A score_mod with a name: ScoreMod(value, derivative), in the place of the pair. torch.compile needs it on a machine
+    with a GPU, where Dynamo takes @triton.jit functions for kernels to be launched and can't pass them on.
 
     Raises TypeError as attention does for a pair.
     """
@@ -47,8 +48,8 @@ _by_name: dict[str, tuple] = {}
 
 @compat.while_tracing
 def name_of(*pair) -> str:
-    """A name for the pair of a score_mod, for a compiled graph to keep. Functions of a module's top level can be found by it
-    in another process, too."""
+    """A name for the pair of a score_mod, for a compiled graph to keep. Another process finds functions of a module's top level
+    by it."""
     functions = checks.score_mod(pair)
     name = ",".join(f"{f.fn.__module__}:{f.fn.__qualname__}" for f in functions)
     if _imported(name) != functions:
@@ -58,9 +59,9 @@ def name_of(*pair) -> str:
 
 
 def named(name: str) -> tuple:
-    """The pair that name_of named.
+    """The pair that has this name from name_of.
 
-    Raises LookupError where this process doesn't know it.
+    Raises LookupError where this process doesn't know the name.
     """
     if (pair := _by_name.get(name) or _imported(name)) is None:
         raise LookupError(
@@ -82,7 +83,7 @@ def _imported(name: str) -> tuple | None:
 
 
 class _Language:
-    """What stands for `tl` while a score_mod runs on tensors."""
+    """The replacement of `tl` while a score_mod runs on tensors."""
 
     def __getattr__(self, name: str):
         if name in ("math", "standard"):
@@ -113,7 +114,7 @@ _language = _Language()
 
 
 class _Module:
-    """What stands for another module: its jit functions and triton.language replaced."""
+    """The replacement of another module, with its jit functions and triton.language replaced."""
 
     def __init__(self, module: types.ModuleType):
         self._module = module
@@ -153,8 +154,8 @@ class _Number(torch.Tensor):
 
 
 def each_head(function, s: Tensor, sequences: Sequence[int], first: int, i: Tensor, j: Tensor) -> Tensor:
-    """One function of a score_mod on scores (B, H, rows, keys) of these sequences and the heads from `first` on: head by head,
-    b and h being numbers, as the kernels have it; i and j broadcast to (rows, keys). In the dtype of the scores."""
+    """One function of a score_mod on scores s (B, H, rows, keys) of these sequences and the heads from `first` on. It runs head
+    by head, with numbers for b and h, as in the kernels. i and j broadcast to (rows, keys). The result has the dtype of s."""
     python = as_torch(function)
     i, j = (x.as_subclass(_Number) for x in (i, j))
     values = []

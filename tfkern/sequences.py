@@ -1,6 +1,7 @@
-"""The lengths of sequences, packed or in a batch, and an order by length.
+"""The lengths of sequences, packed or in a batch, on the host, and an order by length. (kernels/sequence.py reads them on the
+device.)
 
-Lengths are read, for which a GPU's stream is waited for.
+Reading lengths waits for a GPU's stream.
 """
 
 import itertools
@@ -11,12 +12,12 @@ from torch import Tensor
 
 from tfkern.problem import Problem, Tensors
 
-FEW = 1 << 16  # elements that are copied in the time that a call takes on a CPU, beside what it computes
+FEW = 1 << 16  # elements: copying them takes as long as the overhead of one call on a CPU
 
 
 class Places(NamedTuple):
-    """Of each sequence, where its queries and keys start in packed memory, and how many there are of each; neighbours of equal
-    lengths that lie side by side; and whether all queries, and all keys, belong to a sequence."""
+    """starts and sizes: (queries, keys) of each sequence, where they start in packed memory and how many there are. runs:
+    neighbouring sequences of equal lengths. all_queries, all_keys: whether every row belongs to a sequence."""
 
     starts: list[tuple[int, int]] | None
     sizes: list[tuple[int, int]]
@@ -26,7 +27,7 @@ class Places(NamedTuple):
 
 
 def places_of(p: Problem, t: Tensors) -> Places:
-    """Whatever the values are that nobody checked, these are within the tensors."""
+    """The places of a problem's sequences, clamped to lie within the tensors: on a GPU nobody has checked the values."""
     if p.has_key_lengths:
         sizes = [(p.n_q, n) for n in t.key_lengths.clamp(0, p.n_k).tolist()]
         return Places(None, sizes, _runs(sizes), all_keys=False)
@@ -38,51 +39,52 @@ def places_of(p: Problem, t: Tensors) -> Places:
 
 
 def _runs(sizes: list[tuple[int, int]]) -> list[slice]:
-    """Neighbours of equal lengths."""
+    """Slices of neighbouring sequences that have equal lengths."""
     cuts = [0, *(b for b, (x, y) in enumerate(itertools.pairwise(sizes), 1) if x != y), len(sizes)]
     return [slice(*pair) for pair in itertools.pairwise(cuts)] if sizes else []
 
 
 class Order(NamedTuple):
-    """Another order, as index_select takes it: the numbers of the sequences, and if packed the rows of queries and of keys."""
+    """Another order as indices for index_select: of the sequences, and if packed of the rows of queries and of keys."""
 
     sequences: Tensor
     queries: Tensor | None = None
     keys: Tensor | None = None
 
     def tensors(self, t: Tensors) -> Tensors:
-        """Those in this order, without lengths."""
+        """The tensors in this order, without lengths."""
         each = {name: self.of_each(getattr(t, name)) for name in ("bias", "mask", "slopes")}
         rows = dict(q=self.of(t.q), k=self.of_keys(t.k), v=self.of_keys(t.v))
         return t._replace(**rows, **each, key_lengths=None, cu_q=None, cu_k=None)
 
     def of_each(self, x: Tensor | None) -> Tensor | None:
-        """What has one entry for each sequence, or one for all."""
+        """A tensor with one entry for each sequence, or one for all, in this order."""
         return x if x is None or len(x) == 1 else x[self.sequences]
 
     def of(self, x: Tensor | None) -> Tensor | None:
-        """What has rows of queries."""
+        """A tensor with rows of queries in this order."""
         return None if x is None else _taken(x, self.sequences, self.queries)
 
     def of_keys(self, x: Tensor | None) -> Tensor | None:
-        """What has rows of keys."""
+        """A tensor with rows of keys in this order."""
         return None if x is None else _taken(x, self.sequences, self.keys)
 
     def back(self) -> "Order":
-        """From this order to the one before."""
+        """The inverse order."""
         return Order(*(None if x is None else x.argsort() for x in self))
 
 
 def _taken(x: Tensor, sequences: Tensor, rows: Tensor | None) -> Tensor:
-    """Those sequences of (B, H, …), or of (1, H, total, …) those rows. Whole rows are copied at once where heads lie within."""
+    """The given sequences of (B, H, …), or the given rows of (1, H, total, …). Where heads lie within rows, whole rows are
+    copied at once."""
     if rows is None:
         return x.index_select(0, sequences)
     return x[0].transpose(0, 1).index_select(0, rows).transpose(0, 1)[None]
 
 
 def order_of(p: Problem, t: Tensors, places: Places) -> tuple[Order, Places, list[int]] | None:
-    """The order by lengths, the places in it and the numbers of the sequences, where the calls that it saves cost more than its
-    copies."""
+    """(the order by length, the places in it, the numbers of the sequences in it); None where the copies cost more than the
+    calls that the order saves."""
     starts, sizes, runs, *all_of = places
     if not (places.all_queries and (places.all_keys or not p.packed)):
         return None
@@ -95,7 +97,7 @@ def order_of(p: Problem, t: Tensors, places: Places) -> tuple[Order, Places, lis
         return Order(sequences), Places(None, sizes, _runs(sizes), *all_of), numbers
     ends = [[0, *itertools.accumulate(n)] for n in zip(*sizes, strict=True)]
     rows = []
-    for i, total in enumerate((p.n_q, p.n_k)):  # start, start + 1, … of each, behind each other
+    for i, total in enumerate((p.n_q, p.n_k)):  # start, start + 1, … of each sequence, one after another
         first, count = (torch.tensor(x, device=p.device) for x in ([starts[b][i] for b in numbers], [n[i] for n in sizes]))
         moved = first - torch.tensor(ends[i][:-1], device=p.device)
         rows.append(torch.arange(total, device=p.device) + moved.repeat_interleave(count, output_size=total))

@@ -7,10 +7,10 @@ from typing import BinaryIO
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Have `write` fill a file beside `path`, and then put it there.
+    """Let `write` fill a temporary file beside `path`, and then rename it to `path`.
 
-    An end at any moment, of the process or of the machine, leaves the file as it was, or the new one whole. An error leaves
-    the file as it was, and nothing beside it.
+    If the process or the machine ends at any moment, either the old file or the whole new one is there. After an error the old
+    file is there, and no temporary one.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -25,7 +25,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def _sync_names(folder: Path) -> None:
-    """Have the names in a folder on the disk before what comes next."""
+    """Flush the names of a folder to the disk before returning."""
     if os.name == "nt":  # Windows opens no folders
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -11,10 +11,9 @@ from tfkern.functional import attention, attention_packed
 class MultiheadAttention(nn.MultiheadAttention):
     """torch.nn.MultiheadAttention: its arguments, parameters, state dict, results and types of errors.
 
-    With need_weights=False, tfkern attends: boolean masks stay boolean and are not expanded, the is_causal hint skips what it
-    hides where there is no padding, and self-attention reads its three projections from one tensor, without a copy. With
-    need_weights=True (PyTorch's default) the weights have to be written out, N x N of them for each head: that is left to
-    PyTorch, and nothing is gained.
+    With need_weights=False, tfkern attends. Boolean masks stay boolean and are not expanded. Without padding the is_causal hint
+    skips the keys that it hides. Self-attention reads its three projections from one tensor, without a copy. With
+    need_weights=True (PyTorch's default) N x N weights of each head have to be written. That is left to PyTorch, with no gain.
 
     Dropout draws other random bits than PyTorch's, from the same generator. A query that sees no key gets an attention of 0
     with need_weights=False, and NaN with weights, both as PyTorch's. Nested tensors work where they do in PyTorch: on the
@@ -57,7 +56,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 the mask is not looked at then, in inference either.
         """
         given = query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-        changed_back = not isinstance(self, MultiheadAttention)  # tfkern.unpatch, and called by who kept the bound method
+        changed_back = not isinstance(self, MultiheadAttention)  # by tfkern.unpatch, while a caller kept the bound method
         if tracing.proxied(*given):
             return tracing.leaf(self, *given)
         if changed_back or need_weights or tracing.pytorchs(query, key, value) or any(x.is_nested for x in given[:3]):
@@ -66,7 +65,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         self._check_masks(query, key, key_padding_mask, attn_mask, is_causal)
         batched = query.dim() == 3
         if not batched:
-            key_is_query, value_is_key = key is query, value is key  # what was one tensor stays one
+            key_is_query, value_is_key = key is query, value is key  # equal tensors stay one tensor
             query = query.unsqueeze(0)
             key = query if key_is_query else key.unsqueeze(0)
             value = key if value_is_key else value.unsqueeze(0)
@@ -126,13 +125,13 @@ class MultiheadAttention(nn.MultiheadAttention):
             )
 
     def _masked(self, attn_mask, key_padding_mask, is_causal: bool, query, key, seq_first: bool) -> tuple[Tensor | None, bool]:
-        """What tfkern.attention takes for the masks: (mask, is_causal)."""
-        if is_causal and key_padding_mask is None:  # as in PyTorch: beside padding it is the mask that counts
+        """The arguments (mask, is_causal) of tfkern.attention for the masks."""
+        if is_causal and key_padding_mask is None:  # as in PyTorch: with padding the mask counts, not the hint
             return None, True
         batch, n_q, n_k = query.shape[seq_first], query.shape[1 - seq_first], key.shape[1 - seq_first]
         mask = self._mask(attn_mask, key_padding_mask, (batch, n_q, n_k), query.dtype)
         appended = (self.bias_k is not None) + self.add_zero_attn
-        if mask is not None and appended:  # nobody hides what is appended
+        if mask is not None and appended:  # the appended keys are visible to every query
             mask = F.pad(mask, (0, appended), value=mask.dtype == torch.bool)
         return mask, False
 
@@ -170,7 +169,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return mask
 
     def _attended(self, query, key, value, mask, is_causal: bool, seq_first: bool) -> Tensor:
-        """What the heads bring, side by side, (N, L, E) or (L, N, E)."""
+        """The outputs of the heads, concatenated, (N, L, E) or (L, N, E)."""
         dropout_p = self.dropout if self.training else 0.0
         if query is key and key is value and self._qkv_same_embed_dim and self.bias_k is None and not self.add_zero_attn:
             qkv = F.linear(query, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, self.head_dim))
@@ -214,7 +213,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask of what to ignore as one to add."""
+    """A mask (True = ignore) as one to add to scores; a float mask as it is."""
     return mask if mask.is_floating_point() else torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf)
 
 

@@ -44,7 +44,7 @@ class SelfAttention(nn.Module):
         """x (B, N, C) -> (B, N, C).
 
         Args:
-            key_lengths: (B,) integers: positions from there on are padding that nobody attends to.
+            key_lengths: (B,) integers: positions from there on are padding, to which no query attends.
             cache: keys and values of the positions before x, to which those of x are appended. Position i of x then attends
                 as position length + i.
 

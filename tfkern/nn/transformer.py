@@ -1,7 +1,7 @@
-"""PyTorch's encoder layers without the fused inference of their own, which goes past the attention layer in them.
+"""PyTorch's encoder layers without their fused inference, which bypasses the attention layer in them.
 
-Both decide on that by an attribute. Here it says no, whatever was set, so that every call reaches `self_attn`; the rest is
-PyTorch's, and an instance of the one class becomes one of the other by changing its __class__.
+Both classes decide on fused inference by an attribute. Here the attribute refuses it, whatever was set, so that every call
+reaches `self_attn`. The rest is PyTorch's: an instance of one class becomes one of the other when its __class__ changes.
 """
 
 import functools
@@ -12,7 +12,7 @@ from tfkern import tracing
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
-    """torch.nn.TransformerEncoderLayer, its arguments and state dict. Its `self_attn` attends in inference, too."""
+    """torch.nn.TransformerEncoderLayer with its arguments and state dict. Its `self_attn` is called in inference as well."""
 
     __prepare_scriptable__ = tracing.unscriptable
 
@@ -33,8 +33,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
 
 class TransformerEncoder(nn.TransformerEncoder):
-    """torch.nn.TransformerEncoder, its arguments and state dict. In inference, too, its layers get padded tensors: what they
-    put into padding stays there, where PyTorch's encoder returns 0 if all of its conditions for nested tensors are met."""
+    """torch.nn.TransformerEncoder with its arguments and state dict. Its layers get padded tensors in inference as well, and
+    their results for padding stay. PyTorch's encoder returns 0 there if all of its conditions for nested tensors are met."""
 
     __prepare_scriptable__ = tracing.unscriptable
 

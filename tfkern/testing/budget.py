@@ -1,21 +1,21 @@
-"""What counts as correct.
+"""The error budget, which defines a correct result.
 
-Correct means: the error against the float64 oracle is at most twice the error that plain PyTorch makes in the same dtype, plus
-one rounding of the result. Plain PyTorch is the naive formula and its autograd.
+A result is correct if its error against the float64 oracle is at most twice the error of plain PyTorch in the same dtype,
+plus one rounding of the result. Plain PyTorch is the naive formula and its autograd.
 
-In float32 it is three times, and for gradients the larger error of that and of the flash backward written out naively. A flash
-backward subtracts two sums that autograd never forms (with one key autograd gives an exact 0), so that none, PyTorch's own
-among them, keeps to the first rule; and where two computations differ only in the order of their float32 sums, their largest
-errors were seen to differ by 2.4 times. Flash-attention's tests use three times as well.
+In float32 the factor is three. For gradients the reference error is the larger one of autograd's and of the flash backward
+written out naively. A flash backward subtracts two sums that autograd never forms (with one key autograd gives an exact 0),
+so no flash backward, not even PyTorch's own, keeps to the first rule. Where two computations differ only in the order of
+their float32 sums, their largest errors were seen to differ by 2.4 times. Flash-attention's tests use three times as well.
 
-In 16 bits the flash backward is written out in float32, and only O, from which it takes delta, is rounded to 16 bits, as every
-flash backward finds it: with one key autograd gives an exact 0 here, too.
+In 16 bits the flash backward is written out in float32. Only O, from which it computes delta, is rounded to 16 bits, as it
+is for every flash backward. With one key autograd gives an exact 0 in 16 bits as well.
 
-What plain PyTorch errs hangs on how one CPU adds: of a handful of numbers it gets all nearly right by luck now and then, and
-where terms cancel it may be exactly right on one CPU and not on another. So where an error exceeds that budget, plain PyTorch's
-error becomes the largest of its own and of DRAWS runs of the same formula in float64 whose operations err as float32 may
-(rounding.py derives how much), and which are the same on every machine. Over all cases in float32, half of these err at most
-1.5 times as much as plain PyTorch did on one CPU, nine in ten at most 2.8 times; in 16 bits 0.1 and 0.5 times.
+Plain PyTorch's error depends on the order in which a CPU adds. It may be small by luck where there are few numbers, and 0 on
+one CPU but not on another where terms cancel. So where an error exceeds that budget, plain PyTorch's error is replaced by the
+largest of its own and of DRAWS runs of the same formula in float64 whose operations err as float32 may (rounding.py derives
+how much). These runs are the same on every machine. Over all cases in float32, half of them err at most 1.5 times as much as
+plain PyTorch did on one CPU, and nine in ten at most 2.8 times; in 16 bits 0.1 and 0.5 times.
 """
 
 import functools
@@ -73,7 +73,7 @@ def check(case: Case, dtype: torch.dtype, backend: str, device="cpu", seed: int 
 
 
 def assess(case: Case, inputs: Inputs, found: dict[str, Tensor]) -> list[Error]:
-    """The Error of everything found for the inputs of a case."""
+    """The Error of each result that was found for the inputs of a case."""
     return judge(found, truth(case, inputs), plain(case, inputs), again(case, inputs))
 
 
@@ -84,12 +84,12 @@ def again(case: Case, inputs: Inputs) -> Callable[[], dict[str, Tensor]]:
 
 
 def truth(case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    """What the float64 oracle says."""
+    """The results of the float64 oracle."""
     return _run(case, reference.attention, inputs.cast(torch.float64))
 
 
 def plain(case: Case, inputs: Inputs) -> list[dict[str, Tensor]]:
-    """What plain PyTorch makes of it: autograd's form in the inputs' dtype and the flash backward's in float32."""
+    """The results of plain PyTorch: autograd's form in the inputs' dtype, and the flash backward's in float32."""
     dtype = inputs.tensors["query"].dtype
     inputs = replace(inputs.cast(dtype), options=inputs.options)  # a tensor for scale keeps its own dtype
     forms = [_run(case, reference.attention, inputs)]

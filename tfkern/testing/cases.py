@@ -1,4 +1,4 @@
-"""Named problems. Each is a line, and its name is its id in every test and table."""
+"""Named problems, one a line. The name is the id of a problem in every test and table."""
 
 from dataclasses import dataclass, field
 
@@ -10,7 +10,7 @@ class Case:
 
     mask: "bool", "float" (float32) or "query" (the dtype of q), and the dims it has, those along which it broadcasts as 1:
     "bool bhqk", "float 1h1k". slopes: "h" or "bh". lengths: those of packed sequences, for queries and keys, of which batch,
-    n_q and n_k follow. score_mod: a pair of kernels/score_mods.py by name. magnitude: what q and k are multiplied by.
+    n_q and n_k follow. score_mod: a pair of kernels/score_mods.py by name. magnitude: a factor of q and k.
     """
 
     name: str

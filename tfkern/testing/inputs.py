@@ -1,4 +1,4 @@
-"""Inputs for a Case, with poison in every place that no result may depend on."""
+"""Inputs for a Case, with NaN (poison) in every place that no result may depend on."""
 
 from dataclasses import dataclass
 
@@ -16,9 +16,9 @@ GRADIENTS = {
 
 @dataclass
 class Inputs:
-    """Differentiable arguments by name, the gradients do of out and dlse of lse, and attention's other keyword arguments. What
-    no result may depend on (keys that no query sees, all of queries that see no key, biases where nothing is seen) is NaN in
-    `tensors`, do and dlse, and 0 in `clean`, clean_do and clean_dlse."""
+    """tensors: differentiable arguments by name. do and dlse: the gradients of out and lse. options: attention's other keyword
+    arguments. Places that no result may depend on (keys that no query sees, queries that see no key, biases of hidden places)
+    are NaN in `tensors`, do and dlse, and 0 in `clean`, clean_do and clean_dlse."""
 
     tensors: dict[str, Tensor]
     do: Tensor
@@ -110,7 +110,7 @@ class _Maker:
         return options
 
     def mask(self) -> Tensor | None:
-        """The mask, some of it hiding, among that a whole row and a whole column where it has those."""
+        """The mask. Some places are hidden, among them a whole row and a whole column if the mask has these dims."""
         if self.case.mask is None:
             return None
         kind, dims = self.case.mask.split()
@@ -130,7 +130,7 @@ class _Maker:
         return values
 
     def visible(self, options: dict, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, H, Nq, Nk) bool: what is seen; and (sequences, 1, longest, longest) what the band alone shows."""
+        """(B, H, Nq, Nk) bool: the visible places; and (sequences, 1, longest, longest): those of the band alone."""
         names = ("is_causal", "causal_alignment", "window", "key_lengths")
         band = {name: options[name] for name in names if name in options}
         shape = (self.case.batch, self.case.heads, self.n_q, self.n_k)
@@ -187,7 +187,8 @@ def _attended(mask: Tensor | None):
 
 
 def _poison(x: Tensor, dead: Tensor, able: bool = True) -> tuple[Tensor, Tensor]:
-    """(x with NaN, x with 0) where dead. Not `able`: one memory stands for many places, and nothing in it is dead for all."""
+    """(x with NaN, x with 0) where dead. x stays as it is unless `able`: with stride 0 one element stands for many places,
+    of which some are not dead."""
     if not able:
         return x, x.clone()
     clean = x.masked_fill(dead, 0.0)

@@ -1,4 +1,4 @@
-"""What any correct implementation may err, on any machine and in any order of its sums: float64 operations made to err.
+"""The error that any correct implementation may make, on any machine and in any order of sums: float64 operations made to err.
 
 A sum in floating point rounds each of its partial sums. Added one after the other, terms of random signs give an error with a
 standard deviation of about u/2 times the sum of their magnitudes, where u is half the distance from 1 to the next number: the
@@ -20,7 +20,7 @@ from tfkern import compat
 PRODUCTS = {"mm", "bmm", "mv", "dot", "addmm", "baddbmm", "convolution", "convolution_backward"}
 # Sums of products of their arguments, without signs of their own: of magnitudes they give the sum of magnitudes.
 SUMS = PRODUCTS | {"sum", "mean", "cumsum", "embedding_dense_backward", "index_add", "index_put"}
-# They hand on the bits of an argument, so nothing is rounded.
+# These return bits of their arguments, so nothing is rounded.
 EXACT = {
     "clone", "copy_", "_to_copy", "where", "masked_fill", "masked_fill_", "cat", "stack", "index", "gather", "neg", "abs",
 }  # fmt: skip
@@ -52,7 +52,7 @@ class Rounding(compat.DispatchMode):
         return out
 
     def _totals(self, func, name: str, args: tuple, kwargs: dict, count: int):
-        """For each result, the sum of the magnitudes that it is the sum of; None where it is no sum."""
+        """For each result, the sum of the magnitudes of its terms; None where it is no sum."""
         if name == "_softmax_backward_data":  # P * (dP - sum(P * dP))
             grad, p, dim = args[0].abs(), args[1], args[2]
             return [p * (grad + (grad * p).sum(dim, keepdim=True))]
