@@ -26,7 +26,7 @@ demo: $(STAMP)
 	$(BIN)/tfkern demo $(ARGS)
 
 # At most six minutes on two cores: tests marked slow are more of what others stand for. What finds most stays: tests/mutation/cover.py
-# tells which tests killed which share of the mutants. ARGS=--durations=30 shows what takes long.
+# tells, after `make mutants`, which tests killed which share of them. ARGS=--durations=30 shows what takes long.
 PYTEST := $(BIN)/pytest tests -q -n $(WORKERS) --dist worksteal
 test: $(STAMP)
 	$(PYTEST) -m "not slow" $(ARGS)
@@ -49,7 +49,7 @@ lint: $(STAMP)
 # `make test-all` compiles every kernel with all of the band, for sm_90 also without features and causal, and at one head dim with
 # each feature (`make test` at one head dim alone); this compiles what is left. For sm_100, where it takes longest, the main
 # variants and the features; for chips with little shared memory that have sm_80's or sm_86's rows, what needs most of it.
-GATE := $(BIN)/python bench/compile_gate.py
+GATE := $(BIN)/python -m bench.static.compile_gate
 gate: $(STAMP)
 	$(GATE) --arch sm_80 sm_100 gfx942 --variant plain causal
 	$(GATE) --arch sm_100 --variant all
@@ -59,9 +59,10 @@ gate: $(STAMP)
 	$(GATE) --arch sm_80 sm_90 sm_100 gfx942 --dtype bf16 --head-dim 64 --variant features
 	$(GATE) --arch sm_86 sm_89 sm_120 --dtype bf16 --head-dim 64 128 256 --variant plain
 	$(GATE) --arch sm_80 sm_90 gfx942 --dtype fp32 --head-dim 64 --variant everything
-	$(BIN)/python bench/hopper_gate.py
+	$(BIN)/python -m bench.static.hopper_gate
 
-# Break the kernels, one place at a time, and see that the tests notice. About an hour on two cores.
+# Break the kernels, one place at a time, and see that the tests notice: build/mutants/ has what was found. About an hour on two
+# cores.
 mutants: $(STAMP)
 	TRITON_INTERPRET=1 $(BIN)/python tests/mutation $(ARGS)
 
@@ -74,7 +75,7 @@ random: $(STAMP)
 # ARGS=--dry-run goes the same way up to the driver without a GPU.
 GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
 gpu:
-	@exec $(GPU_PYTHON) bench/checkout.py -m tfkern.bench.gpu --began $$(date +%s) $(if $(CALL),--call $(CALL)) \
+	@exec $(GPU_PYTHON) bench/gpu/checkout.py -m tfkern.bench.gpu --began $$(date +%s) $(if $(CALL),--call $(CALL)) \
 	  $(if $(BUDGET),--budget $(BUDGET)) $(if $(OUT),--out $(abspath $(OUT))) $(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
 
 bench: $(STAMP)

@@ -9,7 +9,7 @@ import json
 import math
 from pathlib import Path
 
-from tfkern.bench import cost_model, providers, shapes
+from tfkern.bench import chips, providers, shapes
 from tfkern.bench.results import ResultsError
 from tfkern.bench.results import load as load_whole
 
@@ -20,8 +20,8 @@ BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 # Whose floor is known, by what the name of a card has. An H200 is an H100 with other memory: 4.8 TB/s by its data sheet, of
 # which the H100's share of its own 3.35 is taken.
 CHIPS = {
-    "H100 80GB HBM3": ("H100", cost_model.H100),
-    "H200": ("H200", dataclasses.replace(cost_model.H100, memory=cost_model.H100.memory * 4.8 / 3.35)),
+    "H100 80GB HBM3": ("H100", chips.H100),
+    "H200": ("H200", dataclasses.replace(chips.H100, memory=chips.H100.memory * 4.8 / 3.35)),
 }
 OTHERS = ("NVL", "PCIe", "MIG")  # of the same names, but with fewer SMs or lower clocks
 
@@ -72,15 +72,15 @@ def fastest(by: dict[str, dict], names: tuple[str, ...]) -> dict | None:
     return min((by[name] for name in names if name in by), key=lambda row: row["ms"], default=None)
 
 
-def chip(device: str) -> tuple[str, cost_model.Machine] | None:
+def chip(device: str) -> tuple[str, chips.Machine] | None:
     """(name, numbers) of a card whose floor is known."""
     found = (chip for part, chip in CHIPS.items() if part in device and not any(other in device for other in OTHERS))
     return next(found, None)
 
 
-def floor_ms(shape: shapes.Shape, direction: str, machine: cost_model.Machine) -> float:
+def floor_ms(shape: shapes.Shape, direction: str, machine: chips.Machine) -> float:
     """Milliseconds below which a chip can't be, in 16 bits."""
-    return cost_model.floor(shape.flops(direction), shape.exps(direction), shape.bytes(direction, 2), machine) / 1e3
+    return chips.floor(shape.flops(direction), shape.exps(direction), shape.bytes(direction, 2), machine) / 1e3
 
 
 def table(results: Path) -> str:
@@ -197,7 +197,7 @@ def draw(results: Path) -> list[Path]:
     return pictures
 
 
-def _draw_tflops(by_case: dict[Case, dict[str, dict]], known: tuple[str, cost_model.Machine] | None):
+def _draw_tflops(by_case: dict[Case, dict[str, dict]], known: tuple[str, chips.Machine] | None):
     from matplotlib.figure import Figure
 
     groups: dict[tuple, list[Case]] = {}

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from tfkern.bench.rows import RowFile, tries
-from tfkern.bench.supervisor import Step, Supervisor
-from tfkern.bench.worker import plain
+from tfkern.bench.gpu.rows import RowFile, tries
+from tfkern.bench.gpu.supervisor import Step, Supervisor
+from tfkern.bench.gpu.worker import plain
 
 QUIET = 2.0  # seconds of the watchdog
 _broken = False  # in a process: whether a sticky error has come

@@ -14,7 +14,8 @@ from triton.runtime.errors import OutOfResources
 
 import tfkern
 from tfkern import cli, reference, testing
-from tfkern.bench import faults, plots, providers, repeats, runner, timing, verify
+from tfkern.bench import faults, plots, providers, runner, timing, verify
+from tfkern.bench.gpu import repeats
 from tfkern.bench.shapes import Shape
 
 TINY = Shape("tiny", 2, 3, 40, 16, is_causal=True)

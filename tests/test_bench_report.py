@@ -6,7 +6,7 @@ import math
 import pytest
 
 from tfkern import cli
-from tfkern.bench import cost_model, report, runner
+from tfkern.bench import chips, report, runner
 from tfkern.bench.shapes import GPU_SHAPES
 
 SXM = "NVIDIA H100 80GB HBM3"
@@ -66,7 +66,7 @@ def test_floors_are_of_the_card_that_was_there(written):
         assert "floor" not in written(device)[1]
     memory = next(shape for shape in GPU_SHAPES if shape.length == 197)  # bound by memory, which an H200 has more of
     h100, h200 = (report.floor_ms(memory, "forward", report.chip(name)[1]) for name in (SXM, "NVIDIA H200"))
-    assert h200 < h100 == cost_model.floor(*(memory.flops("forward"), memory.exps("forward"), memory.bytes("forward", 2))) / 1e3
+    assert h200 < h100 == chips.floor(*(memory.flops("forward"), memory.exps("forward"), memory.bytes("forward", 2))) / 1e3
 
 
 def test_cards_are_not_mixed(written):

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from tfkern import configs, launch, tiles
-from tfkern.bench import candidates, launches, timing, tuning, verify
+from tfkern.bench import launches, timing, verify
+from tfkern.bench.gpu import tuning
 from tfkern.bench.shapes import Shape
+from tfkern.bench.static import candidates
 
 ONE_LAUNCH = launch.triton_version() < tiles.HOPPER_ONE_PASS_SPILLS  # newer ones take two on an H100, always
 
@@ -28,7 +30,8 @@ def on_no_gpu(script: str, **environment) -> list[str]:
 def test_what_is_timed_reaches_every_kernel():
     """With the tiles that an H100 takes; and what is prewarmed are all kernels that are timed, each once."""
     names = on_no_gpu("""
-from tfkern.bench import prewarm, shapes
+from tfkern.bench import shapes
+from tfkern.bench.gpu import prewarm
 print(*dict(prewarm.cases(prewarm.attention(s, b) for b in ("portable", "hopper") for s in shapes.GPU_SHAPES)), sep="\\n")
 """)
     kernels = {name.split()[0] for name in names}
@@ -41,7 +44,7 @@ print(*dict(prewarm.cases(prewarm.attention(s, b) for b in ("portable", "hopper"
 def test_too_few_heads_for_one_launch_take_two():
     """As on a GPU, where 96 fill the chip."""
     names = on_no_gpu("""
-from tfkern.bench import prewarm
+from tfkern.bench.gpu import prewarm
 from tfkern.bench.shapes import Shape
 for heads in (95, 96):
     print(*dict(prewarm.cases([prewarm.attention(Shape("", 1, heads, 197, 64), "hopper")])))
@@ -69,7 +72,7 @@ def test_names_of_kernels():
 def test_what_is_prewarmed_is_not_compiled_again(tmp_path):
     """By the real path, in another process, with the same folder of kernels; what needs another kernel compiles one."""
     script = """
-from tfkern.bench import prewarm
+from tfkern.bench.gpu import prewarm
 from tfkern.testing import Case
 case = prewarm.check(Case("small", 1, 16, 16), "portable")
 for name, rows in list(prewarm.cases([case]))[:1]:
@@ -99,7 +102,7 @@ for causal in (False, True):
 def test_a_kernel_that_does_not_compile_is_a_row():
     """And so is a problem that does not get as far as a launch; the others' kernels are there."""
     lines = on_no_gpu("""
-from tfkern.bench import prewarm
+from tfkern.bench.gpu import prewarm
 from tfkern.launch import Launch
 from tfkern.testing import Case
 good = prewarm.check(Case("small", 1, 16, 16), "portable")
@@ -122,7 +125,7 @@ def test_a_candidate_that_needs_too_much_is_passed_over():
     lines = on_no_gpu("""
 import dataclasses
 from triton.runtime.errors import OutOfResources
-from tfkern.bench import prewarm, tuning
+from tfkern.bench.gpu import prewarm, tuning
 from tfkern.launch import Launch
 def fail(self, tensors, features):
     raise OutOfResources(300000, 232448, "shared memory")
@@ -177,7 +180,8 @@ TINY_OTHERS = [x.to(torch.bfloat16) for x in torch.randn(4, 1, 1, 40, 16)]
 def test_what_is_tuned_gets_as_far_as_the_launch():
     """On a GPU that is not there: the kernel that is tuned is launched, with the tiles that are."""
     lines = on_no_gpu("""
-from tfkern.bench import fake_gpu, launches, tuning
+from tfkern.bench import fake_gpu, launches
+from tfkern.bench.gpu import tuning
 fake_gpu.pretend()
 for one in tuning.cases():
     with launches.watched(lambda *_: None) as seen:

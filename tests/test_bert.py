@@ -171,7 +171,7 @@ def test_what_this_bert_does_not_compute(key, value, transformers, tmp_path):
 @torch.no_grad()
 def test_real_weights_fill_in_as_transformers(transformers):
     """Every fourth token of a few reactions masked; the file is of 2020."""
-    from tfkern.bench import reference_models
+    from tfkern.bench.reference import models as reference_models
 
     folder = reference_models.package("rxnfp") / "models" / "transformers"
     model = from_pretrained(folder / "bert_pretrained", MaskedLM)

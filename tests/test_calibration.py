@@ -8,15 +8,11 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))  # these files need no torch and import each other
-import against
-import calibrate
-import calibration
-import geometry
+from tfkern.bench.static import against, calibrate, calibration, geometry
 
-BENCH = Path(calibration.__file__).parent
+BENCH = Path(__file__).resolve().parent.parent / "bench"
 FORWARD = calibration.CLASSES["portable", "forward"]
-ANEW = "run `python bench/calibrate.py` and commit bench/calibration.json"
+ANEW = "run `python -m bench.static.calibrate` and commit bench/static/calibration.json"
 
 
 def problem(length=2048, head_dim=64, causal=False) -> geometry.Problem:
@@ -41,7 +37,7 @@ def test_the_table_is_what_the_model_says(compiling):
     """Every row again, with the same compiler."""
     if calibrate.aot.triton.__version__ != calibration.table()["triton"]:
         pytest.skip("compiled by another Triton than the table")
-    assert compiling("import calibrate, json; print(json.dumps(calibrate.fit()['rows']))") == calibration.table()["rows"], ANEW
+    assert compiling("import json; print(json.dumps(calibrate.fit()['rows']))") == calibration.table()["rows"], ANEW
 
 
 def test_one_row_of_the_table_is_what_the_model_says(compiling):
@@ -49,8 +45,7 @@ def test_one_row_of_the_table_is_what_the_model_says(compiling):
         pytest.skip("compiled by another Triton than the table")
     group = calibration.GROUPS[0]
     found = compiling(
-        "import calibrate, calibration; group = calibration.GROUPS[0];"
-        "print([calibrate.raw(group, group.problem(n)) for n in calibration.LENGTHS])"
+        "group = calibration.GROUPS[0];print([calibrate.raw(group, group.problem(n)) for n in calibration.LENGTHS])"
     )
     assert found == pytest.approx(list(calibration.raw()[group].values()), rel=0.01), ANEW
 
@@ -60,8 +55,9 @@ def compiling():
     """Runs Python that compiles kernels, and gives what it prints as JSON."""
 
     def run(program: str):
-        environment = {"TRITON_INTERPRET": "0", "PATH": "", "PYTHONPATH": str(BENCH)}
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+        environment = {"TRITON_INTERPRET": "0", "PATH": ""}
+        command = [sys.executable, "-c", f"from bench.static import calibrate, calibration; {program}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=BENCH.parent)
         return json.loads(done.stdout)
 
     return run

@@ -19,8 +19,8 @@ COMPILER = {**os.environ, "TRITON_INTERPRET": "0"}
 def gate(tmp_path, *arguments) -> list[dict]:
     """Run the compile gate, which must find nothing wrong, and return its rows."""
     table = tmp_path / "rows.json"
-    command = [sys.executable, ROOT / "bench" / "compile_gate.py", *arguments, "--json", table]
-    done = subprocess.run(command, capture_output=True, text=True, env=COMPILER, check=False)
+    command = [sys.executable, "-m", "bench.static.compile_gate", *arguments, "--json", table]
+    done = subprocess.run(command, capture_output=True, text=True, env=COMPILER, cwd=ROOT, check=False)
     rows = json.loads(table.read_text()) if table.exists() else []
     assert done.returncode == 0, [row for row in rows if row["problem"]] or done.stderr
     assert not [row for row in rows if row["problem"]]
@@ -183,10 +183,9 @@ NEEDED = {"mask": 2, "bias": 2, "bias-any": 2, "dropout": 8, "softcap": 16, "slo
 def test_an_absent_feature_leaves_no_code(kernel):
     """With the same tiles, a kernel without a feature is shorter than with it by what the feature computes."""
     code = f"""
-import json, sys
-sys.path.insert(0, "bench")
-import compile_gate as gate
-config = gate.load("tfkern.configs").TileConfig(64, 64, 4, 1)
+import json
+from bench.static import compile_gate as gate
+config = gate.configs.TileConfig(64, 64, 4, 1)
 heavy = [name for name in gate.FEATURES if gate.VARIANTS[name] & gate.HEAVY and name != "everything"]
 rows = [gate.run("sm_90", "{kernel}", "bf16", 64, config, variant, {{}}) for variant in ("plain", *heavy)]
 print(json.dumps({{row["variant"]: row["instructions"] for row in rows}}))
@@ -202,9 +201,8 @@ print(json.dumps({{row["variant"]: row["instructions"] for row in rows}}))
 def test_gate_fails_on_what_it_should(tmp_path):
     """A tile far too large must be reported, not waved through."""
     code = """
-import sys; sys.path.insert(0, "bench")
-import compile_gate as gate
-config = gate.load("tfkern.configs").TileConfig
+from bench.static import compile_gate as gate
+config = gate.configs.TileConfig
 spilling = gate.run("sm_90", "flash_fwd", "bf16", 128, config(128, 128, 4, 2), "plain", {})
 large = gate.run("sm_90", "flash_fwd", "bf16", 128, config(64, 64, 8, 9), "plain", {})
 print(spilling["problem"]); print(large["problem"])

@@ -11,17 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from tfkern.bench import chip_tests, gpu, steps
-from tfkern.bench.rows import current, read
-from tfkern.bench.supervisor import Outcome, Step
+from tfkern.bench.gpu import __main__ as gpu
+from tfkern.bench.gpu import chip_tests, steps
+from tfkern.bench.gpu.rows import current, read
+from tfkern.bench.gpu.supervisor import Outcome, Step
 
 pytestmark = pytest.mark.cpu  # on a GPU `make gpu` itself is run
 
-ROOT = Path(gpu.__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def command(tmp_path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "bench/checkout.py", "-m", "tfkern.bench.gpu", "--out", str(tmp_path), *arguments]
+    command = [sys.executable, "bench/gpu/checkout.py", "-m", "tfkern.bench.gpu", "--out", str(tmp_path), *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -131,7 +132,7 @@ def get_device_properties(device):
 torch.cuda.is_available = lambda: True
 torch.cuda.get_device_capability = lambda *_: (9, 0)
 torch.cuda.get_device_properties = get_device_properties
-from tfkern.bench import chip_tests, worker
+from tfkern.bench.gpu import chip_tests, worker
 def serve(cases):
     for name, _ in cases:
         print("case", name)
@@ -182,7 +183,7 @@ def test_tests_become_rows(tmp_path):
 import json
 from pathlib import Path
 import torch
-from tfkern.bench import chip_tests, worker
+from tfkern.bench.gpu import chip_tests, worker
 chip_tests.ROOT = Path({str(tmp_path)!r})
 chip_tests.FILES = ["test_some.py", "test_none.py"]
 def serve(cases):

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tfkern.bench import faults, worker
-from tfkern.bench.rows import RowFile, current, problems, read, tries
-from tfkern.bench.supervisor import START, Process, Step, Supervisor
-from tfkern.bench.worker import plain
+from tfkern.bench import faults
+from tfkern.bench.gpu import worker
+from tfkern.bench.gpu.rows import RowFile, current, problems, read, tries
+from tfkern.bench.gpu.supervisor import START, Process, Step, Supervisor
+from tfkern.bench.gpu.worker import plain
 
 sys.path.append(str(Path(__file__).resolve().parent))
 import rehearsal
@@ -189,7 +190,7 @@ def test_a_row_that_does_not_fit_leaves_the_file_whole(tmp_path):
     script = f"""
 import resource, sys
 from pathlib import Path
-from tfkern.bench.rows import RowFile, RowsError
+from tfkern.bench.gpu.rows import RowFile, RowsError
 rows = RowFile(Path({str(tmp_path / "rows.jsonl")!r}))
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:

@@ -11,11 +11,10 @@ import torch
 import tfkern
 from tfkern import backends, call, launch, ops, testing, tiles
 from tfkern.backends import hopper
+from tfkern.bench.static import candidates, sass
 from tfkern.testing import budget
 
-sys.path += [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent / "bench")]
-import candidates
-import sass
+sys.path.append(str(Path(__file__).resolve().parent))
 from gluonsim import SimulationError
 from hopper_cases import (
     CASES,
@@ -168,10 +167,16 @@ def test_the_kernels_themselves_are_whole(form, monkeypatch):
 @pytest.mark.slow
 def test_the_compiler_overlaps_what_it_should(tmp_path):
     """0 spills, no serialised wgmma, every exponential of a loop under a product, no operand overwritten; see the gate."""
-    gate = KERNELS.parent.parent / "bench" / "hopper_gate.py"
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     some = ["--kernel", "flash_fwd", "--head-dim", "64", "--variant", "full", "everything"]  # make gate has all
-    done = subprocess.run([sys.executable, gate, *some], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.static.hopper_gate", *some],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=KERNELS.parent.parent,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert done.stdout.count("exp2 under a wgmma") == 4
 

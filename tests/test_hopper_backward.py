@@ -248,10 +248,19 @@ def test_the_kernels_themselves_are_whole(name, monkeypatch):
 @pytest.mark.slow
 def test_the_compiler_overlaps_what_it_should():
     """As of the forward, in test_hopper.py; make gate has the rest."""
-    gate = KERNELS.parent.parent / "bench" / "hopper_gate.py"
-    command = [sys.executable, gate, "--kernel", *THROUGH, "--head-dim", "64", "--variant", "causal"]
+    command = [
+        sys.executable,
+        "-m",
+        "bench.static.hopper_gate",
+        "--kernel",
+        *THROUGH,
+        "--head-dim",
+        "64",
+        "--variant",
+        "causal",
+    ]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=KERNELS.parent.parent, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert done.stdout.count("exp2 under a wgmma") == (6 if LOOPS_KEEP_REGISTERS else 4)
 

@@ -10,16 +10,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))  # these files need no torch and import each other
-import amdgcn
-import calibration
-import cost_model
-import geometry
-import hopper_model
-import machine_code
-import sass
-
 from tfkern import configs
+from tfkern.bench import chips
+from tfkern.bench.static import amdgcn, calibration, cost_model, geometry, hopper_model, machine_code, sass
 
 SASS = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;
@@ -178,7 +171,7 @@ def test_passes_are_those_of_the_kernels(kernel, causal):
 def test_predictions_follow_what_they_rest_on():
     work = cost_model.Work(programs=1320, passes=(13200.0,), loaded=1e8, memory=1e8, longest=10)
     busy = {"issue": 500.0, "tensor": 512.0, "mufu": 512.0}
-    loop = cost_model.Loop(busy, cost_model.alone(500, busy, {"barriers": 2}, cost_model.H100))
+    loop = cost_model.Loop(busy, cost_model.alone(500, busy, {"barriers": 2}, chips.H100))
     one, two = (cost_model.predict(work, [loop], 1000, occupancy) for occupancy in (1, 2))
     assert one.bound == "latency"
     assert two.microseconds < one.microseconds
@@ -191,14 +184,14 @@ def test_predictions_follow_what_they_rest_on():
 
 
 def test_occupancy():
-    gpu = cost_model.H100
+    gpu = chips.H100
     assert gpu.occupancy(255, 49152, 4) == 2
     assert gpu.occupancy(168, 49152, 4) == 3
     assert gpu.occupancy(64, 100 * 1024, 4) == 2
     assert gpu.occupancy(32, 1024, 4) == 16
-    assert cost_model.MACHINES["sm_100"].occupancy(64, 1024, 4, tensor_memory=256) == 2
-    assert cost_model.MACHINES["gfx942"].occupancy(128, 16 * 1024, 4) == 3  # 64 KiB of LDS
-    assert cost_model.MACHINES["gfx942"].occupancy(256, 8 * 1024, 4) == 2  # 512 registers a SIMD
+    assert chips.MACHINES["sm_100"].occupancy(64, 1024, 4, tensor_memory=256) == 2
+    assert chips.MACHINES["gfx942"].occupancy(128, 16 * 1024, 4) == 3  # 64 KiB of LDS
+    assert chips.MACHINES["gfx942"].occupancy(256, 8 * 1024, 4) == 2  # 512 registers a SIMD
 
 
 def test_a_loop_that_became_none_takes_what_the_last_takes():
@@ -214,15 +207,15 @@ def test_floors_are_those_of_the_notes():
     problem = geometry.Problem(64, 12, 512, 64, causal=False)
     assert geometry.floor("flash_fwd", problem) == pytest.approx(67, abs=1)
     assert geometry.floor("flash_bwd_one_pass", problem) == pytest.approx(161, abs=2)
-    assert math.isclose(cost_model.floor(798e6, 0, 0), 1.0, rel_tol=0.01)
+    assert math.isclose(chips.floor(798e6, 0, 0), 1.0, rel_tol=0.01)
 
 
 def printed(script: str, *arguments: str) -> str:
-    """What a program of bench/ prints, or a piece of one."""
-    command = [Path(cost_model.__file__).with_name(script)] if script.endswith(".py") else ["-c", script]
-    environment = {"TRITON_INTERPRET": "0", "PATH": "", "PYTHONPATH": str(Path(cost_model.__file__).parent)}
+    """What a program of bench/static prints, or a piece of one."""
+    command = ["-c", script] if "\n" in script else ["-m", f"bench.static.{script}"]
+    environment, root = {"TRITON_INTERPRET": "0", "PATH": ""}, Path(__file__).resolve().parent.parent
     return subprocess.run(
-        [sys.executable, *command, *arguments], capture_output=True, text=True, check=True, env=environment
+        [sys.executable, *command, *arguments], capture_output=True, text=True, check=True, env=environment, cwd=root
     ).stdout
 
 
@@ -234,7 +227,7 @@ def cells(text: str) -> list[list[str]]:
 @pytest.mark.slow
 def test_the_table_without_a_gpu():
     """One length through the compiler: a row a direction, each with its launches; every time has a band."""
-    text = printed("model.py", "--length", "512")
+    text = printed("model", "--length", "512")
     assert text.startswith("Predicted, not measured")
     rows = cells(text)
     assert [row[1:3] for row in rows] == [[mask, way] for mask in ("full", "causal") for way in ("forward", "backward")]
@@ -254,7 +247,7 @@ def loop_of(*instructions: str) -> list[machine_code.Instruction]:
 
 
 def test_exponentials_under_a_product_cost_the_longer_of_the_two():
-    product, wait = 64 / cost_model.H100.tensor, cost_model.LATENCY["wgmma waits"]
+    product, wait = 64 / chips.H100.tensor, cost_model.LATENCY["wgmma waits"]
     cycles = [hopper_model.steady(loop_of(PRODUCT, *[EXPONENTIAL] * n, WAIT)) for n in (0, 2, 100)]
     assert cycles[0] == cycles[1] == pytest.approx(2 + product + wait)
     assert cycles[2] == pytest.approx(4 + 100 * 8 + wait, abs=8)  # no more room under the product
@@ -267,7 +260,7 @@ def test_a_product_of_the_pass_before_may_still_run():
     late = loop_of(PRODUCT, *[EXPONENTIAL] * 4, WAIT.replace("0x0", "0x1"))
     assert hopper_model.steady(late) < hopper_model.steady(loop_of(PRODUCT, *[EXPONENTIAL] * 4, WAIT))
     twice = hopper_model.steady(loop_of(PRODUCT, PRODUCT, WAIT))
-    assert twice == pytest.approx(hopper_model.steady(loop_of(PRODUCT, WAIT)) + 64 / cost_model.H100.tensor)
+    assert twice == pytest.approx(hopper_model.steady(loop_of(PRODUCT, WAIT)) + 64 / chips.H100.tensor)
 
 
 def test_two_consumers_share_the_pipes():
@@ -310,7 +303,7 @@ def test_work_of_the_backward_in_one_launch():
 
 RAW = """
 import json, sys
-import geometry, hopper_model, model
+from bench.static import geometry, hopper_model, model
 rows = []
 for direction, n, causal in json.loads(sys.argv[1]):
     p = geometry.Problem(16384 // n, 32, n, 64, causal)

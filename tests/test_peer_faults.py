@@ -13,7 +13,7 @@ import torch
 import tfkern
 from tfkern import call, configs, testing
 from tfkern.backends import hopper
-from tfkern.bench.peer_faults import FAULTS, HEAD_DIM, SCORE, cases, rows
+from tfkern.bench.gpu.peer_faults import FAULTS, HEAD_DIM, SCORE, cases, rows
 from tfkern.problem import lse_of
 from tfkern.testing import budget
 
@@ -100,7 +100,7 @@ def test_the_rows_of_the_table(device, monkeypatch):
         return args[0] * torch.nan
 
     for name, key in (("tfkern eager", "problem"), ("sdpa math", "wrong")):
-        monkeypatch.setattr("tfkern.bench.peer_faults._function", lambda name: lambda q, k, v, **o: Nan.apply(q, k, v))
+        monkeypatch.setattr("tfkern.bench.gpu.peer_faults._function", lambda name: lambda q, k, v, **o: Nan.apply(q, k, v))
         (row,) = rows(FAULTS[5], name, torch.float32, torch.device(device))
         assert row["finite"] == dict(out=True, dq=True, dk=False, dv=True)
         assert "dk: error nan" in row[key]

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from tfkern.bench import cpu, reference_models, reference_rows
+from tfkern.bench import cpu
+from tfkern.bench.reference import models as reference_models
+from tfkern.bench.reference import rows as reference_rows
 
 sys.path.append(str(Path(__file__).resolve().parent))
 import foreign

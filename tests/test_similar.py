@@ -185,7 +185,7 @@ def test_bad_input_is_a_message_and_status_2(folder, tmp_path, capsys, monkeypat
 @pytest.mark.needs("transformers", foreign.there("transformers"))
 def test_real_weights_as_transformers(capsys):
     """Ten pairs, to 1e-5; the command finds the package."""
-    from tfkern.bench import reference_models
+    from tfkern.bench.reference import models as reference_models
 
     sentences = [sentence for pair in reference_models.PAIRS for sentence in pair]
     ours = Sentences.from_pretrained(similar.packaged()).embed(sentences)

@@ -3,20 +3,12 @@
 import math
 import sys
 import types
-from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))  # these files need no torch and import each other
-import aot
-import candidates
-import cost_model
-import geometry
-import machine_code
-import sass
-import sweep
-
 from tfkern import configs, tiles
+from tfkern.bench import chips
+from tfkern.bench.static import aot, candidates, geometry, machine_code, sass, sweep
 
 ROWS = {
     (arch, kernel, size, head_dim): configs.tile_config(arch, kernel, size, head_dim)
@@ -141,11 +133,11 @@ def test_spilled_numbers_take_the_path_of_shared_memory():
 
 def test_chips_of_graphics_cards_multiply_slower():
     """Than an A100, the chip whose mma.sync the cycles are of; its vector pipes are slower than an H100's."""
-    data_center = cost_model.MACHINES["sm_80"]
-    assert data_center.mma == cost_model.MACHINES["sm_90"].mma
-    assert data_center.fp32 < cost_model.MACHINES["sm_90"].fp32
+    data_center = chips.MACHINES["sm_80"]
+    assert data_center.mma == chips.MACHINES["sm_90"].mma
+    assert data_center.fp32 < chips.MACHINES["sm_90"].fp32
     for arch in ("sm_86", "sm_89", "sm_120"):
-        machine = cost_model.MACHINES[arch]
+        machine = chips.MACHINES[arch]
         assert machine.mma < data_center.mma
         assert machine.mma == machine.multiply_adds
         assert machine.shared > tiles.SHARED[arch]

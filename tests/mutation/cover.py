@@ -1,17 +1,15 @@
-"""Which of the tests that killed a mutant first, by last.json, `make test` has, and which it leaves to the slow ones.
+"""Which of the tests that killed a mutant first `make test` has, and which it leaves to the slow ones.
 
-usage: python tests/mutation/cover.py; and `make mutants ARGS=--fast` shows whether the fast tests alone kill as many."""
+usage: python tests/mutation/cover.py, after `make mutants`; `make mutants ARGS=--fast` shows whether the fast tests alone kill as many."""
 
 import contextlib
 import io
-import json
 import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
-
-HERE = Path(__file__).resolve().parent
+from kept import last
 
 
 class Collected:
@@ -27,12 +25,22 @@ def plain(name: str) -> str:
 
 
 def main() -> None:
+    killed = last()
     collected = Collected()
-    arguments = ["--collect-only", "-qq", "--no-summary", "-p", "no:xdist", "-m", "not slow", str(HERE.parent)]
+    arguments = [
+        "--collect-only",
+        "-qq",
+        "--no-summary",
+        "-p",
+        "no:xdist",
+        "-m",
+        "not slow",
+        str(Path(__file__).resolve().parent.parent),
+    ]
     with contextlib.redirect_stdout(io.StringIO()):
         pytest.main(arguments, plugins=[collected])
     killers = Counter()
-    for killer in json.loads((HERE / "last.json").read_text()).values():
+    for killer in killed.values():
         if killer and "::" in killer:  # not what any test would kill: a hang, a crash
             killers[plain(re.sub(r": \w+$", "", killer))] += 1
     slow = {killer: n for killer, n in killers.items() if not any(name.startswith(killer) for name in collected.names)}

@@ -6,6 +6,7 @@ what time that would take on an H100, with a band, `overhead` says what a call c
 """
 
 import contextlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -23,7 +24,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WHAT = {
     "speed": "forward and backward beside everybody else's",
     "cpu": "the CPU backend beside PyTorch's attention and the naive formula, and whole models patched and unpatched",
-    "compile": "registers, spills and shared memory of every kernel",
+    "compile": "registers, spills and shared memory of every kernel; as sweep and model, in a checkout alone",
     "sweep": "candidates of tile sizes, ranked by the cost model; its times are for ranking alone",
     "model": "predicted times on an H100, each with its band; --against RESULTS.json: how many measured ones lie within",
     "overhead": "microseconds of Python a call",
@@ -53,13 +54,13 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     """0, or 1 if something timed here was wrong or a kernel is beyond its bounds."""
     if args.what == "compile":
-        return script("compile_gate.py")
+        return static("compile_gate")
     if args.what == "sweep":
         note = "Times here are the cost model's own, for ranking tiles alone. `tfkern bench model` has predictions, with bands."
         print(note, flush=True)
-        return script("sweep.py")
+        return static("sweep")
     if args.what == "model":
-        return script("against.py", str(args.against)) if args.against else script("model.py")
+        return static("against", str(args.against)) if args.against else static("model")
     if args.what == "overhead":
         return process(["-m", "tfkern.bench.overhead"])
     require("matplotlib", "demo")
@@ -140,11 +141,11 @@ def report(args) -> int:
     return 0
 
 
-def script(name: str, *arguments: str) -> int:
-    """A script of bench/ in a process of its own: here kernels may be bound to the interpreter already."""
-    import tfkern.bench
-
-    return process([str(Path(tfkern.bench.__file__).with_name(name)), *arguments])
+def static(name: str, *arguments: str) -> int:
+    """Run a program of bench/static in a process of its own: here kernels may be bound to the interpreter already."""
+    if importlib.util.find_spec("tfkern.bench.static") is None:
+        raise InputError("this needs a checkout of tfkern (`pip install -e .` in it): the wheel lacks bench/static")
+    return process(["-m", f"tfkern.bench.static.{name}", *arguments])
 
 
 def process(arguments: list[str]) -> int:

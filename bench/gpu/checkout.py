@@ -1,0 +1,32 @@
+#!/usr/bin/env python3
+"""Run Python with tfkern as it is in this checkout, without installing it: nothing is built, and no package is needed.
+
+usage: python bench/gpu/checkout.py [ARGUMENTS OF PYTHON …], such as: python bench/gpu/checkout.py -m tfkern.bench.gpu --call 1
+
+The package is put together of links in a folder of its own, since device code and benchmarks are beside it in the checkout
+(setup.py says why); that folder is the working directory, and first on PYTHONPATH for all that the command starts.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def package(folder: Path) -> None:
+    """Links to all that tfkern is made of."""
+    inside = folder / "tfkern"
+    inside.mkdir()
+    parts = [path for path in (ROOT / "tfkern").iterdir() if path.name != "__pycache__"]
+    for path in (*parts, ROOT / "kernels", ROOT / "bench"):
+        (inside / path.name).symlink_to(path)
+
+
+if __name__ == "__main__":
+    folder = Path(tempfile.mkdtemp(prefix="tfkern-checkout-"))
+    package(folder)
+    os.chdir(folder)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
