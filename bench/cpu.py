@@ -20,7 +20,7 @@ from tfkern.bench.cpu_cases import HEADS, Provider, Task
 LENGTHS = (8, 128, 197, 512, 2048, 8192)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DIRECTIONS = ("forward", "forward+backward")
-# Of the largest entry. A fault is far beyond; what is within is judged by the tests, with budgets.
+# Of the largest entry. A fault is far larger; smaller errors are judged by the tests, with budgets.
 LARGEST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.04}
 ROUNDS = 5  # at least
 
@@ -74,7 +74,7 @@ def in_turn(calls: dict[str, Callable], seconds: float) -> dict[str, list[float]
 
 
 def _call(task: Task, provider: Provider, direction: str) -> Callable[[], list[Tensor]]:
-    """What is timed: out alone, without autograd, or the gradients."""
+    """The timed function: out alone, without autograd, or the gradients."""
     if direction == "forward":
 
         def forward() -> list[Tensor]:

@@ -42,7 +42,7 @@ class Task:
     """A problem. `truth` is the naive formula, of the leaves (B, H, N, D). `rows` (B, 1, N, 1) are those that count, where a
     batch is padded. What is random is not `exact`: it can't be held against one truth."""
 
-    providers: dict[str, Provider | str]  # a text tells why there is none
+    providers: dict[str, Provider | str]  # a text is the reason why there is none
     leaves: list[Tensor]
     truth: Callable
     rows: Tensor | None = None
@@ -115,7 +115,7 @@ def _packed(leaves: list[Tensor], lengths: Tensor, mask: Tensor) -> Task:
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, mask=None, softcap=None, sinks=None, dropout_p=0.0) -> Tensor:
-    """The formula as one writes it, in the dtype of q."""
+    """The formula written out, in the dtype of q."""
     k, v = (x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     s = q @ k.mT * (1 / math.sqrt(q.shape[-1]))
     if softcap is not None:
@@ -135,7 +135,7 @@ def _places(length: int) -> tuple[Tensor, Tensor]:
 
 
 def _lengths(length: int) -> Tensor:
-    """Half of the last row is padding."""
+    """Lengths by which half of the last row is padding."""
     lengths = torch.full((batch_of(length),), length)
     lengths[-1] = max(1, length // 2)
     return lengths
@@ -200,7 +200,7 @@ CASES = {
 
 
 def flex(name: str, length: int, own: dict) -> Callable | str:
-    """Compiled FlexAttention, or why there is none."""
+    """Compiled FlexAttention, or the reason why it can't run."""
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         return "no C++ compiler was found"
     if name in ("padding mask", "bias", "bias with gradient", "dropout", "sinks", "padding", "packed", "grouped heads"):

@@ -1,5 +1,5 @@
-"""Memory on a CPU: what a forward and a backward of two heads take at their peak beside inputs, gradients included, each in a
-process of its own. (The bias is one number for each key, so that it is no N x N itself.)"""
+"""Peak memory on a CPU of a forward and backward of two heads, beyond the inputs, gradients included, each in its own
+process. The bias is one number for each key, so that it has no N x N elements itself."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 
 LENGTHS = (2048, 4096, 8192, 16384)
-NAIVE_LENGTH = 4096  # up to which the naive formula is run: its scores alone take 512 MiB at 8192
+NAIVE_LENGTH = 4096  # the longest for the naive formula, whose scores alone take 512 MiB at 8192
 CASES = {
     "full": {},
     "softcap": dict(softcap=20.0),
@@ -36,7 +36,7 @@ print(json.dumps(peak() - before))
 
 
 def run(lengths=LENGTHS) -> Iterator[dict]:
-    """A row for each case, length and provider: bytes. Linux tells them."""
+    """A row for each case, length and provider, with bytes. Needs Linux's /proc."""
     if not sys.platform.startswith("linux"):
         return
     for case, options in CASES.items():

@@ -1,17 +1,19 @@
-"""A GPU that is not there: kernels are compiled for it and launched into nothing.
+"""A stand-in for a GPU: kernels are compiled for it, and launches do nothing.
 
 With it the Python side of a launch can be timed, and what compiles anew be counted, on a machine without a GPU. Tensors are the
-CPU's; results are whatever memory held. Not to be used where Triton's interpreter is on.
+CPU's; results are whatever memory held. RuntimeError where Triton's interpreter is on.
 """
 
 import os
 import types
 
+from tfkern import compat_triton
+
 PROPERTIES = {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
 
 
 class Driver:
-    """All that Triton asks of a driver before it launches, and a launcher that returns at once."""
+    """What Triton asks of a driver before a launch, and a launcher that returns at once."""
 
     utils = types.SimpleNamespace(
         load_binary=lambda *_: (1, 2, 100, 0, 1024), unload_module=lambda *_: None, get_device_properties=lambda _: PROPERTIES
@@ -24,9 +26,7 @@ class Driver:
         return self.launcher
 
     def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.architecture, 32)
+        return compat_triton.target("cuda", self.architecture, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -42,15 +42,13 @@ class Driver:
 
 
 def pretend(architecture: int = 90, launcher=lambda *_: None) -> None:
-    """For the rest of the process the backends for GPUs take CPU tensors for those of one, and call `launcher` in place of
-    CUDA. To be called before the first attention."""
+    """For the rest of the process, the backends for GPUs take CPU tensors as a GPU's, and call `launcher` in place of CUDA.
+    Call it before the first attention."""
     install(Driver(architecture, launcher))
 
 
 def install(stand_in: Driver) -> None:
     """The same, with a driver of one's own."""
-    from triton.runtime import driver
-
     from tfkern import interpreter, launch
 
     if interpreter.interpreting():
@@ -59,4 +57,4 @@ def install(stand_in: Driver) -> None:
     launch.unsupported = lambda device: []
     launch.multiprocessors = lambda device: PROPERTIES["multiprocessor_count"]  # on which tiles depend
     os.environ["TFKERN_BACKENDS"] = "portable"  # on a GPU it is the first
-    driver.set_active(stand_in)
+    compat_triton.driver().set_active(stand_in)

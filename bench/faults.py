@@ -1,4 +1,4 @@
-"""What an error is: a GPU that is lost to the process, too little memory, or a fault of the case."""
+"""Kinds of errors: the process has lost the GPU, memory is too small, or the case itself is at fault."""
 
 import re
 from collections.abc import Iterator
@@ -12,18 +12,18 @@ MEMORY = re.compile(r"out of memory|^(MemoryError|OutOfMemoryError)")
 
 
 def is_sticky(error: BaseException | str) -> bool:
-    """Whether an error, or its text, speaks of CUDA: then every later call of the process may fail as well, whoever makes it.
-    Too little memory is no such error."""
+    """Whether an error, or its text, is one of CUDA, after which every later call of the process may fail. Too little memory is
+    not."""
     return any(CUDA.search(text) and not MEMORY.search(text) for text in _texts(error))
 
 
 def is_out_of_memory(error: BaseException | str) -> bool:
-    """Whether it says that there is too little memory."""
+    """Whether an error says that memory is too small."""
     return not is_sticky(error) and any(map(MEMORY.search, _texts(error)))
 
 
 def is_compilers(error: BaseException) -> bool:
-    """Whether Triton's compiler would not take a kernel as it is: with other tiles it may."""
+    """Whether Triton's compiler refused a kernel; with other tiles it may accept it."""
     from triton.errors import TritonError
 
     return not is_sticky(error) and (isinstance(error, TritonError) or "PassManager" in str(error))
@@ -35,7 +35,7 @@ def line(error: BaseException) -> str:
 
 
 def _texts(error: BaseException | str) -> Iterator[str]:
-    """Of an error, and of those that it was raised from or during."""
+    """The texts of an error and of its causes and contexts."""
     if isinstance(error, str):
         yield error
         return

@@ -9,7 +9,7 @@ from tfkern.launch import Launch
 
 @contextlib.contextmanager
 def watched(instead: Callable | None = None) -> Iterator[list[Launch]]:
-    """The launches made within, in their order. `instead` is called as Launch.__call__ in the place of it."""
+    """The launches made within the block, in order. `instead` takes the place of Launch.__call__."""
     seen, original = [], instead or Launch.__call__
 
     def noted(self, *features, **tensors):

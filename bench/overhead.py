@@ -35,7 +35,7 @@ def microseconds(calls: list[Callable], times: int = 10, rounds: int = 150, cloc
             call()
     for _ in counted(range(rounds), lambda _: "rounds of calls"):
         for i, call in enumerate(calls):
-            call()  # what ran before has left the caches its own
+            call()  # fills the caches, which hold what ran before
             start = clock()
             for _ in range(times):
                 call()
@@ -44,7 +44,7 @@ def microseconds(calls: list[Callable], times: int = 10, rounds: int = 150, cloc
 
 
 def rows(device: torch.device, heads: int = 3, length: int = 16, head_dim: int = 64, rounds: int = 150) -> list[Row]:
-    """(who, forward without grad, forward with grad, forward and backward) in microseconds; on a GPU as long as it keeps up."""
+    """(who, forward without grad, forward with grad, forward and backward) in microseconds; on a GPU while it keeps up."""
     if device.type == "cpu":
         if stub_gpu.compiler() is None:
             raise InputError("Triton's launcher needs a C compiler: install gcc, or name one in CC")
@@ -86,7 +86,7 @@ def rows(device: torch.device, heads: int = 3, length: int = 16, head_dim: int =
 
 
 def _by_jit(call: Callable) -> Callable:
-    """The call, with all its launches by Triton's own path."""
+    """The call, with every launch through Triton's JIT."""
 
     def patched():
         launch.Launch.__call__ = lambda self, features, _, **tensors: self.by_jit(features, **tensors)
@@ -100,8 +100,8 @@ def _by_jit(call: Callable) -> Callable:
 
 
 def _new_length(backend: str, heads: int, head_dim: int, device: torch.device) -> float:
-    """Of a forward whose length was not there before."""
-    lengths = list(range(1101, 1901))  # of one choice of tiles
+    """Microseconds of a forward at a length not seen before."""
+    lengths = list(range(1101, 1901))  # all with the same tiles
     q, k, v = (torch.zeros(2, heads, lengths[-1], head_dim, dtype=torch.bfloat16, device=device) for _ in range(3))
 
     def call() -> None:

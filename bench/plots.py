@@ -1,4 +1,4 @@
-"""Draw a results file: one panel a direction, a group of bars a shape, a bar a provider."""
+"""Draw a results file: a panel for each direction, a group of bars for each shape, a bar for each provider."""
 
 import json
 from pathlib import Path

@@ -24,7 +24,7 @@ SDPA = {
     "sdpa default": None, "sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION, "sdpa math": SDPBackend.MATH,
 }  # fmt: skip
-NAIVE_BYTES = 8 * 2**30  # more N x N scores than this are not tried
+NAIVE_BYTES = 8 * 2**30  # the largest N x N scores that are tried
 
 
 class UnavailableError(RuntimeError):
@@ -32,7 +32,7 @@ class UnavailableError(RuntimeError):
 
 
 def is_ours(provider: str) -> bool:
-    """Whether what a provider does wrong is our fault."""
+    """Whether a provider is ours, so that its errors are our faults."""
     return provider.startswith("tfkern")
 
 
@@ -79,8 +79,8 @@ def default_choice(q, k, v, **options) -> str:
 
 
 def _flex(shape: Shape, dtype: torch.dtype, device: torch.device):
-    """Compiled for this shape and no other. One compiled function would meet Dynamo's limit of recompilations after a few
-    shapes and from there on run unfused; with fullgraph it raises instead."""
+    """FlexAttention, compiled anew for each shape. One compiled function would reach Dynamo's limit of recompilations after
+    a few shapes and then run unfused; with fullgraph it raises instead."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if device.type != "cuda":

@@ -1,4 +1,4 @@
-"""A results file of `make gpu`, read and seen to be whole: who draws or compares it meets no surprise. Needs no torch."""
+"""Read a results file of `make gpu` and check that it is complete, before it is drawn or compared. Needs no torch."""
 
 import json
 import math
@@ -9,7 +9,7 @@ Check = Callable[[object], bool]
 
 
 class ResultsError(ValueError):
-    """A file that is no results file of `make gpu`; the message says why."""
+    """Raised for a file that is not a results file of `make gpu`; the message says why."""
 
 
 def _is(*kinds: type) -> Check:
@@ -22,7 +22,7 @@ def _time(x: object) -> bool:
 
 MACHINE = dict(device=_is(str), torch=_is(str), tfkern=_is(str), date=_is(str), triton=_is(str, type(None)))
 SHAPE = dict(name=_is(str), batch=_is(int), heads=_is(int), length=_is(int), head_dim=_is(int), is_causal=_is(bool))
-# What tells a kind of row, and what such a row has.
+# By the field that only this kind of row has: all fields of the kind.
 ROWS: list[tuple[set[str], dict[str, Check]]] = [
     (
         {"ms", "provider", "direction"},
@@ -35,7 +35,7 @@ ROWS: list[tuple[set[str], dict[str, Check]]] = [
 
 
 def load(path: Path) -> dict:
-    """Its `machine`, `shapes` and `rows`. ResultsError if it is not there or not whole."""
+    """The `machine`, `shapes` and `rows` of a file. ResultsError if it is missing or incomplete."""
     try:
         loaded = json.loads(path.read_text("utf-8"))
     except OSError as error:
@@ -50,7 +50,7 @@ def load(path: Path) -> dict:
 
 
 def _wrong(loaded: object) -> Iterator[str]:
-    """What a results file must not be."""
+    """The reasons why what was read is not a results file."""
     if not isinstance(loaded, dict):
         yield "it has no machine, shapes and rows"
         return

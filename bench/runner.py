@@ -1,5 +1,5 @@
-"""Verify, then time: forward, and forward with backward. What is verified is what is timed, at its own size; results that are
-wrong are not timed."""
+"""Verify, then time, forward and forward with backward. The verified call is the timed one, at its own size; a provider
+with wrong results is not timed."""
 
 import datetime
 import importlib.metadata
@@ -20,7 +20,7 @@ from tfkern.progress import counted
 
 
 def machine() -> dict:
-    """What the figures hang on: the device, versions, the date."""
+    """What the figures depend on: the device, versions, the date."""
     about = dict(
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), tfkern=tfkern.__version__,
         torch=torch.__version__, python=platform.python_version(), device="cpu", threads=torch.get_num_threads(),
@@ -43,7 +43,7 @@ def _version(package: str) -> str | None:
 
 
 def _ask(*command: str) -> str | None:
-    """What a program prints, or None if it is not there or fails."""
+    """The output of a program, or None if it is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -93,12 +93,12 @@ def figures(
 
 
 def _wrong(provider: str, what: str) -> dict:
-    """The end of a row about wrong results, which are never timed."""
+    """The rest of a row whose results are wrong, in the place of times."""
     return {"problem" if is_ours(provider) else "skipped": f"wrong results: {what}"}
 
 
 def _kernels(name: str, call: timing.Call, tensors, shape: Shape) -> list[str]:
-    """What a call runs, as far as one can ask: our kernels, and the choice of PyTorch's default."""
+    """What a call runs, where that can be asked: our kernels, and PyTorch's choice of a backend."""
     with launches.watched() as seen:
         call()
     if name == "sdpa default":

@@ -17,7 +17,7 @@ class Shape:
     is_causal: bool = False
 
     def flops(self, direction: str) -> float:
-        """Of the two matrix products forward, and of the five more backward; half of them under a causal mask."""
+        """Operations of two matrix products forward and five more backward; half of them under a causal mask."""
         forward = 4.0 * self.batch * self.heads * self.length**2 * self.head_dim * (0.5 if self.is_causal else 1.0)
         return forward * {"forward": 1.0, "backward": 2.5, "forward+backward": 3.5}[direction]
 
@@ -27,7 +27,7 @@ class Shape:
         return scores * (2.0 if direction == "forward+backward" else 1.0)
 
     def bytes(self, direction: str, itemsize: int) -> float:
-        """Read and written at least: q, k, v and out, and backward those again with the four gradients."""
+        """The least to read and write: q, k, v and out; for the backward these again and four gradients."""
         tensor = self.batch * self.heads * self.length * self.head_dim * itemsize
         return tensor * {"forward": 4, "backward": 8, "forward+backward": 12}[direction]
 
@@ -38,7 +38,7 @@ class Shape:
         return q, k, v, do.normal_(generator=generator)
 
     def memory(self, dtype: torch.dtype, device):
-        """The same without numbers in it."""
+        """Tensors of the same shapes, without values."""
         return self._views(torch.empty(self._packed, dtype=dtype, device=device))
 
     @property

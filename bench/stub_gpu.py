@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from tfkern import compat_triton
 from tfkern.bench import fake_gpu
 
 SOURCE = Path(__file__).with_name("stub_libcuda.c")
@@ -73,8 +74,7 @@ class Stub:
         self.encodings: list[Encoding] = []
         self._sizes: dict[int, list[int]] = {}  # of each function's parameters
         self._folder = tempfile.TemporaryDirectory(prefix="tfkern-stub-")  # Triton links its launchers against it
-        from triton.backends.nvidia import driver as nvidia
-
+        nvidia = compat_triton.nvidia_driver()
         command = (compiler(), "-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", f"-I{nvidia.include_dirs[0]}")
         path = Path(self._folder.name, "libcuda.so.1")
         subprocess.run([*command, str(SOURCE), "-o", str(path)], check=True)
@@ -86,9 +86,7 @@ class Stub:
 
     def listen(self) -> None:
         """From here on, `launches` and `encodings` grow."""
-        from triton import knobs
-
-        knobs.runtime.kernel_load_end_hook.add(self._loaded)
+        compat_triton.after_loading(self._loaded)
         self._listeners = _ON_LAUNCH(self._launch), _ON_ENCODE(self._encode)
         self.library.listen(*self._listeners)
 

@@ -12,12 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Call = Callable[[], dict[str, Tensor]]  # what is timed gives its results by name
-WARM_UP = 3  # calls before a capture: what they compile and allocate can't be captured
+Call = Callable[[], dict[str, Tensor]]  # the timed function returns its results by name
+WARM_UP = 3  # calls before a capture, in which compiling and allocating are not allowed
 
 
 def stream(graphs: bool) -> contextlib.AbstractContextManager:
-    """The stream for a call: where it is to be captured one of its own, as the default one can't be."""
+    """The stream for a call. A call that is to be captured gets its own, as the default stream can't be captured."""
     if not graphs:
         return contextlib.nullcontext()
     side = torch.cuda.Stream()

@@ -1,4 +1,4 @@
-"""The float64 oracle at the shape that is timed: every head of every batch, some at a time.
+"""The float64 oracle at the timed shape, for every head of every batch, a few at a time.
 
 Which kernel runs, and with which tiles, depends on how much there is to do. So nothing smaller is verified in the place of what
 is timed.
@@ -16,13 +16,13 @@ from tfkern.bench.shapes import Shape
 from tfkern.testing import budget
 
 SCORES = 2**27  # at a time, or one head's if it has more; autograd keeps some 60 bytes for each in float64
-FEW = 2**12  # queries; of more, plain PyTorch does not get all nearly right by luck, which budget.judge looks for
+FEW = 2**12  # queries; with more, plain PyTorch's error is not small by luck, which budget.judge checks
 SEED = 0
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some heads, the truth about them, and what plain PyTorch makes of them."""
+    """Some heads, their results in float64, and plain PyTorch's."""
 
     batches: slice
     heads: slice
@@ -38,13 +38,13 @@ class Part:
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """The q, k, v and do that are timed: the same each time."""
+    """The timed q, k, v and do, the same in every run."""
     return shape.inputs(dtype, device, torch.Generator(device).manual_seed(SEED))
 
 
 @functools.lru_cache(maxsize=1)  # the providers of a shape come one after the other
 def oracle(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Part]:
-    """What is right for `inputs`."""
+    """The float64 results for `inputs`."""
     tensors = inputs(shape, dtype, device)
     found = [_part(shape, *at, *(x.detach()[at] for x in tensors)) for at in parts(shape)]
     if device.type == "cuda":

@@ -1,6 +1,7 @@
 """The command: each subcommand at its smallest, its exit status, its messages."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -207,6 +208,15 @@ def test_kernels_are_not_compiled_without_triton(what, capsys, monkeypatch):
     monkeypatch.setattr(launch, "missing", lambda: "Triton is not installed")
     assert cli.main(["bench", what]) == 2
     assert capsys.readouterr().err == "tfkern bench: this compiles kernels, but Triton is not installed\n"
+
+
+@pytest.mark.parametrize("what", ["compile", "sweep", "model"])
+def test_what_reads_machine_code_needs_a_checkout(what, capsys, monkeypatch):
+    """The wheel has no bench/static."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench, "process", lambda arguments: pytest.fail("nothing may be started"))
+    assert cli.main(["bench", what]) == 2
+    assert "tfkern bench: this needs a checkout of tfkern" in capsys.readouterr().err
 
 
 def test_missing_extra_says_how_to_get_it(capsys, monkeypatch):

@@ -53,15 +53,15 @@ LAYERS = [
     ["tfkern.checks"],
     ["tfkern.interpreter", "tfkern.configs", "tfkern.extras", "tfkern.dynamo", "tfkern.tracing", "tfkern.options"],
     ["tfkern.tiles", "tfkern.compat", "tfkern.ending", "tfkern.progress", "tfkern.whole"],
+    ["tfkern.compat_triton"],
     # No kernel imports another: what two of them need is a device function of a layer below.
     *inside("tfkern.kernels", "flash_bwd_dbias flash_bwd_dkdv flash_bwd_dq flash_fwd hopper.flash_bwd hopper.flash_bwd_dkdv"
             " hopper.flash_bwd_dq hopper.flash_fwd hopper.flash_fwd_short", "hopper.attend hopper.flash_bwd_consume",
-            "hopper.flash_bwd_parts", "hopper.parts hopper", "softmax", "work", "score", "dropout",
+            "hopper.flash_bwd_parts", "hopper.parts hopper", "softmax work", "score", "dropout",
             "band features rounding score_mods sequence tile", "static", "."),
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-# Every module of these has a place of its own.
-RANKED = ("tfkern", "tfkern.backends", "tfkern.bench", "tfkern.integrations", "tfkern.kernels")
+# Whose modules have no places of their own.
 WHOLE = ("tfkern.commands", "tfkern.models", "tfkern.nn", "tfkern.testing", "tfkern.training")
 
 

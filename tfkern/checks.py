@@ -19,10 +19,7 @@ def same(given, wanted, unknown: bool = True) -> bool:
     right for what an op checks again when it runs."""
     if not (torch.compiler.is_compiling() or torch.SymInt in map(type, (*given, *wanted))):
         return tuple(given) == tuple(wanted)
-    from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
-
-    decide = guard_or_true if unknown else guard_or_false
-    return len(given) == len(wanted) and all(decide(g == w) for g, w in zip(given, wanted, strict=True))
+    return len(given) == len(wanted) and all(compat.guard_or(unknown, g == w) for g, w in zip(given, wanted, strict=True))
 
 
 def operands(query, key, value, packed: bool) -> None:

@@ -1,46 +1,38 @@
-"""The private names of PyTorch that tfkern uses, all of them: beside each, the public behaviour that it stands for, and what is
-done in a PyTorch that has it elsewhere, slower or with less. tests/test_compat.py fails where one has moved."""
+"""The undocumented names of PyTorch that tfkern and bench use: beside each, what it is for and what is done without it.
+
+`import tfkern` and plain calls work without any of them, slower or with less. tests/test_compat.py fails where one has moved.
+compat_triton.py has the names of Triton.
+"""
 
 import contextlib
 import functools
-import pkgutil
 import sys
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-MOVED: list[str] = []  # the names that this PyTorch has not
+from tfkern.compat_triton import found
 
-
-def _private(name: str):
-    """What "module:name" is, None if it is not there."""
-    try:
-        return pkgutil.resolve_name(name)
-    except (ImportError, AttributeError):
-        MOVED.append(name)
-        return None
-
-
-# Whether torch.func transforms are at work. Else: perhaps, and Function.apply asks them each time.
-_transforms = _private("torch._C:_are_functorch_transforms_active")
+# Whether torch.func transforms are at work. Without it: perhaps, and Function.apply asks them each time.
+_transforms = found("torch._C:_are_functorch_transforms_active")
 
 
 def transforms() -> bool:
     return _transforms is None or _transforms()
 
 
-# Whether forward mode is (forward_ad.dual_level). Else: perhaps, and every tensor is asked for its tangent.
-_dual_level = _private("torch.autograd.forward_ad:_current_level")
+# Whether forward mode is at work (forward_ad.dual_level). Without it: perhaps, and every tensor is asked for its tangent.
+_dual_level = found("torch.autograd.forward_ad:_current_level")
 
 
 def forward_mode() -> bool:
     return _dual_level is None or forward_ad._current_level >= 0
 
 
-# Function.apply without its look for transforms: the same where none are at work. Else: Function.apply.
-_Function = _private("torch.autograd.function:_SingleLevelFunction")
+# Function.apply without its check for transforms: the same where none are at work. Without it: Function.apply.
+_Function = found("torch.autograd.function:_SingleLevelFunction")
 
 
 def apply_of(function):
@@ -48,10 +40,11 @@ def apply_of(function):
     return function.apply if _Function is None else super(torch.autograd.Function, function).apply
 
 
-# In the Autograd kernel of an op, which transforms have met already: a Function for the one that calls it, and ops as those see
-# them that are further out. Else: torch.library.register_autograd, which torch.func can't get through.
-_allowed = _private("torch._functorch.utils:enable_single_level_autograd_function")
-_below = _private("torch._C:_AutoDispatchBelowAutograd")
+# For the Autograd kernel of an op. Transforms of torch.func peel off one by one before that kernel runs, so it differentiates
+# for one of them: by a Function of a single level, whose ops the outer ones see. Without them:
+# torch.library.register_autograd, through which torch.func can't differentiate.
+_allowed = found("torch._functorch.utils:enable_single_level_autograd_function")
+_below = found("torch._C:_AutoDispatchBelowAutograd")
 KERNELS = None not in (_Function, _allowed, _below, _transforms)
 below_autograd = _below if KERNELS else contextlib.nullcontext
 
@@ -66,13 +59,13 @@ def apply_within_op(function, *args):
         return _of_one_transform(function).apply(*args)
 
 
-# Whether a tensor has values, which under vmap and in FakeTensorMode it has not. Else: by asking for one.
-_FakeTensor = _private("torch._subclasses:FakeTensor")
-_is_batched = _private("torch._C._functorch:is_batchedtensor")
+# Whether a tensor has values: under vmap and in FakeTensorMode it has none. Without them: one value is asked for.
+_FakeTensor = found("torch._subclasses:FakeTensor")
+_is_batched = found("torch._C._functorch:is_batchedtensor")
 
 
 def fake(x: Tensor) -> bool:
-    """Whether x is of FakeTensorMode. Else: nobody tells, and its shapes come by the operations that make them."""
+    """Whether x is of FakeTensorMode. Without it: False, and shapes come from the operations that make them."""
     return _FakeTensor is not None and isinstance(x, _FakeTensor)
 
 
@@ -85,22 +78,23 @@ def has_values(x: Tensor) -> bool:
         return False
 
 
-# The classes of tensors that stand for plain ones while torch.compile and torch.export trace. Else: all tensors do meanwhile.
-_FunctionalTensor = _private("torch._subclasses.functional_tensor:FunctionalTensor")
+# The classes of tensors that stand for plain ones while torch.compile and torch.export trace. Without them: every tensor does.
+_FunctionalTensor = found("torch._subclasses.functional_tensor:FunctionalTensor")
 PLAIN = tuple(kind for kind in (_FakeTensor, _FunctionalTensor) if kind is not None)
 
-# F.scaled_dot_product_attention, whatever somebody has put into its place before tfkern was imported. Else: what stands there.
-sdpa = _private("torch._C._nn:scaled_dot_product_attention") or F.scaled_dot_product_attention
+# PyTorch's own F.scaled_dot_product_attention, also if another was put in its place before tfkern was imported. Without it: the
+# other.
+sdpa = found("torch._C._nn:scaled_dot_product_attention") or F.scaled_dot_product_attention
 
-# What F.scaled_dot_product_attention runs on a CPU, with its lse. Else: tiles of queries by PyTorch's operations.
-_flash = _private("torch:ops.aten._scaled_dot_product_flash_attention_for_cpu.default")
-_flash_backward = _private("torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default")
+# What F.scaled_dot_product_attention runs on a CPU, with its lse. Without them: tiles of queries by PyTorch's operations.
+_flash = found("torch:ops.aten._scaled_dot_product_flash_attention_for_cpu.default")
+_flash_backward = found("torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default")
 flash, flash_backward = (_flash, _flash_backward) if None not in (_flash, _flash_backward) else (None, None)
 
-# A softmax along the last dim into memory that is there, and what autograd runs for its gradient: y * (g - sum(y * g)), in one
-# pass. On a CPU both go row by row, and may write where they read. Else: into new memory, the gradient in three passes.
-_softmax_out = _private("torch:ops.aten._softmax.out")
-_softmax_backward_out = _private("torch:ops.aten._softmax_backward_data.out")
+# A softmax along the last dim into given memory, and its gradient y * (g - sum(y * g)) in one pass, which autograd runs. On a
+# CPU both go row by row and may write where they read. Without them: into new memory, and the gradient in three passes.
+_softmax_out = found("torch:ops.aten._softmax.out")
+_softmax_backward_out = found("torch:ops.aten._softmax_backward_data.out")
 
 
 def softmax_(x: Tensor) -> Tensor:
@@ -111,18 +105,18 @@ def softmax_(x: Tensor) -> Tensor:
 
 
 def softmax_backward_(grad: Tensor, output: Tensor) -> Tensor:
-    """The gradient of what a softmax was taken of, in place of that of its output."""
+    """The gradient of the input of a softmax, from the gradient of its output, which may be overwritten."""
     if _softmax_backward_out is None or grad.device.type != "cpu":
         return grad.sub_((output * grad).sum(-1, keepdim=True)).mul_(output)
     return _softmax_backward_out(grad, output, -1, output.dtype, grad_input=grad)
 
 
-# The number of the backend (torch.nn.attention.SDPBackend) that F.scaled_dot_product_attention takes. Else: nobody tells.
-sdp_choice = _private("torch:_fused_sdp_choice")
+# The number of the backend (torch.nn.attention.SDPBackend) that F.scaled_dot_product_attention takes. Without it: not told.
+sdp_choice = found("torch:_fused_sdp_choice")
 
-# A tensor without elements that makes them when an operation wants them. Else: masks that are written out.
-_wrapper = _private("torch:Tensor._make_wrapper_subclass")
-no_torch_function = _private("torch._C:_disabled_torch_function_impl")
+# A tensor that makes its elements when an operation wants them. Without them: masks are written out at once.
+_wrapper = found("torch:Tensor._make_wrapper_subclass")
+no_torch_function = found("torch._C:_disabled_torch_function_impl")
 WRAPPERS = None not in (_wrapper, no_torch_function)
 
 
@@ -130,8 +124,8 @@ def wrapper(kind: type[Tensor], shape: tuple[int, ...], dtype: torch.dtype, devi
     return _wrapper(kind, shape, dtype=dtype, device=device)
 
 
-# What torch.jit.script takes a function for. Else: torch.jit.script says that it can't compile the function.
-_register = _private("torch.jit._builtins:_register_builtin")
+# The operator that torch.jit.script puts in the place of a function. Without it: it says that it can't compile the function.
+_register = found("torch.jit._builtins:_register_builtin")
 
 
 def scripted_as(function, operator: str) -> None:
@@ -139,10 +133,10 @@ def scripted_as(function, operator: str) -> None:
         _register(function, operator)
 
 
-# Several gradients as one tensor, as torch.autograd.grad(..., is_grads_batched=True) makes them with a vmap of its own, within
-# which there is no other. Else: PyTorch tells whoever asks for them which operation it can't batch.
-_is_batch = _private("torch._C._functorch:is_legacy_batchedtensor")
-_add_dim, _remove_dim = _private("torch:_add_batch_dim"), _private("torch:_remove_batch_dim")
+# Several gradients as one tensor: torch.autograd.grad(..., is_grads_batched=True) makes them with a vmap of its own, which does
+# not nest. Without them: PyTorch says which operation it can't batch.
+_is_batch = found("torch._C._functorch:is_legacy_batchedtensor")
+_add_dim, _remove_dim = found("torch:_add_batch_dim"), found("torch:_remove_batch_dim")
 _LEVEL = 1
 
 
@@ -151,7 +145,7 @@ def batched(x) -> bool:
 
 
 def batch(x: Tensor) -> Tensor:
-    """x (gradients, ...) as one tensor, as PyTorch has them."""
+    """x (gradients, ...) as PyTorch's one tensor."""
     return _add_dim(x, 0, _LEVEL)
 
 
@@ -160,33 +154,118 @@ def unbatched(x: Tensor) -> Tensor:
     return _remove_dim(x, _LEVEL, 0, 0)
 
 
-# Whether an op changes one of its arguments. Else: perhaps.
-_schema = _private("torch:ops.aten.add_.Tensor._schema.is_mutable")
+# Whether an op changes one of its arguments. Without it: perhaps.
+_schema = found("torch:ops.aten.add_.Tensor._schema.is_mutable")
 
 
 def mutates(op) -> bool:
     return _schema is None or op._schema.is_mutable
 
 
-# Every operation within it comes to __torch_dispatch__. Else: none does, and errors are judged by plain PyTorch's alone.
-DispatchMode = _private("torch.utils._python_dispatch:TorchDispatchMode") or contextlib.nullcontext
+# A context in which every operation comes to __torch_dispatch__. Without it: none does, and the error budget of tests is
+# that of plain PyTorch alone.
+DispatchMode = found("torch.utils._python_dispatch:TorchDispatchMode") or contextlib.nullcontext
 
 
-# The share of what a forward computes that torch.compile may keep for the backward. Else: all, as it is unless somebody asks.
-_budget = _private("torch._functorch.config:activation_memory_budget")
+# What is noted for the nodes of a graph while operations are traced, such as whether the partitioner may recompute them.
+# Without it: nothing is noted, and the backward may draw other random bits if a budget below 1 makes the partitioner recompute
+# them.
+_current_meta = found("torch.fx.traceback:get_current_meta")
+
+
+def current_meta() -> dict:
+    return {} if _current_meta is None else _current_meta()
+
+
+# The share of what a forward computes that torch.compile may keep for the backward, overall or for a region of the graph.
+# Without it: all, the default.
+_budget = found("torch._functorch.config:activation_memory_budget")
 
 
 def activation_memory_budget() -> float:
-    return 1.0 if _budget is None else torch._functorch.config.activation_memory_budget
+    overall = 1.0 if _budget is None else torch._functorch.config.activation_memory_budget
+    return current_meta().get("custom", {}).get("_region_activation_memory_budget", overall)
+
+
+# What makes a graph of operations (make_fx). Without it: nobody is known to, and make_fx records ops of ours as they are.
+_proxy_mode = found("torch.fx.experimental.proxy_tensor:get_proxy_mode")
+
+
+def proxy_mode():
+    """The mode that records a graph, or None."""
+    return None if _proxy_mode is None else _proxy_mode()
+
+
+def traces_backward() -> bool:
+    """Whether the graph that is being recorded is a forward with its backward, by the names that partitioners know them by."""
+    mode = proxy_mode()
+    return mode is not None and any("tangents" in x.target for x in mode.tracer.graph.find_nodes(op="placeholder"))
+
+
+# Conditions on sizes of which torch.compile may not know whether they hold, as data decide on the sizes: then False or True is
+# taken. Without them: the condition itself, at which PyTorch raises if it does not know. (Here and below, symbolic_shapes is
+# imported late: it takes a second, and whoever has such sizes has imported it.)
+def guard_or(unknown: bool, condition) -> bool:
+    try:
+        from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
+    except ImportError:
+        return bool(condition)
+    return guard_or_true(condition) if unknown else guard_or_false(condition)
+
+
+# A symbolic size in which every size that data decide on is `many`. Without it: the size itself.
+def with_unknown_as(n: torch.SymInt, many: int):
+    try:
+        from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+    except ImportError:
+        return n
+    if not free_unbacked_symbols(n):
+        return n
+    expression = n.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, many)))
+
+
+# The dim of a jagged nested tensor along which sequences differ. Without it: the first whose size is no number.
+def ragged_dim(x: Tensor) -> int:
+    dim = getattr(x, "_ragged_idx", None)
+    return next(d for d, n in enumerate(x.shape) if type(n) is not int) if dim is None else dim
+
+
+# The Function of reentrant checkpoints. Without it: a replay attends by what is patched when it runs.
+CheckpointFunction = found("torch.utils.checkpoint:CheckpointFunction")
+
+# Makes an implementation known to torch.nn.attention.activate_flash_attention_impl. Without it: the name is not known there.
+register_flash = found("torch.nn.attention:register_flash_attention_impl")
+
+
+# The hooks that see what goes into a module and comes out of it. Without them: none is seen, and none can be removed by itself.
+def has_hooks(module: nn.Module) -> bool:
+    return bool(getattr(module, "_forward_hooks", None) or getattr(module, "_forward_pre_hooks", None))
+
+
+def remove_forward_hook(module: nn.Module, hook) -> None:
+    hooks = getattr(module, "_forward_hooks", {})
+    for key in [key for key, other in hooks.items() if other is hook]:
+        del hooks[key]
+
+
+class Loading(nn.Module):
+    """A layer whose `before_loading(state_dict, prefix)` is called before it takes its tensors from a state dict. Without
+    nn.Module's name for that: it is not called, and load_state_dict says which keys it has no use for."""
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        self.before_loading(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def dynamo_imported() -> bool:
-    """Whether torch.compile may be at work; asking torch.compiler would import it, and with it Triton."""
+    """Whether torch.compile may be at work. (torch.compiler would import it to answer, and with it Triton.)"""
     return "torch._dynamo" in sys.modules
 
 
 def while_tracing(function):
-    """torch.compiler.assume_constant_result, which imports Dynamo: called once, while tracing, and not in the graph."""
+    """torch.compiler.assume_constant_result, which imports Dynamo: `function` is called once, while tracing, and is no part of
+    the graph. In a PyTorch that does not know the mark, Dynamo traces it."""
     function._dynamo_marked_constant = True
     return function
 

@@ -1,4 +1,4 @@
-"""Dropout on the host: the seed, and the bits of kernels/dropout.py computed by PyTorch operations."""
+"""Host side of dropout: the seed, and the bits of kernels/dropout.py computed by PyTorch operations."""
 
 import math
 

@@ -4,7 +4,6 @@ import contextlib
 import functools
 
 import torch
-from torch.fx import traceback
 from torch.utils.checkpoint import CheckpointPolicy
 
 from tfkern import compat
@@ -38,10 +37,9 @@ def drawn_once():
     different bits in the backward). Operations traced here carry the mark of activation checkpointing that saves their result.
     A budget of 0 saves no results: the mark then asks for a replay, for which PyTorch saves the state of the generator.
     """
-    meta = traceback.get_current_meta()
+    meta = compat.current_meta()
     before = meta.get("recompute")
-    budget = meta.get("custom", {}).get("_region_activation_memory_budget", compat.activation_memory_budget())
-    replayed = budget == 0 and _with_backward()
+    replayed = compat.activation_memory_budget() == 0 and compat.traces_backward()
     meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE if replayed else CheckpointPolicy.MUST_SAVE
     try:
         yield
@@ -50,12 +48,3 @@ def drawn_once():
             del meta["recompute"]
         else:
             meta["recompute"] = before
-
-
-def _with_backward() -> bool:
-    """Whether a joint graph of forward and backward is being traced. Its placeholders for gradients are called tangents, by
-    which partitioners know it too."""
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode
-
-    mode = get_proxy_mode()
-    return mode is not None and any("tangents" in x.target for x in mode.tracer.graph.find_nodes(op="placeholder"))

@@ -1,9 +1,14 @@
-"""Running kernels in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors, with bfloat16 and dot mended, and every address
-checked against the tensors that the kernel was given: a read or write beside them raises instead of finding a neighbour."""
+"""Kernels in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors.
+
+Here bfloat16 and dot are corrected, and every address is checked against the tensors that the kernel was given: a read or write
+outside them raises IndexError.
+"""
 
 import dataclasses
 import functools
 import os
+
+from tfkern import compat_triton
 
 
 @functools.cache
@@ -14,13 +19,18 @@ def interpreting() -> bool:
 
 @functools.cache
 def prepare() -> None:
-    """Make bfloat16 and dot right. The interpreter keeps bfloat16 as uint16 bits; its dot multiplies those as integers, and its
-    conversion from float32 truncates where GPUs round to nearest even. On a GPU an element of a product is the same in
-    whichever tile it is, and whichever operand comes first, so that forward and backward see the same scores. BLAS sums
-    float32 in other orders for other shapes; in float64, as here, that does not show."""
+    """Correct the interpreter's bfloat16 and dot, and check addresses.
+
+    The interpreter keeps bfloat16 as uint16 bits. Its dot multiplies those as integers, and its conversion from float32
+    truncates where GPUs round to nearest even. Its dot sums float32 by BLAS, in an order that depends on the shape. On a GPU an
+    element of a product depends neither on the tile nor on which operand comes first, so forward and backward see the same
+    scores. Here products are therefore summed in float64, in which the order does not show.
+    """
     import numpy as np
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, interpreter_builder
+
+    theirs = compat_triton.interpreter()
+    builder, handle = theirs.InterpreterBuilder, theirs.TensorHandle
 
     def widen(data):
         return (data.astype(np.uint32) << 16).view(np.float32)
@@ -32,18 +42,18 @@ def prepare() -> None:
 
     def dot(self, a, b, acc, *rest):
         a, b = ((widen(x.data) if x.dtype.scalar == tl.bfloat16 else x.data).astype(np.float64) for x in (a, b))
-        return TensorHandle(np.matmul(a, b).astype(acc.data.dtype) + acc.data, acc.dtype.scalar)
+        return handle(np.matmul(a, b).astype(acc.data.dtype) + acc.data, acc.dtype.scalar)
 
     def cast(self, x, dtype):
         kinds = (x.dtype.scalar, dtype.scalar)
         if kinds == (tl.bfloat16, tl.float32):
-            return TensorHandle(widen(x.data), tl.float32)
+            return handle(widen(x.data), tl.float32)
         if kinds == (tl.float32, tl.bfloat16):
-            return TensorHandle(narrow(x.data), tl.bfloat16)
+            return handle(narrow(x.data), tl.bfloat16)
         return original_cast(self, x, dtype)
 
-    InterpreterBuilder.create_dot = dot
-    original_cast, InterpreterBuilder.cast_impl = InterpreterBuilder.cast_impl, cast
+    builder.create_dot = dot
+    original_cast, builder.cast_impl = builder.cast_impl, cast
 
     def load(self, pointers, mask, *rest, **named):
         _check(pointers, mask, "read")
@@ -53,28 +63,30 @@ def prepare() -> None:
         _check(pointers, mask, "write")
         return original_store(self, pointers, value, mask, *rest, **named)
 
-    original_load, InterpreterBuilder.create_masked_load = InterpreterBuilder.create_masked_load, load
-    original_store, InterpreterBuilder.create_masked_store = InterpreterBuilder.create_masked_store, store
-    # Without `debug` the interpreter works out whether integers overflow, in seven steps an operation, and tells nobody.
-    interpreter_builder.options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
-    _patch_once_a_launch()
+    original_load, builder.create_masked_load = builder.create_masked_load, load
+    original_store, builder.create_masked_store = builder.create_masked_store, store
+    # The interpreter checks integers for overflow, in seven steps an operation, but reports it only with `debug`.
+    theirs.interpreter_builder.options = dataclasses.replace(theirs.interpreter_builder.options, sanitize_overflow=False)
+    compat_triton.replace_patching(_once_a_launch)
 
 
-_patched: list[set] = []  # of each launch that runs: the sets of language modules that are patched
+_patched: list[set] = []  # for each launch that runs, the sets of language modules that are patched
 
 
-def _patch_once_a_launch() -> None:
-    """The interpreter replaces the functions of triton.language anew at each call of a device function, which takes half of its
-    time and changes nothing: what is patched stays so until the launch ends."""
+def _once_a_launch(original):
+    """The interpreter's function that patches triton.language, made to do so once a launch.
+
+    The interpreter patches the language anew at each call of a device function, which takes half of its time and changes
+    nothing: a patch lasts until the launch ends.
+    """
     import triton.language as tl
-    from triton.runtime import interpreter
 
     @functools.cache
     def languages(function) -> frozenset:
         return frozenset(value is tl for value in function.__globals__.values() if value is tl or value is tl.core)
 
     def patch(function):
-        if not _patched:  # a launch that is not ours
+        if not _patched:  # no launch of ours runs
             return original(function)
         if languages(function) in _patched[-1]:
             return None
@@ -83,14 +95,14 @@ def _patch_once_a_launch() -> None:
         tl.core.tensor.__index__ = lambda self: self.handle.data.item()  # Triton 3.6's own fails with NumPy 2.4
         return scope
 
-    original, interpreter._patch_lang = interpreter._patch_lang, patch
+    return patch
 
 
-_spans: list[tuple[int, int]] = []  # first byte and one beyond the last of each tensor of the kernel that runs
+_spans: list[tuple[int, int]] = []  # of each tensor of the kernel that runs, the first byte and the one after the last
 
 
 def _check(pointers, mask, verb: str) -> None:
-    """All addresses of one load or store are inside one tensor."""
+    """IndexError unless all addresses of a load or store are within one tensor."""
     at = pointers.data[mask.data]
     if at.size == 0:
         return
@@ -103,7 +115,7 @@ def _check(pointers, mask, verb: str) -> None:
 
 
 def _tensors(args):
-    """The tensors among arguments, those in tuples and behind descriptors included."""
+    """The tensors among arguments, also in tuples and behind descriptors."""
     for arg in args:
         if isinstance(arg, tuple):
             yield from _tensors(arg)
@@ -114,7 +126,7 @@ def _tensors(args):
 
 
 def _span(tensor) -> tuple[int, int]:
-    """The first byte of a tensor, and one beyond its last."""
+    """The first byte of a tensor and the one after its last."""
     start = tensor.data_ptr()
     if tensor.numel() == 0:
         return start, start
@@ -123,21 +135,20 @@ def _span(tensor) -> tuple[int, int]:
 
 
 def _launched(arg):
-    """An argument as a launch passes it: floats are float32, whatever their size."""
+    """An argument as a launch on a GPU passes it: every float is float32."""
     import numpy as np
     import triton.language as tl
-    from triton.runtime.interpreter import TensorHandle
 
     if isinstance(arg, tuple):
         parts = map(_launched, arg)
         return type(arg)(*parts) if hasattr(arg, "_fields") else tuple(parts)
     if isinstance(arg, float):
-        return tl.tensor(TensorHandle(np.array([arg], np.float32), tl.float32), tl.float32)
+        return tl.tensor(compat_triton.interpreter().TensorHandle(np.array([arg], np.float32), tl.float32), tl.float32)
     return arg
 
 
 def run(kernel, grid: int, args, kwargs) -> None:
-    """Run grid programs of a kernel. Overflow and NaN are results on a GPU, so they are no warnings here."""
+    """Run `grid` programs of a kernel. NumPy's warnings of overflow and NaN are off, since on a GPU these are results."""
     import numpy as np
 
     prepare()

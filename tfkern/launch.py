@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tfkern import interpreter, tma
+from tfkern import compat_triton, interpreter, tma
 
 ALIGNMENT = 16  # bytes; the JIT compiles a form of its own for pointers that are multiples of it
 BUFFER = 2**31  # bytes; on AMD also for each tensor whose memory is smaller: 32 bits are enough to address it
@@ -118,7 +118,7 @@ class Launch:
             arguments = (*self.described(given), features, *self.numbers)
             interpreter.run(self.kernel, self.grid, arguments, {**self.constants, **self.options})
             return
-        driver = _triton()[0].active
+        driver = compat_triton.driver().active
         if driver.get_current_device() != self.index:
             with torch.cuda.device(self.device):
                 self(features, feature_tensors, **tensors)
@@ -129,7 +129,7 @@ class Launch:
             memory = (x for x in (*given, *feature_tensors) if x is not None)
             form = form, *(x.untyped_storage().size() < BUFFER for x in memory)
         handle = self.handles.get(form) or self._known(form, given, features)
-        if handle is None or _hooked():
+        if handle is None or compat_triton.hooked():
             self._compiled(form, given, features, self.by_jit(features, **tensors))
             return
         if self.blocks:
@@ -170,9 +170,12 @@ class Launch:
         return arguments + pointers[len(maps) :]
 
     def _compiled(self, form, tensors: tuple, features: tuple, kernel) -> None:
-        """Keep what the JIT has launched."""
-        run, maps = tma.unwrapped(kernel) if self.blocks else (kernel.run, ())
-        handle = Handle(run, kernel.function, kernel.packed_metadata, kernel, maps)
+        """Keep what the JIT has launched, if it can be launched without it."""
+        if (parts := compat_triton.loaded(kernel)) is None:
+            return
+        run, function, metadata = parts
+        run, maps = tma.unwrapped(run) if self.blocks else (run, ())
+        handle = Handle(run, function, metadata, kernel, maps)
         _handles[self._key(form, tensors, features)] = self.handles[form] = handle
 
     def _known(self, form, tensors: tuple, features: tuple) -> Handle | None:
@@ -226,18 +229,3 @@ def _kinds(x):
     if isinstance(x, int):
         return "i32" if -(2**31) <= x < 2**31 else "i64"
     return type(x)
-
-
-@functools.cache
-def _triton():
-    from triton import knobs
-    from triton.runtime import driver
-
-    return driver, knobs.runtime
-
-
-def _hooked() -> bool:
-    """Whether a profiler wants to be told of launches, with what only the JIT's own path tells it."""
-    runtime = _triton()[1]
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

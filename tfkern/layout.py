@@ -6,6 +6,8 @@ import math
 import torch
 from torch import Tensor
 
+from tfkern import compat
+
 MAX_VEC = 16
 MASK_VEC = 8
 MANY = 10**9  # more rows than there can be
@@ -69,12 +71,7 @@ _known_strides = functools.lru_cache(maxsize=4096)(_strides)
 def _number(n) -> int:
     """A size or stride as a number. One that data decide on nobody knows while torch.compile traces: there it counts as large.
     (As every number but 0 and 1, it puts the strides of a dense tensor in their order, and those of such dims say nothing.)"""
-    if isinstance(n, int):
-        return n
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-
-    expression = n.node.expr
-    return int(expression.subs(dict.fromkeys(expression.free_symbols, MANY))) if free_unbacked_symbols(n) else n
+    return n if isinstance(n, int) else compat.with_unknown_as(n, MANY)
 
 
 def kernel_strides(*tensors: Tensor) -> tuple[int, list[tuple[int, ...]]]:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from tfkern import compat
+
 
 def packed(query: Tensor, key: Tensor, value: Tensor, key_lengths) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(query, key, value, cu_seqlens_q, cu_seqlens_k) as attention_varlen takes them, of nested tensors (B, H, ragged, D).
@@ -15,10 +17,8 @@ def packed(query: Tensor, key: Tensor, value: Tensor, key_lengths) -> tuple[Tens
             raise ValueError(
                 f"{name} must be a nested tensor (B, H, ragged, D) of layout torch.jagged, as query is nested, but is {given}"
             )
-        if x._ragged_idx != 2:
-            raise ValueError(
-                f"{name} must be (B, H, ragged, D), but dim {x._ragged_idx} is the ragged one; transpose(1, 2) makes it so"
-            )
+        if (dim := compat.ragged_dim(x)) != 2:
+            raise ValueError(f"{name} must be (B, H, ragged, D), but dim {dim} is the ragged one; transpose(1, 2) makes it so")
         if x.lengths() is not None:
             raise ValueError(f"{name} must have no holes between its sequences; .contiguous() closes them")
     if key_lengths is not None:

@@ -1,4 +1,4 @@
-"""score_mod on the host: names for torch.compile, and a user's Triton functions run on PyTorch tensors, for the backend
+"""Host side of score_mod: names for torch.compile, and a user's Triton functions run on PyTorch tensors, for the backend
 eager and the reference. (kernels/score_mods.py has examples.)"""
 
 import functools

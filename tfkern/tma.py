@@ -5,14 +5,12 @@ strides, dtype and block alone: it holds no memory, no context and no stream, an
 So it is kept, and serves whatever tensor lies there next.
 """
 
-import copy
 import functools
-import inspect
 
 import torch
 from torch import Tensor
 
-from tfkern import layout
+from tfkern import compat_triton, layout
 
 ALIGNED = 8  # 16-bit numbers in the 16 bytes that TMA steps by
 KEPT = 1024  # encoded descriptors of a parameter: of more tensors than models have layers
@@ -79,29 +77,14 @@ class Maps(dict):
 
     def add(self, key: tuple, described) -> tuple:
         """(encoded descriptor, *shape, *strides)"""
-        make, more = _triton_encoder()
         if len(self) >= KEPT:
             self.clear()
-        self[key] = found = tuple(make(described, self.metadata, *more))
-        return found
+        self[key] = encoded = compat_triton.encode(described, self.metadata)
+        return encoded
 
 
-def unwrapped(compiled) -> tuple:
-    """(launcher, Maps of the descriptors) of a kernel: Triton's launcher without the part that encodes. Where this Triton has
-    it in another way than those we know, its launcher as it is, and no Maps."""
-    encodes = getattr(compiled.run, "launch", None)
-    inner = inspect.getclosurevars(encodes).nonlocals if inspect.isfunction(encodes) else {}
-    found = inner.get("tensordesc_meta") or [None]
-    if None in found or "launcher" not in inner:
-        return compiled.run, ()
-    run = copy.copy(compiled.run)
-    run.launch = inner["launcher"]
-    return run, tuple(map(Maps, found))
-
-
-@functools.cache
-def _triton_encoder() -> tuple:
-    """What encodes a descriptor with its metadata, and the rest of its arguments, which it has no use for on NVIDIA."""
-    from triton.backends.nvidia.driver import make_tensordesc_arg
-
-    return make_tensordesc_arg, (None,) * (len(inspect.signature(make_tensordesc_arg).parameters) - 2)
+def unwrapped(run) -> tuple:
+    """(launcher, Maps of the descriptors) of a compiled kernel's launcher: the same without the part that encodes. Where this
+    Triton has it in another way than those we know, its launcher as it is, and no Maps."""
+    bare, metadata = compat_triton.without_encoder(run)
+    return bare, tuple(map(Maps, metadata))

@@ -10,7 +10,6 @@ import sys
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from tfkern import compat
 
@@ -26,7 +25,7 @@ def pytorchs(*tensors) -> bool:
 
 def make_fx() -> bool:
     """Whether make_fx is recording. It takes any op."""
-    return not torch.compiler.is_compiling() and get_proxy_mode() is not None
+    return not torch.compiler.is_compiling() and compat.proxy_mode() is not None
 
 
 def _plain(x) -> bool:

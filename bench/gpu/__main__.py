@@ -1,7 +1,7 @@
-#!/usr/bin/env python3
 """What a GPU machine can prove, in three calls that fit the minutes of one: `make gpu CALL=1`, then 2, then 3.
 
-usage: gpu.py --call {1,2,3} [--budget SECONDS] [--out FOLDER] [--commit HASH] [--dry-run] [--only STEP …] [--fresh]
+usage: python -m tfkern.bench.gpu --call {1,2,3} [--budget SECONDS] [--out FOLDER] [--commit HASH] [--dry-run]
+                                    [--only STEP …] [--fresh]
 
 Steps run in processes of their own (supervisor.py), each with its share of the time that is left. Rows are kept in
 FOLDER/<gpu>/rows.jsonl as they come, after those of earlier calls: FOLDER's own, or else those that are committed in
@@ -178,4 +178,4 @@ def finish(rows: RowFile, machine: dict) -> None:
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    os._exit(status)  # a process that the GPU holds for ever would be waited for
+    os._exit(status)  # without waiting for a process that the GPU holds

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import tfkern
-from tfkern import launch, testing
+from tfkern import compat_triton, launch, testing
 from tfkern.bench import fake_gpu, faults, launches, shapes
 from tfkern.bench.gpu import peer_faults, repeats, sanitized, smoke, tuning
 from tfkern.bench.shapes import Shape
@@ -120,8 +120,7 @@ class Driver(fake_gpu.Driver):
     """Compiles also the C that Triton launches a kernel with, which Triton keeps on disk, too: with 3.6 each has its own."""
 
     def launcher_cls(self, src, metadata):
-        from triton.backends.nvidia import driver
-
+        driver = compat_triton.nvidia_driver()
         try:
             driver.library_dirs()
         except AssertionError:  # no libcuda to link with, so that nothing will be launched here

@@ -1,4 +1,4 @@
-"""The steps of `make gpu` (gpu.py): each gives its cases, the most valuable first, and a case makes rows (rows.py)."""
+"""The steps of `make gpu` (__main__.py): each gives its cases, the most valuable first, and a case makes rows (rows.py)."""
 
 import functools
 import os
@@ -26,7 +26,7 @@ TOOLS = [
 
 
 def environment(context: Context) -> Cases:
-    """What the figures hang on, as the machine's own tools say it."""
+    """What the figures depend on, by the machine's own tools."""
 
     def rows():
         about = {key: value for key, value in runner.machine().items() if key != "commit"}  # every row has it

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from tfkern import compat_triton
 from tfkern.bench import faults
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,22 +67,21 @@ def main(connection: Connection, run: Callable[[Context, Serve], None], dry: boo
 
 def _tell_of_compiling(connection: Connection) -> None:
     """Triton's compiler says when it begins and when it is through."""
-    try:
-        from triton import compiler
-    except ImportError:
-        return
-    compile_, inside = compiler.compile, []
+    inside = []
 
-    def compile_and_tell(*arguments, **options):
-        connection.send(("compiling", True))
-        inside.append(None)
-        try:
-            return compile_(*arguments, **options)
-        finally:
-            inside.pop()
-            connection.send(("compiling", bool(inside)))
+    def telling(compile_):
+        def compile_and_tell(*arguments, **options):
+            connection.send(("compiling", True))
+            inside.append(None)
+            try:
+                return compile_(*arguments, **options)
+            finally:
+                inside.pop()
+                connection.send(("compiling", bool(inside)))
 
-    compiler.compile = compile_and_tell  # where each kernel's first launch looks it up
+        return compile_and_tell
+
+    compat_triton.around_compiling(telling)
 
 
 def _serve(connection: Connection, cases: Cases) -> None:

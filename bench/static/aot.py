@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 86, 89, 90, 100, 120)}
-TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
+from tfkern import compat_triton
+
+TARGETS = {f"sm_{n}": compat_triton.target("cuda", n, 32) for n in (80, 86, 89, 90, 100, 120)}
+TARGETS["gfx942"] = compat_triton.target("hip", "gfx942", 64)
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Constant:
     value: object
 
 
-def source(kernel, arguments: dict, kind=ASTSource):
+def source(kernel, arguments: dict, gluon: bool = False):
     """A kernel to compile. `arguments` maps each parameter to a type ("*bf16", "i32"), a Constant, or a tuple of those, however
-    deep. Pointers are taken to be 16-byte aligned. kind: GluonASTSource for Gluon."""
+    deep. Pointers are taken to be 16-byte aligned."""
     constants, attributes = {}, {}
 
     def signature(kind, *path):
@@ -50,7 +50,7 @@ def source(kernel, arguments: dict, kind=ASTSource):
         return kind
 
     kinds = {name: signature(arguments[name], i) for i, name in enumerate(kernel.arg_names)}
-    return kind(kernel, kinds, constants, attributes)
+    return compat_triton.source_kind(gluon)(kernel, kinds, constants, attributes)
 
 
 def compile_kernel(kernel, arch: str, arguments: dict, config):

@@ -16,11 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon._runtime import GluonASTSource
 
-from tfkern import tiles
+from tfkern import compat_triton, tiles
 from tfkern.bench.static import aot, compile_gate, machine_code, sass, sweep
 from tfkern.ending import ended
 from tfkern.kernels import score_mods
@@ -79,12 +77,12 @@ def source(name: str, dtype: str, dim: int, config, variant: str):
         if parameter.endswith("_desc"):
             kinds[parameter] = descriptor(dtype, rows.get(parameter.removesuffix("_desc"), constants["BLOCK_M"]), dim)
     given = {name: aot.Constant(constants[name]) if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
-    return aot.source(kernel, given, GluonASTSource)
+    return aot.source(kernel, given, gluon=True)
 
 
 def advisories(ptx: str) -> list[str]:
     """What ptxas says of wgmma that it had to serialise."""
-    ptxas = get_ptxas(90).path
+    ptxas = compat_triton.ptxas(90)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()

@@ -6,7 +6,7 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from tfkern import tracing
+from tfkern import compat, tracing
 from tfkern.functional import attention_packed
 from tfkern.integrations.adapters import Adapter, full_name, register
 from tfkern.integrations.torch_sdpa import PYTORCHS
@@ -16,7 +16,7 @@ _CHILDREN = {"c_attn", "c_proj", "attn_dropout", "resid_dropout"}
 _MASKS = ("bias", "masked_bias")  # buffers with the causal mask, of some versions
 
 
-class CausalSelfAttention(nn.Module):
+class CausalSelfAttention(compat.Loading):
     """The causal self-attention of nanoGPT and minGPT with tfkern's attention: their names of parameters, `c_attn` and
     `c_proj`, so that their state dicts load. The buffer `bias` that some of theirs hold, the causal mask, is not loaded.
 
@@ -57,11 +57,11 @@ class CausalSelfAttention(nn.Module):
             y = attention_packed(qkv, None, dropout_p, is_causal=True)
         return self.resid_dropout(self.c_proj(y.flatten(2)))
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def before_loading(self, state_dict: dict, prefix: str) -> None:
+        kept = dict(self.named_buffers(recurse=False))
         for name in _MASKS:
-            if name not in self._buffers:
+            if name not in kept:
                 state_dict.pop(prefix + name, None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _looks_like_it(module: nn.Module) -> bool:
@@ -78,9 +78,12 @@ def _looks_like_it(module: nn.Module) -> bool:
 def _unsupported(module: nn.Module) -> str | None:
     """Whether it does what ours does: its parts are those, and for a few numbers it gives the same."""
     name = full_name(type(module))
-    children, buffers = dict(module.named_children()), set(module._buffers)
-    if set(children) != _CHILDREN or module._parameters or not buffers <= set(_MASKS):
-        extra = (set(children) ^ _CHILDREN) | set(module._parameters) | (buffers - set(_MASKS))
+    children, buffers, parameters = (
+        dict(found)
+        for found in (module.named_children(), module.named_buffers(recurse=False), module.named_parameters(recurse=False))
+    )
+    if set(children) != _CHILDREN or parameters or not set(buffers) <= set(_MASKS):
+        extra = (set(children) ^ _CHILDREN) | set(parameters) | (set(buffers) - set(_MASKS))
         return f"{name} differs from nanoGPT's in {', '.join(sorted(extra))}"
     if not all(isinstance(children[part], nn.Dropout) for part in ("attn_dropout", "resid_dropout")):
         return f"{name} has other layers of dropout than nanoGPT's"
@@ -95,8 +98,7 @@ def _unsupported(module: nn.Module) -> str | None:
 
 def _watched(module: nn.Module) -> bool:
     """Whether someone wants the weights to go through attn_dropout: by nanoGPT's switch, or by hooks where it always does."""
-    hooks = module.attn_dropout._forward_hooks or module.attn_dropout._forward_pre_hooks
-    return not module.flash if hasattr(module, "flash") else bool(hooks)
+    return not module.flash if hasattr(module, "flash") else compat.has_hooks(module.attn_dropout)
 
 
 def _tried(module: nn.Module, name: str) -> str | None:
@@ -124,7 +126,8 @@ def _bare(module: nn.Module) -> nn.Module:
     for name, x in bare.__dict__.items():
         if "hooks" in name and isinstance(x, dict):
             x.clear()
-    bare._modules = {name: None if child is None else _bare(child) for name, child in module._modules.items()}
+    for name, child in module.named_children():
+        setattr(bare, name, _bare(child))
     return bare
 
 

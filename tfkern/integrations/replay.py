@@ -10,7 +10,7 @@ import functools
 import weakref
 from collections.abc import Callable
 
-import torch.utils.checkpoint as theirs
+from tfkern import compat
 
 _noted = weakref.WeakKeyDictionary()  # what may be patched: whether it is, and a function of whether it was, for that context
 _originals: dict[str, staticmethod] = {}
@@ -21,10 +21,10 @@ def note(patched: object, now: Callable[[], bool], way: Callable) -> None:
     if patched not in _noted:  # first, to be called when the dictionary has lost it
         weakref.finalize(patched, _restore_if_unused).atexit = False
     _noted[patched] = now, way
-    if not _originals:
+    if not _originals and compat.CheckpointFunction is not None:
         for name, wrapper in (("forward", _forward), ("backward", _backward)):
-            _originals[name] = vars(theirs.CheckpointFunction)[name]
-            setattr(theirs.CheckpointFunction, name, staticmethod(functools.wraps(_originals[name])(wrapper)))
+            _originals[name] = vars(compat.CheckpointFunction)[name]
+            setattr(compat.CheckpointFunction, name, staticmethod(functools.wraps(_originals[name])(wrapper)))
 
 
 def forget(patched: object) -> None:
@@ -37,7 +37,7 @@ def _restore_if_unused() -> None:
     """With the last that was patched, also if it died so, PyTorch's class is what it was."""
     if not _noted:
         for name, original in _originals.items():
-            setattr(theirs.CheckpointFunction, name, original)
+            setattr(compat.CheckpointFunction, name, original)
         _originals.clear()
 
 

@@ -14,9 +14,8 @@ Source: the schemas of ATen's flash attention ops, and PyTorch's documentation o
 import warnings
 
 import torch
-from torch.nn.attention import register_flash_attention_impl
 
-from tfkern import backends, call, dropout
+from tfkern import backends, call, compat, dropout
 from tfkern.integrations import flash_attn
 from tfkern.options import Inputs, Options
 from tfkern.problem import Gradients, Problem, Tensors, lse_of, stats_of
@@ -151,4 +150,5 @@ def _sdpa_backward(
     return tuple(x.transpose(1, 2) for x in grads)
 
 
-register_flash_attention_impl(NAME, register_fn=lambda: _Handle("CUDA"))
+if compat.register_flash is not None:
+    compat.register_flash(NAME, register_fn=lambda: _Handle("CUDA"))

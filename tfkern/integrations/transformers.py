@@ -264,8 +264,7 @@ def _tell_of_default(why: str, chosen: str, default: str) -> None:
 
 def unwatch(model: nn.Module) -> None:
     """Take the hook away that looks whether tfkern was called."""
-    for key in [key for key, hook in model._forward_hooks.items() if hook is _tell_if_ignored]:
-        del model._forward_hooks[key]
+    compat.remove_forward_hook(model, _tell_if_ignored)
 
 
 def _tell_if_ignored(model: nn.Module, args, output) -> None:

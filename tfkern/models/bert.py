@@ -89,7 +89,7 @@ class BERT(nn.Module):
 
 
 class MaskedLM(nn.Module):
-    """BERT with the head that tells masked tokens: logits (B, N, vocab_size), from a decoder tied to the token embedding."""
+    """BERT with the head that predicts masked tokens: logits (B, N, vocab_size), from a decoder tied to the token embedding."""
 
     config_class = BERTConfig
 
@@ -107,7 +107,7 @@ class MaskedLM(nn.Module):
 
 
 class Classifier(nn.Module):
-    """BERT with a head that tells the class of a sentence, from its pooled vector: what fine-tuning trains."""
+    """BERT with a head that classifies a sentence by its pooled vector, for fine-tuning."""
 
     config_class = BERTConfig
 

@@ -28,7 +28,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class WeightsError(ValueError):
-    """Weights that can't be read, or that don't fit the model; the message says what is wrong and what to do."""
+    """The weights can't be read, or don't fit the model. The message says what is wrong and what to do."""
 
 
 def weights_file(path: Path) -> Path:
@@ -44,7 +44,7 @@ def weights_file(path: Path) -> Path:
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of a file by their names, on the CPU, and what it tells of the model's sizes, else {}.
+    """The tensors of a file by their names, on the CPU, and the sizes of the model that the file records, else {}.
 
     nanoGPT's checkpoints and GGUF tell them. `architectures` is then "nanoGPT", or GGUF's name of the architecture.
     """
@@ -142,7 +142,7 @@ def _pickled(path: Path) -> object:
 
 
 def _tensors(path: Path, held: object) -> dict[str, Tensor]:
-    """A state dict, without what torch.compile and DistributedDataParallel put before names."""
+    """A state dict without the prefixes that torch.compile and DistributedDataParallel add to names."""
     if not isinstance(held, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in held.items()):
         raise WeightsError(f"{path} must hold a state dict, names with tensors, but holds something else")
     if odd := [name for name, x in held.items() if x.layout != torch.strided or x.is_quantized or x.device.type != "cpu"]:

@@ -73,7 +73,7 @@ class Header:
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """A Llama's tensors, expanded to float32, by llama.cpp's names, and what the file tells of its sizes.
+    """A Llama's tensors by llama.cpp's names, expanded to float32, and the sizes that the file records.
 
     Raises: ValueError for a damaged file, another architecture, or numbers that `gguf` can't expand.
     """

@@ -143,7 +143,7 @@ class Row(NamedTuple):
     transposed: bool
 
     def value(self, state: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """The weight, in memory of its own. It is taken out of the state, so that a large model is not there twice."""
+        """The weight, in memory of its own. It is removed from the state, so that a large model is not in memory twice."""
         if not self.theirs:
             return torch.zeros(self.shape, dtype=dtype, device="cpu")
         parts = [state.pop(name) for name in self.theirs]
@@ -151,7 +151,7 @@ class Row(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """How a checkpoint fits a model by one layout: what can be loaded, and what does not fit."""
+    """How well a checkpoint fits a model by one layout: the weights that can be loaded, and those that don't fit."""
 
     layout: Layout
     config: object
@@ -205,7 +205,7 @@ def _fit(model: type[nn.Module], config, layout: Layout, state: dict[str, Tensor
 
 
 def _unfilled(model: type[nn.Module], config, weights: int) -> nn.Module:
-    """A model without memory, of a config that a file of so many weights tells."""
+    """A model without memory, whose config is derived from the weights of a file."""
     if config.layers > weights:
         raise WeightsError(f"the config tells {config.layers} layers, but there are {weights} weights; one of both is wrong")
     try:

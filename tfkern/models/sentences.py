@@ -97,7 +97,7 @@ class Sentences:
 
 
 def _told(path: Path, otherwise):
-    """What a JSON file tells, of the kind that `otherwise` is, which it is without the file."""
+    """The contents of a JSON file, which must have the type of `otherwise`; `otherwise` if there is no file."""
     return read_json(path, type(otherwise)) if path.is_file() else otherwise
 
 
@@ -114,7 +114,7 @@ def _pooling_folder(folder: Path) -> Path:
 
 
 def _pooling(path: Path) -> str:
-    """Which of POOLINGS the config.json of a Pooling tells; without the file the mean, as in sentence-transformers."""
+    """The one of POOLINGS that the config.json of a Pooling names; without the file the mean, as in sentence-transformers."""
     names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
     chosen = [key for key, value in _told(path, {"pooling_mode_mean_tokens": True}).items() if value is True and "mode" in key]
     if len(chosen) != 1 or chosen[0] not in names:

@@ -1,4 +1,4 @@
-"""Sizes and settings of the reference models: our configs from what others' config.json tells, and back."""
+"""Sizes and settings of the reference models: tfkern's configs from the config.json of other libraries, and back."""
 
 import math
 from dataclasses import fields, replace
@@ -10,7 +10,8 @@ from tfkern.models.weights import Layout
 
 
 def config_from(told: dict, layout: Layout, model: type[nn.Module], **changes):
-    """The config of a model from what a config.json tells. WeightsError for what is not there or not computed."""
+    """The config of a model from the contents of a config.json. WeightsError for a missing field, or one that asks for what the
+    model does not compute."""
     told = {**layout.defaults, "num_labels": _count(told.get("id2label")), **told, **_rotary(told)}
     values = dict(layout.fixed)
     for key, allowed in layout.settings.items():
@@ -50,7 +51,7 @@ def _count(labels: object) -> int:
 
 
 def _rotary(told: dict) -> dict:
-    """What a config tells of the rotary angles. transformers 5 does so in a table; `type` is an older name in it."""
+    """The settings of the rotary angles in a config. transformers 5 has them in a table, in which `type` is an older name."""
     table = told.get("rope_parameters")
     if not isinstance(table, dict):
         return {}
@@ -65,7 +66,7 @@ def _usual(config):
 
 
 def told_config(config, layout: Layout) -> dict:
-    """What a config.json of the layout's source tells of a config. WeightsError if it can't tell it."""
+    """The contents of a config.json of the layout's source for a config. WeightsError if it can't express the config."""
     config = _usual(config)
     for name, value in layout.fixed.items():
         if getattr(config, name) != value:

@@ -50,6 +50,6 @@ class Products(nn.Module):
         return x @ x.mT  # (B, N, C) @ (B, C, N)
 
     def forward(self, x: Tensor, key_lengths: Tensor | None = None) -> Tensor:
-        """key_lengths (B,) integers: tokens from there on are padding that nobody takes from."""
+        """key_lengths (B,) integers: tokens from there on are padding, which adds nothing to any token."""
         x = without_padding(checked(x), key_lengths)
         return self.scores(x) @ x  # (B, N, N) @ (B, N, C)

@@ -1,4 +1,4 @@
-"""What the pictures are made of: figures with a line of what computed them, maps over a sentence, curves and bars."""
+"""The parts of the pictures: figures with a line that names what computed them, maps over a sentence, curves and bars."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ trained = functools.cache(lambda name: measures.trained(name, seed=0)[0])
 
 
 def plot(columns: int, size: tuple[float, float], title: str, by: str, **options):
-    """A figure and its axes side by side, with a title and a line of what computed it."""
+    """A figure and its axes side by side, with a title and a line that names what computed it."""
     figure = require("matplotlib.figure", "demo").Figure(figsize=size, layout="constrained")
     figure.suptitle(title, fontsize=11)
     figure.supxlabel(f"computed by {by}", fontsize=7, color="dimgray", x=0.995, ha="right")

@@ -25,7 +25,7 @@ class SoftmaxAttention(QueriesKeysValues):
         self.attention = attention
 
     def forward(self, x: Tensor, key_lengths: Tensor | None = None) -> Tensor:
-        """key_lengths (B,) integers: tokens from there on are padding that nobody attends to."""
+        """key_lengths (B,) integers: tokens from there on are padding, to which no query attends."""
         x = checked(x, self.query.in_features)
         q, k, v = (linear(x)[:, None] for linear in (self.query, self.key, self.value))  # (B, 1, N, D)
         return self.attention(q, k, v, scale=self.scale, key_lengths=key_lengths)[:, 0]

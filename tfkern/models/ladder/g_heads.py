@@ -58,7 +58,7 @@ class Heads(nn.Module):
         return layer
 
     def forward(self, x: Tensor, key_lengths: Tensor | None = None) -> Tensor:
-        """key_lengths (B,) integers: tokens from there on are padding that nobody attends to."""
+        """key_lengths (B,) integers: tokens from there on are padding, to which no query attends."""
         b, n, c = checked(x, self.proj.in_features).shape
         q, k, v = self.qkv(x).view(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
         y = self.attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, key_lengths=key_lengths)

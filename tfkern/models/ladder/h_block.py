@@ -36,6 +36,6 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, key_lengths: Tensor | None = None) -> Tensor:
-        """key_lengths (B,) integers: tokens from there on are padding that nobody attends to."""
+        """key_lengths (B,) integers: tokens from there on are padding, to which no query attends."""
         x = x + self.attn(self.norm_1(x), key_lengths)
         return x + self.mlp(self.norm_2(x))

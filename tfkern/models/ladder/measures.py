@@ -1,4 +1,4 @@
-"""What the ladder measures: why 1/√D, why softmax, what each rung learns, whether heads overfit, what a block counts."""
+"""The measurements of the ladder: why 1/√D, why softmax, what each rung learns, whether heads overfit, how large a block is."""
 
 import functools
 import itertools

@@ -58,7 +58,8 @@ class Sentiment(nn.Module):
 
 @dataclass(frozen=True)
 class Fit:
-    """Loss in nats and share of sentences told right, on those trained on and on those held out; and the held-out logits."""
+    """The loss in nats and the share of sentences classified correctly, for training and held-out sentences, and the held-out
+    logits."""
 
     loss: float
     right: float

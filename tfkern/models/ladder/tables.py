@@ -1,4 +1,4 @@
-"""The tables of docs/ladder.md, in Markdown, each with what computed it; and how they get into the text."""
+"""The tables of docs/ladder.md in Markdown, each with a line that names what computed it, and their insertion into the text."""
 
 import re
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ FORMULAS = {
 
 
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:
-    """A table and, under it, a line of what computed it."""
+    """A table and, under it, a line that names what computed it."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (headings, ["---"] * len(headings), *rows)]
     return "\n".join([*lines, "", note])
 
