@@ -164,8 +164,8 @@ def flash_bwd_dkdv(
 
     K_h = tile.head(K, stride_k, seq.at, h_k, seq.k_row, VEC)
     V_h = tile.head(V, stride_v, seq.at, h_k, seq.k_row, VEC)
-    k = tile.load(K_h, stride_k, start_n, seen_lo, seen_hi, BLOCK_N, HEAD_DIM, BLOCK_D, VEC, True)
-    v = tile.load(V_h, stride_v, start_n, seen_lo, seen_hi, BLOCK_N, HEAD_DIM_V, BLOCK_DV, VEC, True)
+    k = tile.load(K_h, stride_k, start_n, seen_lo, seen_hi, BLOCK_N, HEAD_DIM, BLOCK_D, VEC, MASKED=True)
+    v = tile.load(V_h, stride_v, start_n, seen_lo, seen_hi, BLOCK_N, HEAD_DIM_V, BLOCK_DV, VEC, MASKED=True)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     work = Work(start_n=start_n, lo=lo, hi=hi, n_q=seq.n_q, n_rows=n_q, scale=scale, left=left, right=right)

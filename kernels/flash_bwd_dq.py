@@ -72,9 +72,9 @@ def flash_bwd_dq(
     Q_h = tile.head(Q, stride_q, seq.at, h, seq.q_row, VEC)
     O_h = tile.head(O, stride_o, seq.at, h, seq.q_row, VEC)
     DO_h = tile.head(DO, stride_do, seq.at, h, seq.q_row, VEC)
-    q = tile.load(Q_h, stride_q, start_m, 0, seq.n_q, BLOCK_M, HEAD_DIM, BLOCK_D, VEC, True)
-    o = tile.load(O_h, stride_o, start_m, 0, seq.n_q, BLOCK_M, HEAD_DIM_V, BLOCK_DV, VEC, True)
-    do = tile.load(DO_h, stride_do, start_m, 0, seq.n_q, BLOCK_M, HEAD_DIM_V, BLOCK_DV, VEC, True)
+    q = tile.load(Q_h, stride_q, start_m, 0, seq.n_q, BLOCK_M, HEAD_DIM, BLOCK_D, VEC, MASKED=True)
+    o = tile.load(O_h, stride_o, start_m, 0, seq.n_q, BLOCK_M, HEAD_DIM_V, BLOCK_DV, VEC, MASKED=True)
+    do = tile.load(DO_h, stride_do, start_m, 0, seq.n_q, BLOCK_M, HEAD_DIM_V, BLOCK_DV, VEC, MASKED=True)
     delta = softmax.delta(o, do, F)
     if STATS_ROWS > 2:
         lost = rounding.load(STATS, O, seq, h, heads, n_q, start_m, C)
@@ -83,8 +83,8 @@ def flash_bwd_dq(
         delta -= tl.load(DLSE + row + offs_m, mask=in_rows, other=0.0)  # d lse / d s = p, so its gradient joins delta
     tl.store(DELTA + row + offs_m, delta, mask=in_rows)
     stats = softmax.stats_at(STATS, seq, h, heads, n_q, STATS_ROWS)
-    m = softmax.load_maximum(stats, offs_m, 0, seq.n_q, True)
-    factor = tl.math.exp2(-softmax.load_log2_sum(stats, offs_m, n_q, 0, seq.n_q, True))  # 1 / l
+    m = softmax.load_maximum(stats, offs_m, 0, seq.n_q, MASKED=True)
+    factor = tl.math.exp2(-softmax.load_log2_sum(stats, offs_m, n_q, 0, seq.n_q, MASKED=True))  # 1 / l
 
     work = Work(
         K=tile.head(K, stride_k, seq.at, h // group, seq.k_row, VEC), stride_k=stride_k,
