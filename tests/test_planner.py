@@ -46,7 +46,7 @@ def planned(name: str, **changes):
 
 @KERNEL
 def test_every_parameter_gets_what_it_is_called_after(name):
-    launch, (p, t) = planned(name), problem()
+    launch, (p, _) = planned(name), problem()
     wants = planner.parameters(launch.kernel)
     numbers = dict(zip(wants.numbers, launch.numbers, strict=True))
     assert list(launch.constants) == list(wants.constants)
