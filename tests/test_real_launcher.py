@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tfkern import launch, tma
+from tfkern import compat_triton, launch, tma
 from tfkern.bench import stub_gpu
 from tfkern.tiles import HOPPER_ONE_PASS_SPILLS
 
@@ -108,7 +108,7 @@ def test_tensor_maps_are_ones_that_the_driver_takes(launches, name):
 
 
 def test_encoded_descriptors_are_bounded(monkeypatch):
-    monkeypatch.setattr(tma, "_triton_encoder", lambda: (lambda described, metadata: [described, metadata], ()))
+    monkeypatch.setattr(compat_triton, "encode", lambda described, metadata: (described, metadata))
     maps = tma.Maps("metadata")
     for n in range(3 * tma.KEPT):
         assert maps.add(n, str(n)) == (str(n), "metadata")
