@@ -1,4 +1,6 @@
-"""What the forward kernels for Hopper share: a tile's way into the sums of a consumer, and what leaves in the end."""
+"""What the forward kernels for Hopper share: how a consumer takes tiles of keys in, and how its results leave."""
+
+from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -11,179 +13,177 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )  # fmt: skip
 
 from .. import score, softmax
-from ..static import Static
+from .loads import load, load_seen
 from .parts import (
     accumulator,
+    barriers,
+    buffers,
+    full_tiles,
     give_turn,
     hide_rows,
     stage_of,
     store_rows,
     survivors,
     take_turn,
-    tma_load,
     tma_store,
-    zero_rows,
 )
 
 
-@gluon.jit
-def fetch(
-    k_desc, v_desc, memory, v_cut, seq, h_kv, start_n, lo, hi, n_k, count, cuts,
-    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """K and V of the tile of keys from start_n on, number `count` of a program, as their buffers fall free. Rows beyond a
-    tensor arrive as zeros; keys that are there, but outside of [lo, hi), are zeroed in V. Returns cuts, of tiles cut short."""
-    ks, vs, k_full, k_empty, v_full, v_empty = memory
-    stage, phase = stage_of(count, STAGES)
-    row = seq.k_row + start_n
-    mbarrier.wait(k_empty.index(stage), phase ^ 1)
-    mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-    tma_load(k_desc, [seq.at, h_kv, row, 0], k_full.index(stage), ks.index(stage))
-    mbarrier.wait(v_empty.index(stage), phase ^ 1)
-    if (start_n < lo) | (gl.minimum(row + BLOCK_N, n_k) > seq.k_row + hi):
-        mbarrier.expect(v_cut, v_desc.block_type.nbytes)
-        tma_load(v_desc, [seq.at, h_kv, row, 0], v_cut, vs.index(stage))
-        mbarrier.wait(v_cut, cuts & 1)
-        zero_rows(vs.index(stage).reshape([BLOCK_N, BLOCK_D]), lo - start_n, hi - start_n, BLOCK_N)
-        fence_async_shared()
-        mbarrier.arrive(v_full.index(stage), count=1)
-        cuts += 1
-    else:
-        mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-        tma_load(v_desc, [seq.at, h_kv, row, 0], v_full.index(stage), vs.index(stage))
-    return cuts
+class Item(NamedTuple):
+    """A tile of queries of one head, and the keys that it needs."""
+
+    seq: Any
+    h: Any
+    bh: Any  # number of the head among those of all sequences
+    start_m: Any  # first query
+    scorer: Any
+    keys: Any  # as of band.key_range
+    first: Any  # first key of the first tile
+    n_tiles: Any  # of keys
+    count: Any  # tiles of keys that this program had before
+    free: Any  # whether this consumer releases K and V, because it needs them no more
+
+
+class Memory(NamedTuple):
+    """Buffers of K and V, and the barriers that tell when they are full and empty."""
+
+    ks: Any
+    vs: Any
+    k_full: Any
+    k_empty: Any
+    v_full: Any
+    v_empty: Any
+    cut: Any  # for V that the producer has to change
+
+
+class Outputs(NamedTuple):
+    """Where a forward kernel leaves its results; arguments as flash_fwd's."""
+
+    o_desc: Any
+    O: Any
+    stride_o: Any
+    STATS: Any
 
 
 @gluon.jit
-def _softmax(
-    s, m_i, l_i, v, v_full, phase, bh, start_m, start_n, F, scorer, left, right, MOD: gl.constexpr, LINEAR: gl.constexpr,
-    MASK_VEC: gl.constexpr, MASKED: gl.constexpr,
-):  # fmt: skip
-    """Take in products s [BLOCK_M, BLOCK_N] as softmax.step does. With a mask: where it hides a key of the tile from all
-    queries, its row of v is zeroed, as soon as it is there."""
+def allocate(k_desc, v_desc, C: gl.constexpr):
+    """Memory for K and V, empty."""
+    ks, vs = buffers(k_desc, C.STAGES), buffers(v_desc, C.STAGES)
+    k_full, v_full = barriers(C.STAGES, 1), barriers(C.STAGES, 1)
+    k_empty, v_empty = barriers(C.STAGES, C.CONSUMERS), barriers(C.STAGES, C.CONSUMERS)
+    return Memory(ks, vs, k_full, k_empty, v_full, v_empty, barriers(1, 1).index(0))
+
+
+@gluon.jit
+def fetch(k_desc, v_desc, memory, seq, h_kv, start_n, lo, hi, n_k, count, cuts, C: gl.constexpr):
+    """Load K and V of the tile of keys from start_n on, number `count` of a program, as soon as their buffers are empty. In V,
+    keys outside [lo, hi) are zeroed. Returns cuts, how many tiles needed that so far."""
+    stage, phase = stage_of(count, C.STAGES)
+    at = [seq.at, h_kv, seq.k_row + start_n, 0]
+    mbarrier.wait(memory.k_empty.index(stage), phase ^ 1)
+    load((k_desc,), at, memory.k_full.index(stage), (memory.ks.index(stage),))
+    mbarrier.wait(memory.v_empty.index(stage), phase ^ 1)
+    v, v_full = memory.vs.index(stage), memory.v_full.index(stage)
+    return load_seen((v_desc,), at, v_full, (v,), start_n, lo, hi, n_k, memory.cut, cuts)
+
+
+@gluon.jit
+def _softmax(s, m_i, l_i, v, v_full, phase, item, start_n, work, F, C: gl.constexpr, MASKED: gl.constexpr):
+    """softmax.step of products s [BLOCK_M, BLOCK_N], with dropout. If a mask hides a key of the tile from all queries, wait for
+    v and zero that key's row."""
     S_LAYOUT: gl.constexpr = s.type.layout
-    offs_m = start_m + gl.arange(0, s.shape[0], layout=gl.SliceLayout(1, S_LAYOUT))
+    offs_m = item.start_m + gl.arange(0, s.shape[0], layout=gl.SliceLayout(1, S_LAYOUT))
     offs_n = start_n + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, S_LAYOUT))
-    C: gl.constexpr = Static(MOD=MOD, LINEAR=LINEAR, MASK_VEC=MASK_VEC)
     s, keep, _slope = score.logits(
-        s, offs_m[:, None], offs_n[None, :], start_m, start_n, F, scorer, left, right, C, MASKED, MASKED)  # fmt: skip
+        s, offs_m[:, None], offs_n[None, :], item.start_m, start_n, F, item.scorer, work.left, work.right,
+        C, MASKED, MASKED)  # fmt: skip
     if F.mask is not None or F.bias is not None:
         seen = gl.max(keep.to(gl.int32), 0)
         if gl.min(seen, 0) == 0:
             mbarrier.wait(v_full, phase)
             hide_rows(v, seen)
             fence_async_shared()
-    p, alpha, m_i, l_i = softmax.step(gl.where(keep, s, float("-inf")), m_i, l_i, scorer)
+    p, alpha, m_i, l_i = softmax.step(gl.where(keep, s, float("-inf")), m_i, l_i, item.scorer)
     if F.dropout is not None:
-        p = gl.where(survivors(F.dropout, bh, start_m, start_n, p), p, 0.0)
+        p = gl.where(survivors(F.dropout, item.bh, item.start_m, start_n, p), p, 0.0)
     return p, alpha, m_i, l_i
 
 
 @gluon.jit
 def _step(
-    i, count, q, memory, acc, p, m_i, l_i, bh, start_m, first, n_tiles, free, F, scorer, left, right, MOD: gl.constexpr,
-    LINEAR: gl.constexpr, MASK_VEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, CONSUMER: gl.constexpr, PINGPONG: gl.constexpr, MASKED: gl.constexpr,
+    i, q, memory, acc, p, m_i, l_i, item, work, F,
+    C: gl.constexpr, CONSUMER: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """The scores and softmax of an item's tile i, before which `count` tiles came, and the product of the tile before it,
-    whose P is p."""
-    ks, vs, k_full, k_empty, v_full, v_empty = memory
-    stage, now = stage_of(count + i, STAGES)
-    before, phase = stage_of(count + i - 1, STAGES)
-    S_LAYOUT: gl.constexpr = accumulator(BLOCK_N)
-    take_turn(CONSUMER, PINGPONG)
-    zero = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, S_LAYOUT)
-    k = ks.index(stage).reshape([BLOCK_N, BLOCK_D])
+    """Scores and softmax of an item's tile i; unless it is the FIRST, also the product of the tile before it, whose P is p.
+    Returns acc, P of tile i, m_i, l_i."""
+    stage, now = stage_of(item.count + i, C.STAGES)
+    before, phase = stage_of(item.count + i - 1, C.STAGES)
+    IN_FLIGHT: gl.constexpr = 0 if FIRST else 1
+    take_turn(CONSUMER, C.PINGPONG)
+    zero = gl.zeros([C.BLOCK_M, C.BLOCK_N], gl.float32, accumulator(C.BLOCK_N))
+    k = memory.ks.index(stage).reshape([C.BLOCK_N, C.BLOCK_D])
     s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)  # [BLOCK_M, BLOCK_D] @ [BLOCK_D, BLOCK_N]
-    mbarrier.wait(v_full.index(before), phase)
-    v = vs.index(before).reshape([BLOCK_N, BLOCK_D])
-    acc = warpgroup_mma(p, v, acc, is_async=True)  # [BLOCK_M, BLOCK_N] @ [BLOCK_N, BLOCK_D]
-    give_turn(CONSUMER, PINGPONG)
-    s = warpgroup_mma_wait(1, deps=(s,))
-    mbarrier.arrive(k_empty.index(stage), count=1, pred=free)
-    v = vs.index(stage).reshape([BLOCK_N, BLOCK_D])
+    if not FIRST:
+        mbarrier.wait(memory.v_full.index(before), phase)
+        v = memory.vs.index(before).reshape([C.BLOCK_N, C.BLOCK_D])
+        acc = warpgroup_mma(p, v, acc, is_async=True)  # [BLOCK_M, BLOCK_N] @ [BLOCK_N, BLOCK_D]
+    give_turn(CONSUMER, C.PINGPONG)
+    s = warpgroup_mma_wait(IN_FLIGHT, deps=(s,))
+    mbarrier.arrive(memory.k_empty.index(stage), count=1, pred=item.free)
+    v = memory.vs.index(stage).reshape([C.BLOCK_N, C.BLOCK_D])
     x, alpha, m_i, l_i = _softmax(
-        s, m_i, l_i, v, v_full.index(stage), now, bh, start_m, first + i * BLOCK_N, F, scorer, left, right,
-        MOD, LINEAR, MASK_VEC, MASKED)  # fmt: skip
+        s, m_i, l_i, v, memory.v_full.index(stage), now, item, item.first + i * C.BLOCK_N, work, F, C, MASKED)  # fmt: skip
     following = gl.convert_layout(x.to(v.dtype), p.type.layout)
     # A real branch: without one ptxas moves the wait below above the exponentials, and nothing overlaps.
-    stage, phase = stage_of(count + i + 1, STAGES)
-    mbarrier.wait(k_full.index(stage), phase, pred=i + 1 < n_tiles)
-    acc, following = warpgroup_mma_wait(0, deps=(acc, following))
-    mbarrier.arrive(v_empty.index(before), count=1, pred=free)
-    alpha = gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout), assert_trivial=True)
-    return acc * alpha[:, None], following, m_i, l_i
+    ahead, phase_ahead = stage_of(item.count + i + 1, C.STAGES)
+    mbarrier.wait(memory.k_full.index(ahead), phase_ahead, pred=i + 1 < item.n_tiles)
+    if not FIRST:
+        acc, following = warpgroup_mma_wait(0, deps=(acc, following))
+        mbarrier.arrive(memory.v_empty.index(before), count=1, pred=item.free)
+        alpha = gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout), assert_trivial=True)
+        acc = acc * alpha[:, None]
+    return acc, following, m_i, l_i
 
 
 @gluon.jit
-def attend(
-    q, memory, acc, m_i, l_i, count, n_tiles, free, bh, start_m, first, keys, F, scorer, left, right, MOD: gl.constexpr,
-    LINEAR: gl.constexpr, MASK_VEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, CONSUMER: gl.constexpr, PINGPONG: gl.constexpr,
-):  # fmt: skip
-    """Take an item's n_tiles > 0 tiles of keys, before which `count` tiles came, into (acc, m_i, l_i); free: this consumer
-    needs them no more."""
-    ks, vs, k_full, k_empty, v_full, v_empty = memory
-    _lo, full_lo, full_hi, _hi = keys
-    S_LAYOUT: gl.constexpr = accumulator(BLOCK_N)
+def attend(q, memory, acc, m_i, l_i, item, work, F, C: gl.constexpr, CONSUMER: gl.constexpr):
+    """Take an item's tiles of keys, at least one, into (acc, m_i, l_i)."""
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc.type.layout, k_width=2)
-    stage, phase = stage_of(count, STAGES)
-    mbarrier.wait(k_full.index(stage), phase)
-    take_turn(CONSUMER, PINGPONG)
-    zero = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, S_LAYOUT)
-    k = ks.index(stage).reshape([BLOCK_N, BLOCK_D])
-    s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)  # [BLOCK_M, BLOCK_D] @ [BLOCK_D, BLOCK_N]
-    give_turn(CONSUMER, PINGPONG)
-    s = warpgroup_mma_wait(0, deps=(s,))
-    mbarrier.arrive(k_empty.index(stage), count=1, pred=free)
-    v = vs.index(stage).reshape([BLOCK_N, BLOCK_D])
-    x, _alpha, m_i, l_i = _softmax(
-        s, m_i, l_i, v, v_full.index(stage), phase, bh, start_m, first, F, scorer, left, right,
-        MOD, LINEAR, MASK_VEC, True)  # fmt: skip
-    p = gl.convert_layout(x.to(vs.dtype), P_LAYOUT)
-    stage, phase = stage_of(count + 1, STAGES)
-    mbarrier.wait(k_full.index(stage), phase, pred=n_tiles > 1)
-    full_begin = gl.minimum((full_lo - first) // BLOCK_N, n_tiles)
-    full_end = gl.minimum(gl.maximum((full_hi - first) // BLOCK_N, full_begin), n_tiles)
-    if left is not None:
-        for i in range(1, full_begin):
-            acc, p, m_i, l_i = _step(
-                i, count, q, memory, acc, p, m_i, l_i, bh, start_m, first, n_tiles, free, F, scorer, left, right, MOD, LINEAR,
-                MASK_VEC, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, CONSUMER, PINGPONG, True)  # fmt: skip
-    for i in range(gl.maximum(full_begin, 1), full_end):
-        acc, p, m_i, l_i = _step(
-            i, count, q, memory, acc, p, m_i, l_i, bh, start_m, first, n_tiles, free, F, scorer, left, right, MOD, LINEAR,
-            MASK_VEC, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, CONSUMER, PINGPONG, False)  # fmt: skip
-    for i in range(gl.maximum(full_end, 1), n_tiles):
-        acc, p, m_i, l_i = _step(
-            i, count, q, memory, acc, p, m_i, l_i, bh, start_m, first, n_tiles, free, F, scorer, left, right, MOD, LINEAR,
-            MASK_VEC, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, CONSUMER, PINGPONG, True)  # fmt: skip
-    stage, phase = stage_of(count + n_tiles - 1, STAGES)
-    mbarrier.wait(v_full.index(stage), phase)
-    v = vs.index(stage).reshape([BLOCK_N, BLOCK_D])
+    p = gl.zeros([C.BLOCK_M, C.BLOCK_N], memory.vs.dtype, P_LAYOUT)
+    stage, phase = stage_of(item.count, C.STAGES)
+    mbarrier.wait(memory.k_full.index(stage), phase)
+    acc, p, m_i, l_i = _step(0, q, memory, acc, p, m_i, l_i, item, work, F, C, CONSUMER, True, True)
+    begin, end = full_tiles(item.keys, item.first, item.n_tiles, C.BLOCK_N)
+    starts, stops = (0, begin, end), (begin, end, item.n_tiles)
+    for PART in gl.static_range(3):  # tiles that the left edge cuts, whole ones, and those that the right edge cuts
+        if PART > 0 or work.left is not None:
+            for i in range(gl.maximum(starts[PART], 1), stops[PART]):
+                acc, p, m_i, l_i = _step(i, q, memory, acc, p, m_i, l_i, item, work, F, C, CONSUMER, False, PART != 1)
+    stage, phase = stage_of(item.count + item.n_tiles - 1, C.STAGES)
+    mbarrier.wait(memory.v_full.index(stage), phase)
+    v = memory.vs.index(stage).reshape([C.BLOCK_N, C.BLOCK_D])
     acc = warpgroup_mma(p, v, acc, is_async=True)  # [BLOCK_M, BLOCK_N] @ [BLOCK_N, BLOCK_D]
     acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(v_empty.index(stage), count=1, pred=free)
+    mbarrier.arrive(memory.v_empty.index(stage), count=1, pred=item.free)
     return acc, m_i, l_i
 
 
 @gluon.jit
-def finish(
-    acc, m_i, l_i, o_desc, O, STATS, stride_o, buffer, seq, h, heads, start_m, n_q, F,
-    HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
-):  # fmt: skip
-    """O and STATS of a consumer's queries from start_m on. O leaves by way of `buffer`, which the one before has left."""
-    ROWS: gl.constexpr = m_i.type.layout
+def finish(acc, m_i, l_i, outputs, buffer, item, work, F, C: gl.constexpr):
+    """Store O and STATS of an item's queries. O leaves by way of `buffer`, after the O that was there before has left it."""
+    seq = item.seq
     inverse = gl.convert_layout(1.0 / softmax.safe(l_i), gl.SliceLayout(1, acc.type.layout), assert_trivial=True)
     if F.dropout is not None:
         inverse *= F.dropout.factor
     tma.store_wait(0)
     o = (acc * inverse[:, None]).to(buffer.dtype)
     if F.cu_q is None:
-        buffer.reshape([BLOCK_M, BLOCK_D]).store(o)
+        buffer.reshape([C.BLOCK_M, C.BLOCK_D]).store(o)
         fence_async_shared()
-        tma_store(o_desc, [seq.at, h, start_m, 0], buffer)
+        tma_store(outputs.o_desc, [seq.at, item.h, item.start_m, 0], buffer)
     else:
-        store_rows(o, O, stride_o, seq.at, h, seq.q_row + start_m, seq.n_q - start_m, HEAD_DIM)
-    offs_m = start_m + gl.arange(0, BLOCK_M, layout=ROWS)
-    softmax.store_stats(softmax.stats_at(STATS, seq, h, heads, n_q, 2), offs_m, n_q, seq.n_q, m_i, l_i, 1.0)
+        row, rows = seq.q_row + item.start_m, seq.n_q - item.start_m
+        store_rows(o, outputs.O, outputs.stride_o, seq.at, item.h, row, rows, C.HEAD_DIM)
+    offs_m = item.start_m + gl.arange(0, C.BLOCK_M, layout=m_i.type.layout)
+    stats = softmax.stats_at(outputs.STATS, seq, item.h, work.heads, work.n_q, 2)
+    softmax.store_stats(stats, offs_m, work.n_q, seq.n_q, m_i, l_i, 1.0)

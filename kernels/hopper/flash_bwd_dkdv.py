@@ -7,233 +7,103 @@ under the second and under dP_i^T = V dO_i^T, and forms dS_i under dV += P_i^T d
 kernels/band.py.
 """
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)  # fmt: skip
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from .. import band, score, sequence, softmax, tile
-from ..static import Static
-from .parts import (
-    accumulator,
-    barriers,
-    load_rows,
-    stage_of,
-    store_rows,
-    survivors_transposed,
-    tma_load,
-    tma_store,
-    zero_rows,
-)
+from .flash_bwd_dkdv_consume import consume
+from .loads import load, load_seen, zero_rows
+from .parts import barriers, buffers, numbers, stage_of, tma_store
+from .work import Static, Work
 
 # Changing these numbers never recompiles.
 RUN_TIME = ["stride_dk", "stride_dv", "batch", "heads", "group", "n_q", "n_k", "tiles", "align", "left", "right"]
 
 
+class Item(NamedTuple):
+    """A program's keys, and the queries that see them."""
+
+    seq: Any
+    h_k: Any  # head of keys
+    start_n: Any  # first key
+    scorer: Any  # of the first head of the group
+    queries: Any  # as of band.query_range
+    first: Any  # first query of the first tile
+    seen_lo: Any  # keys that a query sees
+    seen_hi: Any
+
+
+class Memory(NamedTuple):
+    """Buffers, and the barriers that tell when they are full and empty."""
+
+    ks: Any  # K and V of each consumer, then its dK and dV
+    vs: Any
+    qs: Any  # tiles of queries
+    dos: Any
+    maxima: Any  # numbers of their rows: as softmax.load_maximum and load_log2_sum, and delta
+    sums: Any
+    deltas: Any
+    kv_full: Any
+    full: Any
+    empty: Any
+    cut: Any  # for tiles that the producer has to change
+    done: Any  # dK and dV are in the memory of K and V
+
+
 @gluon.jit
 def _produce(
-    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, STATS, DELTA, F, memory, seq, heads, h_k, group, start_n, first, lo, hi,
-    n_q, seen_lo, seen_hi, LINEAR: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, STATS, DELTA, memory, item, work, F, C: gl.constexpr
 ):  # fmt: skip
-    """Fetch K and V once, then Q, dO, maxima, sums and delta of every tile from `first` to hi of every head of the group, as
-    their buffers fall free. In the end send dK and dV out, which consumers leave in the memory of K and V; zeros for keys
-    outside of [seen_lo, seen_hi)."""
-    ks, vs, qs, dos, maxima, sums, deltas, kv_full, full, empty, cut, done = memory
+    """Fetch K and V once, then Q, dO, maxima, sums and delta of every tile of every head of the group, as soon as their buffers
+    are empty. In the end send out dK and dV, which consumers leave in the memory of K and V."""
     ROWS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    for c in gl.static_range(CONSUMERS):
-        at = [seq.at, h_k, seq.k_row + start_n + c * BLOCK_N, 0]
-        mbarrier.expect(kv_full.index(c), 2 * k_desc.block_type.nbytes)
-        tma_load(k_desc, at, kv_full.index(c), ks.index(c))
-        tma_load(v_desc, at, kv_full.index(c), vs.index(c))
-    n_tiles = gl.cdiv(gl.maximum(hi - first, 0), BLOCK_M)
+    seq, first = item.seq, item.first
+    lo, _full_lo, _full_hi, hi = item.queries
+    for c in gl.static_range(C.CONSUMERS):
+        at = [seq.at, item.h_k, seq.k_row + item.start_n + c * C.BLOCK_N, 0]
+        load((k_desc, v_desc), at, memory.kv_full.index(c), (memory.ks.index(c), memory.vs.index(c)))
+    n_tiles = gl.cdiv(gl.maximum(hi - first, 0), C.BLOCK_M)
     cuts = 0
-    for member in range(group):
-        h = h_k * group + member
-        row = (seq.at * heads + h).to(gl.int64) * n_q + seq.q_row
+    for member in range(work.group):
+        h = item.h_k * work.group + member
+        row = (seq.at * work.heads + h).to(gl.int64) * work.n_q + seq.q_row
         for i in range(n_tiles):
-            stage, phase = stage_of(member * n_tiles + i, STAGES)
-            start_m = first + i * BLOCK_M
-            offs_m = start_m + gl.arange(0, BLOCK_M, layout=ROWS)
-            stats = softmax.stats_at(STATS, seq, h, heads, n_q, 2)
+            stage, phase = stage_of(member * n_tiles + i, C.STAGES)
+            start_m = first + i * C.BLOCK_M
+            offs_m = start_m + gl.arange(0, C.BLOCK_M, layout=ROWS)
+            stats = softmax.stats_at(STATS, seq, h, work.heads, work.n_q, 2)
             m = softmax.load_maximum(stats, offs_m, lo, hi, True)
-            log2_l = softmax.load_log2_sum(stats, offs_m, n_q, lo, hi, True)
+            log2_l = softmax.load_log2_sum(stats, offs_m, work.n_q, lo, hi, True)
             delta = tile.load_row_values(DELTA + row, offs_m, lo, hi, 0.0, True)
-            mbarrier.wait(empty.index(stage), phase ^ 1)
-            cuts = load_rows(
-                q_desc, do_desc, [seq.at, h, seq.q_row + start_m, 0], qs.index(stage), dos.index(stage), full.index(stage),
-                cut.index(0), cuts, lo - start_m, hi - start_m, n_q, BLOCK_M, BLOCK_D)  # fmt: skip
-            maxima.index(stage).store(m)
-            sums.index(stage).store(log2_l)
-            deltas.index(stage).store(delta)
-            mbarrier.arrive(full.index(stage), count=1)
+            mbarrier.wait(memory.empty.index(stage), phase ^ 1)
+            cuts = load_seen(  # rows counted from the tile's first: an instruction less than from the sequence's
+                (q_desc, do_desc), [seq.at, h, seq.q_row + start_m, 0], memory.full.index(stage),
+                (memory.qs.index(stage), memory.dos.index(stage)), 0, lo - start_m, hi - start_m, work.n_q,
+                memory.cut, cuts)  # fmt: skip
+            memory.maxima.index(stage).store(m)
+            memory.sums.index(stage).store(log2_l)
+            memory.deltas.index(stage).store(delta)
+            mbarrier.arrive(memory.full.index(stage), count=1)
     if F.cu_k is None:
-        for c in gl.static_range(CONSUMERS):
-            mbarrier.wait(done.index(c), 0)
-            start = start_n + c * BLOCK_N
-            if (start < seen_lo) | (start + BLOCK_N > seen_hi):
-                zero_rows(ks.index(c).reshape([BLOCK_N, BLOCK_D]), seen_lo - start, seen_hi - start, BLOCK_N)
-                zero_rows(vs.index(c).reshape([BLOCK_N, BLOCK_D]), seen_lo - start, seen_hi - start, BLOCK_N)
-                fence_async_shared()
-            tma_store(dk_desc, [seq.at, h_k, start, 0], ks.index(c))
-            tma_store(dv_desc, [seq.at, h_k, start, 0], vs.index(c))
-        tma.store_wait(0)
+        _send_out(dk_desc, dv_desc, memory, item, C)
 
 
 @gluon.jit
-def _step(
-    t, total, k, v, memory, dk, dv, ds, bh, start_m, start_n, F, scorer, left, right, C: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMER: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
-):  # fmt: skip
-    """dS and dV of tile number t, queries from start_m on, and dK of the tile before it, whose dS^T is ds."""
-    ks, vs, qs, dos, maxima, sums, deltas, _kv_full, full, empty, _cut, _done = memory
-    stage, phase = stage_of(t, STAGES)
-    before, _ = stage_of(t - 1, STAGES)
-    S_LAYOUT: gl.constexpr = accumulator(BLOCK_M)
-    COLUMNS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
-    A_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=accumulator(BLOCK_D), k_width=2)
-    zero = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, S_LAYOUT)
-    # t >= 0: always CONSUMER. The loops would keep a constant's addresses, of each step of a product, in registers.
-    if BLOCK_D > 64:
-        k = ks.index(CONSUMER + gl.minimum(t, 0)).reshape([BLOCK_N, BLOCK_D])
-        v = vs.index(CONSUMER + gl.minimum(t, 0)).reshape([BLOCK_N, BLOCK_D])
-    q = qs.index(stage).reshape([BLOCK_M, BLOCK_D])
-    do = dos.index(stage).reshape([BLOCK_M, BLOCK_D])
-    s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)  # [BLOCK_N, BLOCK_D] @ [BLOCK_D, BLOCK_M]
-    m, log2_l = maxima.index(stage).load(COLUMNS), sums.index(stage).load(COLUMNS)
-    if FIRST:
-        s = warpgroup_mma_wait(0, deps=(s,))
-    else:
-        dk = warpgroup_mma(
-            ds, qs.index(before).reshape([BLOCK_M, BLOCK_D]), dk, is_async=True
-        )  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, BLOCK_D]
-        s = warpgroup_mma_wait(1, deps=(s,))
-    offs_m = start_m + gl.arange(0, BLOCK_M, layout=COLUMNS)
-    offs_n = start_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, S_LAYOUT))
-    s, keep, slope = score.logits(
-        s, offs_m[None, :], offs_n[:, None], start_m, start_n, F, scorer, left, right, C, MASKED, MASKED)  # fmt: skip
-    p = softmax.weights(gl.where(keep, s, float("-inf")), m[None, :], log2_l[None, :], scorer)
-    kept = p
-    if F.dropout is not None:  # of what is dropped p is negative, so that one register holds both
-        p = gl.where(survivors_transposed(F.dropout, bh, start_m, start_n, p), p, -p)
-        kept = gl.maximum(p, 0.0)
-    mbarrier.wait(full.index(stage), phase)  # passed long ago, but a branch
-    delta = deltas.index(stage).load(COLUMNS)[None, :]
-    dp = zero
-    if F.dropout is None:
-        dp = zero - delta  # so that dP - delta comes out of the product
-    dp = warpgroup_mma(v, do.permute((1, 0)), dp, is_async=True)  # [BLOCK_N, BLOCK_D] @ [BLOCK_D, BLOCK_M]
-    if not FIRST:
-        dk, p = warpgroup_mma_wait(1, deps=(dk, p))
-        mbarrier.arrive(empty.index(before), count=1)
-    pt = gl.convert_layout(kept.to(do.dtype), A_LAYOUT)
-    dv = warpgroup_mma(pt, do, dv, is_async=True)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, BLOCK_D]
-    dp = warpgroup_mma_wait(1, deps=(dp,))
-    if F.dropout is None:
-        x = p * dp
-    else:
-        x = gl.maximum(p, 0.0) * (dp * F.dropout.factor) - gl.abs(p) * delta
-    if F.softcap is not None or C.MOD is not None:
-        x = gl.where(keep, x * slope, 0.0)
-    following = gl.convert_layout(x.to(q.dtype), A_LAYOUT)
-    # A real branch: without one ptxas moves the wait below above dS, and nothing overlaps.
-    ahead, phase_ahead = stage_of(t + 1, STAGES)
-    mbarrier.wait(full.index(ahead), phase_ahead, pred=t + 1 < total)
-    dv, following = warpgroup_mma_wait(0, deps=(dv, following))
-    return dk, dv, following
-
-
-@gluon.jit
-def _sum(
-    k, v, memory, dk, dv, seq, heads, h_k, group, start_n, first, queries, scale, F, scorer, left, right, MOD: gl.constexpr,
-    MOD_GRAD: gl.constexpr, LINEAR: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, CONSUMER: gl.constexpr,
-):  # fmt: skip
-    """dk and dv over all tiles of queries, of which there is one at least."""
-    _ks, _vs, qs, _dos, _maxima, _sums, _deltas, _kv_full, full, _empty, _cut, _done = memory
-    _lo, full_lo, full_hi, hi = queries
-    n_tiles = gl.cdiv(hi - first, BLOCK_M)
-    total = group * n_tiles
-    bh = seq.b * heads + h_k * group
-    ds = gl.zeros([BLOCK_N, BLOCK_M], qs.dtype, gl.DotOperandLayout(operand_index=0, parent=accumulator(BLOCK_D), k_width=2))
-    C: gl.constexpr = Static(MOD=MOD, MOD_GRAD=MOD_GRAD, LINEAR=LINEAR, MASK_VEC=0)
-    mbarrier.wait(full.index(0), 0)
-    dk, dv, ds = _step(
-        0, total, k, v, memory, dk, dv, ds, bh, first, start_n, F, scorer, left, right,
-        C, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, CONSUMER, True, True)  # fmt: skip
-    full_begin = gl.minimum((full_lo - first) // BLOCK_M, n_tiles)
-    full_end = gl.minimum(gl.maximum((full_hi - first) // BLOCK_M, full_begin), n_tiles)
-    for member in range(group):
-        scorer_h = score.prepare(F, seq, h_k * group + member, scale, scorer.shift, C)
-        t = member * n_tiles
-        begin = gl.maximum(1 - member, 0)
-        if right is not None:
-            for i in range(begin, full_begin):
-                dk, dv, ds = _step(
-                    t + i, total, k, v, memory, dk, dv, ds, bh + member, first + i * BLOCK_M, start_n, F, scorer_h, left, right,
-                    C, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, CONSUMER, False, True)  # fmt: skip
-        for i in range(gl.maximum(full_begin, begin), full_end):
-            dk, dv, ds = _step(
-                t + i, total, k, v, memory, dk, dv, ds, bh + member, first + i * BLOCK_M, start_n, F, scorer_h, left, right,
-                C, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, CONSUMER, False, False)  # fmt: skip
-        for i in range(gl.maximum(full_end, begin), n_tiles):
-            dk, dv, ds = _step(
-                t + i, total, k, v, memory, dk, dv, ds, bh + member, first + i * BLOCK_M, start_n, F, scorer_h, left, right,
-                C, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, CONSUMER, False, True)  # fmt: skip
-    last, _ = stage_of(total - 1, STAGES)
-    dk = warpgroup_mma(
-        ds, qs.index(last).reshape([BLOCK_M, BLOCK_D]), dk, is_async=True
-    )  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, BLOCK_D]
-    dk = warpgroup_mma_wait(0, deps=(dk,))
-    return dk, dv
-
-
-@gluon.jit
-def _consume(
-    DK, DV, stride_dk, stride_dv, memory, seq, heads, h_k, group, start_n, first, queries, seen_lo, seen_hi, scale, F, scorer,
-    left, right, MOD: gl.constexpr, MOD_GRAD: gl.constexpr, LINEAR: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr,
-):  # fmt: skip
-    """All of 64 keys: dK and dV."""
-    ks, vs, _qs, _dos, _maxima, _sums, _deltas, kv_full, _full, _empty, _cut, done = memory
-    D_LAYOUT: gl.constexpr = accumulator(BLOCK_D)
-    start_n += CONSUMER * BLOCK_N
-    k = ks.index(CONSUMER).reshape([BLOCK_N, BLOCK_D])
-    v = vs.index(CONSUMER).reshape([BLOCK_N, BLOCK_D])
-    dk = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, D_LAYOUT)
-    dv = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, D_LAYOUT)
-    mbarrier.wait(kv_full.index(CONSUMER), 0)
-    if BLOCK_D <= 64:
-        A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=accumulator(BLOCK_M), k_width=2)
-        k_a = k.load(A)
-        v_a = v.load(A)
-    else:
-        k_a = k
-        v_a = v
-    if queries[3] > first:
-        dk, dv = _sum(
-            k_a, v_a, memory, dk, dv, seq, heads, h_k, group, start_n, first, queries, scale, F, scorer, left, right,
-            MOD, MOD_GRAD, LINEAR, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, CONSUMER)  # fmt: skip
-    if F.dropout is not None:
-        dv *= F.dropout.factor
-    dk *= scorer.scale
-    if F.cu_k is None:
-        v.store(dv.to(v.dtype))
-        k.store(dk.to(k.dtype))
-        fence_async_shared()
-        mbarrier.arrive(done.index(CONSUMER), count=1)
-    else:
-        row, there = seq.k_row + start_n, seq.n_k - start_n
-        offs_n = start_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, D_LAYOUT))
-        seen = ((offs_n >= seen_lo) & (offs_n < seen_hi))[:, None]
-        store_rows(gl.where(seen, dv, 0.0).to(v.dtype), DV, stride_dv, seq.at, h_k, row, there, HEAD_DIM)
-        store_rows(gl.where(seen, dk, 0.0).to(k.dtype), DK, stride_dk, seq.at, h_k, row, there, HEAD_DIM)
+def _send_out(dk_desc, dv_desc, memory, item, C: gl.constexpr):
+    """dK and dV of the consumers, as soon as they are in the memory of K and V; zeros for keys that no query sees."""
+    for c in gl.static_range(C.CONSUMERS):
+        mbarrier.wait(memory.done.index(c), 0)
+        start = item.start_n + c * C.BLOCK_N
+        if (start < item.seen_lo) | (start + C.BLOCK_N > item.seen_hi):
+            zero_rows(memory.ks.index(c), item.seen_lo - start, item.seen_hi - start)
+            zero_rows(memory.vs.index(c), item.seen_lo - start, item.seen_hi - start)
+            fence_async_shared()
+        tma_store(dk_desc, [item.seq.at, item.h_k, start, 0], memory.ks.index(c))
+        tma_store(dv_desc, [item.seq.at, item.h_k, start, 0], memory.vs.index(c))
+    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=RUN_TIME)
@@ -251,7 +121,9 @@ def flash_bwd_dkdv(
     keys that no query sees, and keys that do not exist, get 0.
     """
     gl.static_assert(STAGES >= 3, "the next tile is waited for before the one before is free")
-    C: gl.constexpr = Static(LINEAR=LINEAR, MASK_VEC=0)
+    C: gl.constexpr = Static(MOD=MOD, MOD_GRAD=MOD_GRAD, LINEAR=LINEAR, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M,
+                             BLOCK_N=BLOCK_N, STAGES=STAGES, CONSUMERS=CONSUMERS)  # fmt: skip
+    work = Work(scale, batch, heads, group, n_q, n_k, tiles, None, align, left, right)
     seq, h_k, start_n = sequence.locate_keys(F, gl.program_id(0), tiles, heads // group, batch, n_q, n_k, BLOCK_N * CONSUMERS)
     shift = align * (seq.n_k - seq.n_q)
     scorer = score.prepare(F, seq, h_k * group, scale, shift, C)
@@ -259,35 +131,18 @@ def flash_bwd_dkdv(
     n_seen = gl.where(start_n < scorer.n_k, seq.n_q, 0)
     queries = band.query_range(start_n, end_n, n_seen, shift, left, right, F, BLOCK_M)
     first = band.first_tile(queries[0], F, BLOCK_M)
-    # What no query sees (padding, NaN) spoils its own rows of dK and dV alone; they are zeroed in the end.
+    # NaN in keys that no query sees, such as padding, reaches only their own rows of dK and dV, which are zeroed in the end.
     seen_lo, _, _, seen_hi = band.key_range(0, seq.n_q, scorer.n_k, shift, left, right, F, BLOCK_N)
-    ks = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
-    vs = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, BLOCK_N, BLOCK_D], v_desc.layout)
-    qs = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], q_desc.layout)
-    dos = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], do_desc.layout)
-    maxima = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    sums = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    deltas = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    # Of the two that make a tile full, one is for what comes by TMA, one for the others.
+    item = Item(seq, h_k, start_n, scorer, queries, first, seen_lo, seen_hi)
+    ks, vs, qs, dos = buffers(k_desc, CONSUMERS), buffers(v_desc, CONSUMERS), buffers(q_desc, STAGES), buffers(do_desc, STAGES)
+    maxima, sums, deltas = numbers(STAGES, BLOCK_M), numbers(STAGES, BLOCK_M), numbers(STAGES, BLOCK_M)
+    # Of the two arrivals that make a tile full, one is for what comes by TMA, one for the others.
     kv_full, full, empty, cut = barriers(CONSUMERS, 1), barriers(STAGES, 2), barriers(STAGES, CONSUMERS), barriers(1, 1)
     done = barriers(CONSUMERS, 1)
     fence_async_shared()  # for the barriers
-    memory = (ks, vs, qs, dos, maxima, sums, deltas, kv_full, full, empty, cut, done)
-    if CONSUMERS == 1:
-        gl.warp_specialize([
-            (_produce, (q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, STATS, DELTA, F, memory, seq, heads, h_k, group,
-                        start_n, first, queries[0], queries[3], n_q, seen_lo, seen_hi,
-                        LINEAR, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, CONSUMERS)),
-            (_consume, (DK, DV, stride_dk, stride_dv, memory, seq, heads, h_k, group, start_n, first, queries, seen_lo, seen_hi,
-                        scale, F, scorer, left, right, MOD, MOD_GRAD, LINEAR, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, 0)),
-        ], [4], [REGISTERS])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (_produce, (q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, STATS, DELTA, F, memory, seq, heads, h_k, group,
-                        start_n, first, queries[0], queries[3], n_q, seen_lo, seen_hi,
-                        LINEAR, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, CONSUMERS)),
-            (_consume, (DK, DV, stride_dk, stride_dv, memory, seq, heads, h_k, group, start_n, first, queries, seen_lo, seen_hi,
-                        scale, F, scorer, left, right, MOD, MOD_GRAD, LINEAR, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, 0)),
-            (_consume, (DK, DV, stride_dk, stride_dv, memory, seq, heads, h_k, group, start_n, first, queries, seen_lo, seen_hi,
-                        scale, F, scorer, left, right, MOD, MOD_GRAD, LINEAR, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, 1)),
-        ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
+    memory = Memory(ks, vs, qs, dos, maxima, sums, deltas, kv_full, full, empty, cut.index(0), done)
+    gl.warp_specialize([
+        (_produce, (q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, STATS, DELTA, memory, item, work, F, C)),
+        (consume, (DK, DV, stride_dk, stride_dv, memory, item, work, F, C, 0)),
+        (consume, (DK, DV, stride_dk, stride_dv, memory, item, work, F, C, 1)),
+    ][:CONSUMERS + 1], [4] * CONSUMERS, [REGISTERS] * CONSUMERS)  # fmt: skip

@@ -1,125 +1,98 @@
 """Forward for Hopper: a producer fetches tiles by TMA, each of one to three consumer warpgroups owns BLOCK_M = 64 queries.
 
-A consumer issues S_j = Q K_j^T and O += P_{j-1} V_{j-1} together and computes the softmax of S_j under the second product; two
+A consumer issues S_j = Q K_j^T and O += P_{j-1} V_{j-1} together and computes the softmax of S_j under the second product. Two
 consumers can take turns (PINGPONG), so that one multiplies while the other exponentiates (Shah et al., FlashAttention-3, 2024).
-Programs are persistent: one goes through items (a tile of queries of a head) until none is left, and the producer is ahead with
-the next one's tiles while consumers finish the last. Which keys a query sees, and what stands between the product and the
+Programs are persistent: each goes through items (a tile of queries of a head) until none is left, and the producer fetches the
+next item's tiles while consumers finish the last. Which keys a query sees, and what happens between the product and the
 softmax, is as in the portable kernels.
 """
+
+from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from .. import band, score, sequence, softmax
-from ..static import Static
-from .attend import attend, fetch, finish
-from .parts import accumulator, barriers, begin_turns, end_turns, tma_load
+from .attend import Item, Outputs, allocate, attend, fetch, finish
+from .loads import load
+from .parts import accumulator, barriers, begin_turns, buffers, end_turns
+from .work import Static, Work
 
 # Changing these numbers never recompiles.
 RUN_TIME = ["stride_o", "batch", "heads", "group", "n_q", "n_k", "tiles", "items", "align", "left", "right"]
 
 
+class Queries(NamedTuple):
+    """Buffers of Q and O, one of each a consumer, and the barriers that tell when those of Q are full and empty."""
+
+    qs: Any
+    os: Any
+    full: Any
+    empty: Any
+
+
 @gluon.jit
-def _place(
-    item, F, work, left, right, LINEAR: gl.constexpr, MASK_VEC: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr
-):  # fmt: skip
-    """Where item number `item` is, and what it depends on: (sequence, head, first query, Scorer, first key of its first tile,
-    the keys it needs). Where later queries see more keys, those of all heads come first: the shortest items fill the end."""
-    scale, batch, heads, _group, n_q, n_k, tiles, items, align = work
-    if right is not None:
-        sets = items // tiles
-        seq, h, start_m = sequence.query_tile(F, tiles - 1 - item // sets, item % sets, heads, batch, n_q, n_k, ROWS)
+def _place(index, count, work, F, C: gl.constexpr, CONSUMER: gl.constexpr):
+    """A consumer's part of item number `index`, before which this program had `count` tiles of keys. Where later queries see
+    more keys, those of all heads come first, so that the shortest items come last."""
+    ROWS: gl.constexpr = C.BLOCK_M * C.CONSUMERS
+    heads, batch, tiles, n_q, n_k = work.heads, work.batch, work.tiles, work.n_q, work.n_k
+    if work.right is not None:
+        sets = work.items // tiles
+        seq, h, start_m = sequence.query_tile(F, tiles - 1 - index // sets, index % sets, heads, batch, n_q, n_k, ROWS)
     else:
-        seq, h, start_m = sequence.locate_queries(F, item, tiles, heads, batch, n_q, n_k, ROWS)
-    shift = align * (seq.n_k - seq.n_q)
-    C: gl.constexpr = Static(LINEAR=LINEAR, MASK_VEC=MASK_VEC)
-    scorer = score.prepare(F, seq, h, score.scale_of(F, scale), shift, C)
+        seq, h, start_m = sequence.locate_queries(F, index, tiles, heads, batch, n_q, n_k, ROWS)
+    shift = work.align * (seq.n_k - seq.n_q)
+    scorer = score.prepare(F, seq, h, score.scale_of(F, work.scale), shift, C)
     end_m = gl.minimum(start_m + ROWS, seq.n_q)
-    keys = band.key_range(start_m, end_m, scorer.n_k, shift, left, right, F, BLOCK_N)
-    return seq, h, start_m, scorer, band.first_tile(keys[0], F, BLOCK_N), keys
+    keys = band.key_range(start_m, end_m, scorer.n_k, shift, work.left, work.right, F, C.BLOCK_N)
+    first = band.first_tile(keys[0], F, C.BLOCK_N)
+    n_tiles = gl.cdiv(gl.maximum(keys[3] - first, 0), C.BLOCK_N)
+    return Item(seq, h, seq.b * heads + h, start_m + CONSUMER * C.BLOCK_M, scorer, keys, first, n_tiles, count, True)
 
 
 @gluon.jit
-def _produce(
-    q_desc, k_desc, v_desc, queries, memory, v_cut, work, F, left, right, LINEAR: gl.constexpr, MASK_VEC: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
-):  # fmt: skip
-    """For each item fetch Q, then K and V of every tile of the keys it needs, as their buffers fall free."""
-    qs, _os, q_full, q_empty = queries
-    _scale, _batch, _heads, group, _n_q, n_k, _tiles, items, _align = work
-    number, cuts, count = 0, 0, 0  # of items, of tiles cut short, of tiles so far
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        seq, h, start_m, _S, first, keys = _place(item, F, work, left, right, LINEAR, MASK_VEC, BLOCK_M * CONSUMERS, BLOCK_N)
-        lo, _full_lo, _full_hi, hi = keys
-        for c in gl.static_range(CONSUMERS):
-            mbarrier.wait(q_empty.index(c), (number & 1) ^ 1)
-            mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
-            tma_load(q_desc, [seq.at, h, seq.q_row + start_m + c * BLOCK_M, 0], q_full.index(c), qs.index(c))
-        for start_n in range(first, hi, BLOCK_N):
-            cuts = fetch(
-                k_desc, v_desc, memory, v_cut, seq, h // group, start_n, lo, hi, n_k, count, cuts, BLOCK_N, BLOCK_D, STAGES
-            )
+def _produce(q_desc, k_desc, v_desc, queries, memory, work, F, C: gl.constexpr):
+    """For each item fetch Q, then K and V of every tile of the keys it needs, as soon as their buffers are empty."""
+    number, cuts, count = 0, 0, 0  # items, tiles with rows zeroed, and tiles so far
+    for index in range(gl.program_id(0), work.items, gl.num_programs(0)):
+        item = _place(index, count, work, F, C, 0)
+        lo, _full_lo, _full_hi, hi = item.keys
+        for c in gl.static_range(C.CONSUMERS):
+            at = [item.seq.at, item.h, item.seq.q_row + item.start_m + c * C.BLOCK_M, 0]
+            mbarrier.wait(queries.empty.index(c), (number & 1) ^ 1)
+            load((q_desc,), at, queries.full.index(c), (queries.qs.index(c),))
+        for start_n in range(item.first, hi, C.BLOCK_N):
+            cuts = fetch(k_desc, v_desc, memory, item.seq, item.h // work.group, start_n, lo, hi, work.n_k, count, cuts, C)
             count += 1
         number += 1
 
 
 @gluon.jit
-def _consume(
-    o_desc, O, STATS, stride_o, queries, memory, work, F, left, right, MOD: gl.constexpr, LINEAR: gl.constexpr,
-    MASK_VEC: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, CONSUMERS: gl.constexpr, CONSUMER: gl.constexpr, PINGPONG: gl.constexpr,
-):  # fmt: skip
+def _consume(outputs, queries, memory, work, F, C: gl.constexpr, CONSUMER: gl.constexpr):
     """O and STATS of 64 queries of every item."""
-    qs, os, q_full, q_empty = queries
-    _scale, _batch, heads, _group, n_q, _n_k, _tiles, items, _align = work
-    O_LAYOUT: gl.constexpr = accumulator(BLOCK_D)
-    ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BLOCK_N))
-    O_IN_Q: gl.constexpr = BLOCK_D > 128
-    number, count = 0, 0  # of items, of tiles so far
-    begin_turns(CONSUMER, PINGPONG)
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        seq, h, start_m, scorer, first, keys = _place(
-            item, F, work, left, right, LINEAR, MASK_VEC, BLOCK_M * CONSUMERS, BLOCK_N
-        )
-        start_m += CONSUMER * BLOCK_M
-        bh = seq.b * heads + h
-        n_tiles = gl.cdiv(gl.maximum(keys[3] - first, 0), BLOCK_N)
-        acc = gl.zeros([BLOCK_M, BLOCK_D], gl.float32, O_LAYOUT)
-        m_i, l_i = softmax.start(gl.zeros([BLOCK_M], gl.float32, ROWS), F.sinks, h, seq.real)
-        mbarrier.wait(q_full.index(CONSUMER), number & 1)
-        if n_tiles > 0:
-            acc, m_i, l_i = attend(
-                qs.index(CONSUMER).reshape([BLOCK_M, BLOCK_D]), memory, acc, m_i, l_i, count, n_tiles, True, bh, start_m, first,
-                keys, F, scorer, left, right, MOD, LINEAR, MASK_VEC, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, CONSUMER,
-                PINGPONG)  # fmt: skip
+    ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(C.BLOCK_N))
+    O_IN_Q: gl.constexpr = C.BLOCK_D > 128
+    number, count = 0, 0  # items and tiles of keys so far
+    begin_turns(CONSUMER, C.PINGPONG)
+    for index in range(gl.program_id(0), work.items, gl.num_programs(0)):
+        item = _place(index, count, work, F, C, CONSUMER)
+        acc = gl.zeros([C.BLOCK_M, C.BLOCK_D], gl.float32, accumulator(C.BLOCK_D))
+        m_i, l_i = softmax.start(gl.zeros([C.BLOCK_M], gl.float32, ROWS), F.sinks, item.h, item.seq.real)
+        mbarrier.wait(queries.full.index(CONSUMER), number & 1)
+        if item.n_tiles > 0:
+            q = queries.qs.index(CONSUMER).reshape([C.BLOCK_M, C.BLOCK_D])
+            acc, m_i, l_i = attend(q, memory, acc, m_i, l_i, item, work, F, C, CONSUMER)
         if not O_IN_Q:
-            mbarrier.arrive(q_empty.index(CONSUMER), count=1)
-        finish(
-            acc,
-            m_i,
-            l_i,
-            o_desc,
-            O,
-            STATS,
-            stride_o,
-            os.index(CONSUMER),
-            seq,
-            h,
-            heads,
-            start_m,
-            n_q,
-            F,
-            HEAD_DIM,
-            BLOCK_M,
-            BLOCK_D,
-        )
+            mbarrier.arrive(queries.empty.index(CONSUMER), count=1)
+        finish(acc, m_i, l_i, outputs, queries.os.index(CONSUMER), item, work, F, C)
         if O_IN_Q:
             tma.store_wait(0)
-            mbarrier.arrive(q_empty.index(CONSUMER), count=1)
-        count += n_tiles
+            mbarrier.arrive(queries.empty.index(CONSUMER), count=1)
+        count += item.n_tiles
         number += 1
-    end_turns(CONSUMER, PINGPONG)
+    end_turns(CONSUMER, C.PINGPONG)
     tma.store_wait(0)
 
 
@@ -135,48 +108,26 @@ def flash_fwd(
 
     Descriptors of Q and O (B, heads, n_q, HEAD_DIM) in blocks of (1, 1, BLOCK_M, BLOCK_D), of K and V (B, heads / group, n_k,
     HEAD_DIM) in blocks of (1, 1, BLOCK_N, BLOCK_D), HEAD_DIM <= BLOCK_D. O again, with its strides as in tile.py, VEC 8. STATS
-    (B, heads, 2, n_q) fp32 contiguous (softmax.store_stats); F Features; scale > 0; n_q, n_k > 0. For 4 warps: the producer.
+    (B, heads, 2, n_q) fp32 contiguous (softmax.store_stats); F Features; scale > 0; n_q, n_k > 0. num_warps is 4, those of the
+    producer.
     """
     gl.static_assert(STAGES >= 2, "K of the next tile is waited for before V of this one is free")
     gl.static_assert(CONSUMERS == 2 or not PINGPONG, "two consumers take turns")
     gl.static_assert(CONSUMERS == 1 or (F.mask is None and F.bias is None), "a consumer zeroes what its queries don't see in V")
-    qs = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, BLOCK_M, BLOCK_D], q_desc.layout)
+    C: gl.constexpr = Static(MOD=MOD, LINEAR=LINEAR, MASK_VEC=MASK_VEC, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M,
+                             BLOCK_N=BLOCK_N, STAGES=STAGES, CONSUMERS=CONSUMERS, PINGPONG=PINGPONG)  # fmt: skip
+    qs = buffers(q_desc, CONSUMERS)
     os = qs
-    if BLOCK_D <= 128:  # else it goes through the memory of Q, which is free again only then
-        os = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, BLOCK_M, BLOCK_D], o_desc.layout)
-    ks = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
-    vs = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], v_desc.layout)
-    q_full, k_full, v_full = barriers(CONSUMERS, 1), barriers(STAGES, 1), barriers(STAGES, 1)
-    q_empty, k_empty, v_empty = barriers(CONSUMERS, 1), barriers(STAGES, CONSUMERS), barriers(STAGES, CONSUMERS)
-    v_cut = barriers(1, 1).index(0)
+    if BLOCK_D <= 128:  # else O leaves through the memory of Q, which is free again only then
+        os = buffers(o_desc, CONSUMERS)
+    memory = allocate(k_desc, v_desc, C)
+    queries = Queries(qs, os, barriers(CONSUMERS, 1), barriers(CONSUMERS, 1))
     fence_async_shared()  # for the barriers
-    queries = (qs, os, q_full, q_empty)
-    memory = (ks, vs, k_full, k_empty, v_full, v_empty)
-    work = (scale, batch, heads, group, n_q, n_k, tiles, items, align)
-    if CONSUMERS == 1:
-        gl.warp_specialize([
-            (_produce, (q_desc, k_desc, v_desc, queries, memory, v_cut, work, F, left, right, LINEAR, MASK_VEC,
-                        BLOCK_M, BLOCK_N, BLOCK_D, STAGES, CONSUMERS)),
-            (_consume, (o_desc, O, STATS, stride_o, queries, memory, work, F, left, right, MOD, LINEAR, MASK_VEC,
-                        HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, CONSUMERS, 0, PINGPONG)),
-        ], [4], [REGISTERS])  # fmt: skip
-    elif CONSUMERS == 2:
-        gl.warp_specialize([
-            (_produce, (q_desc, k_desc, v_desc, queries, memory, v_cut, work, F, left, right, LINEAR, MASK_VEC,
-                        BLOCK_M, BLOCK_N, BLOCK_D, STAGES, CONSUMERS)),
-            (_consume, (o_desc, O, STATS, stride_o, queries, memory, work, F, left, right, MOD, LINEAR, MASK_VEC,
-                        HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, CONSUMERS, 0, PINGPONG)),
-            (_consume, (o_desc, O, STATS, stride_o, queries, memory, work, F, left, right, MOD, LINEAR, MASK_VEC,
-                        HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, CONSUMERS, 1, PINGPONG)),
-        ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (_produce, (q_desc, k_desc, v_desc, queries, memory, v_cut, work, F, left, right, LINEAR, MASK_VEC,
-                        BLOCK_M, BLOCK_N, BLOCK_D, STAGES, CONSUMERS)),
-            (_consume, (o_desc, O, STATS, stride_o, queries, memory, work, F, left, right, MOD, LINEAR, MASK_VEC,
-                        HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, CONSUMERS, 0, PINGPONG)),
-            (_consume, (o_desc, O, STATS, stride_o, queries, memory, work, F, left, right, MOD, LINEAR, MASK_VEC,
-                        HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, CONSUMERS, 1, PINGPONG)),
-            (_consume, (o_desc, O, STATS, stride_o, queries, memory, work, F, left, right, MOD, LINEAR, MASK_VEC,
-                        HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, CONSUMERS, 2, PINGPONG)),
-        ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
+    outputs = Outputs(o_desc, O, stride_o, STATS)
+    work = Work(scale, batch, heads, group, n_q, n_k, tiles, items, align, left, right)
+    gl.warp_specialize([
+        (_produce, (q_desc, k_desc, v_desc, queries, memory, work, F, C)),
+        (_consume, (outputs, queries, memory, work, F, C, 0)),
+        (_consume, (outputs, queries, memory, work, F, C, 1)),
+        (_consume, (outputs, queries, memory, work, F, C, 2)),
+    ][:CONSUMERS + 1], [4] * CONSUMERS, [REGISTERS] * CONSUMERS)  # fmt: skip

@@ -2,7 +2,7 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .. import dropout, tile
 
@@ -78,39 +78,31 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     return found
 
 
-@gluon.jit
-def zero_rows(x, lo, hi, ROWS: gl.constexpr):
-    """Zero the rows outside [lo, hi) of a tile [ROWS, BLOCK_D] in shared memory, 8 at a time, as a producer has few registers:
-    what nothing sees may be NaN, and 0 * NaN would reach what is summed over it."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
-    for first in gl.static_range(0, ROWS, 8):
-        part = x.slice(first, 8)
-        row = first + gl.arange(0, 8, layout=gl.SliceLayout(1, LAYOUT))
-        part.store(gl.where(((row >= lo) & (row < hi))[:, None], part.load(LAYOUT), 0.0))
+@gluon.constexpr_function
+def operand(columns):
+    """Layout of a left operand in registers, of a product with as many columns."""
+    return gl.DotOperandLayout(operand_index=0, parent=accumulator(columns), k_width=2)
 
 
 @gluon.jit
-def load_rows(
-    one_desc, two_desc, at, one, two, full, cut, cuts, lo, hi, n, ROWS: gl.constexpr, BLOCK_D: gl.constexpr
-):  # fmt: skip
-    """Tiles of the same ROWS rows of two tensors by TMA, after which `full` has one arrival more. Rows beyond a tensor, which
-    has n, arrive as zeros; rows that are there, but outside of [lo, hi), counted from the first of the tile, are zeroed.
-    Returns how many tiles had to be."""
-    if (lo > 0) | (gl.minimum(at[2] + ROWS, n) > at[2] + hi):
-        mbarrier.expect(cut, 2 * one_desc.block_type.nbytes)
-        tma_load(one_desc, at, cut, one)
-        tma_load(two_desc, at, cut, two)
-        mbarrier.wait(cut, cuts & 1)
-        zero_rows(one.reshape([ROWS, BLOCK_D]), lo, hi, ROWS)
-        zero_rows(two.reshape([ROWS, BLOCK_D]), lo, hi, ROWS)
-        fence_async_shared()
-        mbarrier.arrive(full, count=1)
-        cuts += 1
-    else:
-        mbarrier.expect(full, 2 * one_desc.block_type.nbytes)
-        tma_load(one_desc, at, full, one)
-        tma_load(two_desc, at, full, two)
-    return cuts
+def buffers(desc, COUNT: gl.constexpr):
+    """Shared memory for COUNT tiles of a descriptor, each [1, 1, rows, BLOCK_D]."""
+    return gl.allocate_shared_memory(desc.dtype, [COUNT, 1, 1, desc.block_shape[2], desc.block_shape[3]], desc.layout)
+
+
+@gluon.jit
+def numbers(COUNT: gl.constexpr, ROWS: gl.constexpr):
+    """Shared memory for COUNT times one float32 a row."""
+    return gl.allocate_shared_memory(gl.float32, [COUNT, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def full_tiles(bounds, first, n_tiles, BLOCK: gl.constexpr):
+    """(begin, end): of the n_tiles tiles from `first` on, those of [begin, end) are whole and not cut by the band's edges.
+    bounds: as of band.key_range."""
+    _lo, full_lo, full_hi, _hi = bounds
+    begin = gl.minimum((full_lo - first) // BLOCK, n_tiles)
+    return begin, gl.minimum(gl.maximum((full_hi - first) // BLOCK, begin), n_tiles)
 
 
 @gluon.jit

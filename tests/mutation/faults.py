@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from mutants import Mutant, changed
 
-BUFFERS = {"slot": "TILES", "place": "RING", "do_stage": "(STAGES - 1)"}  # how many there are of what has such a number
+BUFFERS = {"slot": "C.TILES", "place": "C.RING", "do_stage": "(C.STAGES - 1)"}  # how many there are of what has such a number
 OPPOSITE = {"'sync'": "'arrive'", "'arrive'": "'sync'"}
 
 
@@ -65,7 +65,7 @@ def _wrong_arguments(call: ast.Call, name: str) -> Iterator[str]:
         yield _with(call, 2, "{} // 2")
     elif name.endswith(".index"):
         stage = isinstance(call.args[0], ast.Name) and call.args[0].id not in ("c", "i", "CONSUMER")
-        number = BUFFERS.get(ast.unparse(call.args[0]), "STAGES")
+        number = BUFFERS.get(ast.unparse(call.args[0]), "C.STAGES")
         yield _with(call, 0, f"({{}} + 1) % {number}" if stage else "1 - {}")
     for i, keyword in enumerate(call.keywords):
         if keyword.arg == "count":
