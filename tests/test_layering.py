@@ -56,8 +56,9 @@ LAYERS = [
     ["tfkern.compat_triton"],
     # No kernel imports another: what two of them need is a device function of a layer below.
     *inside("tfkern.kernels", "flash_bwd_dbias flash_bwd_dkdv flash_bwd_dq flash_fwd hopper.flash_bwd hopper.flash_bwd_dkdv"
-            " hopper.flash_bwd_dq hopper.flash_fwd hopper.flash_fwd_short", "hopper.attend hopper.flash_bwd_consume",
-            "hopper.flash_bwd_parts", "hopper.parts hopper", "softmax work", "score", "dropout",
+            " hopper.flash_bwd_dq hopper.flash_fwd hopper.flash_fwd_short", "hopper.attend hopper.flash_bwd_consume"
+            " hopper.flash_bwd_dkdv_consume hopper.flash_bwd_dq_consume hopper.flash_bwd_gather", "hopper.flash_bwd_parts hopper.loads",
+            "hopper.parts hopper.work hopper", "softmax work", "score", "dropout",
             "band features rounding score_mods sequence tile", "static", "."),
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
