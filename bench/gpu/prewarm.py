@@ -69,7 +69,11 @@ def second_call() -> Iterator[Problem]:
     """CALL=2, but for its tests, which compile on their own many cores."""
     yield from (check(case, "portable") for case in reversed(FEATURES))
     yield from (attention(shape, backend) for backend in repeats.BACKENDS for shape in shapes.GPU_SHAPES)
-    yield from (fault(one, backend) for backend in repeats.BACKENDS for one in peer_faults.FAULTS)
+    unmasked_only = {"hopper"}  # declines a mask where there is a backward
+    yield from (
+        fault(one, backend)
+        for backend in repeats.BACKENDS for one in peer_faults.FAULTS if one.mask is None or backend not in unmasked_only
+    )  # fmt: skip
 
 
 def third_call() -> Iterator[Problem]:
