@@ -120,6 +120,20 @@ except RuntimeError as error:
     assert lines == ["{'problem': 'ZeroDivisionError: division by zero'}", "4 PTXAS error"]
 
 
+def test_a_problem_that_a_backend_declines_is_passed_over():
+    """With the backend's reason, and no fault: the run that it prepares has nothing to launch there. Others are compiled."""
+    lines = on_no_gpu("""
+from tfkern.bench.gpu import peer_faults, prewarm
+masked, plain = (next(one for one in peer_faults.FAULTS if one.mask == mask) for mask in ("bool", None))
+cases = dict(prewarm.cases(prewarm.fault(one, "hopper") for one in (masked, plain)))
+declined = f"{masked.name} hopper"
+print(*cases.pop(declined)())
+print(*(name.split()[0] for name in cases))
+""")
+    assert lines[0] == "{'skipped': 'hopper: the backward does not take a mask, the forward does'}"
+    assert lines[1].startswith("flash_fwd")
+
+
 def test_a_candidate_that_needs_too_much_is_passed_over():
     """Those of a table are not: that would be a fault."""
     lines = on_no_gpu("""

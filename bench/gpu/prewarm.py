@@ -19,6 +19,7 @@ import tfkern
 from tfkern import compat_triton, launch, testing
 from tfkern.bench import fake_gpu, faults, launches, shapes
 from tfkern.bench.gpu import peer_faults, repeats, sanitized, smoke, tuning
+from tfkern.bench.providers import passed_over
 from tfkern.bench.shapes import Shape
 
 FEATURES = [case for case in (*testing.CASES, *testing.FEATURE_CASES) if case.name in testing.SHORT]
@@ -69,11 +70,7 @@ def second_call() -> Iterator[Problem]:
     """CALL=2, but for its tests, which compile on their own many cores."""
     yield from (check(case, "portable") for case in reversed(FEATURES))
     yield from (attention(shape, backend) for backend in repeats.BACKENDS for shape in shapes.GPU_SHAPES)
-    unmasked_only = {"hopper"}  # declines a mask where there is a backward
-    yield from (
-        fault(one, backend)
-        for backend in repeats.BACKENDS for one in peer_faults.FAULTS if one.mask is None or backend not in unmasked_only
-    )  # fmt: skip
+    yield from (fault(one, backend) for backend in repeats.BACKENDS for one in peer_faults.FAULTS)
 
 
 def third_call() -> Iterator[Problem]:
@@ -111,6 +108,9 @@ def cases(problems: Iterable[Problem]) -> Iterator[tuple[str, Callable[[], Itera
     for problem in problems:
         try:
             names = _launched(problem)
+        except tfkern.UnsupportedError as error:  # declined, so that the real run launches nothing either
+            yield problem.name, functools.partial(iter, [dict(skipped=passed_over(problem.name, error))])
+            continue
         except Exception as error:  # one problem's fault must not take the others' kernels away
             yield problem.name, functools.partial(iter, [dict(problem=faults.line(error))])
             continue
