@@ -72,9 +72,9 @@ def _produce(q_desc, k_desc, v_desc, o_desc, do_desc, memory, item, work, C: gl.
         stage, phase = stage_of(i, C.STAGES)
         start_n = first + i * C.BLOCK_N
         mbarrier.wait(memory.empty.index(stage), phase ^ 1)
-        cuts = load_seen(
+        cuts = load_seen(  # rows counted from the tile's first: fewer instructions than from the sequence's
             (k_desc, v_desc), [seq.at, item.h // work.group, seq.k_row + start_n, 0], memory.full.index(stage),
-            (memory.ks.index(stage), memory.vs.index(stage)), start_n, lo, hi, work.n_k,
+            (memory.ks.index(stage), memory.vs.index(stage)), 0, lo - start_n, hi - start_n, work.n_k,
             memory.cut, cuts)  # fmt: skip
 
 
