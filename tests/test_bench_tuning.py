@@ -198,7 +198,7 @@ from tfkern.bench import fake_gpu, launches
 from tfkern.bench.gpu import tuning
 fake_gpu.pretend()
 for one in tuning.cases():
-    with launches.watched(lambda *_: None) as seen:
+    with launches.watched(lambda *_, **__: None) as seen:
         tuning.launch(one, "cpu")
     kernel = {"flash_bwd_one_pass": "flash_bwd_dkdv", "flash_bwd_dkdv_described": "flash_bwd_dkdv"}.get(one.kernel, one.kernel)
     tiles = [x.constants for x in seen if x.kernel.__name__ == kernel][-1]
