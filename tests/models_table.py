@@ -43,6 +43,7 @@ TITLES = {
 }
 TESTED = [place for places in COLUMNS.values() for place in places]
 IGNORING = ("test_transformers_register", "test_a_model_that_ignores_it_is_told")
+FILES = [TESTS / f"{module}.py" for module in dict.fromkeys(module for module, _ in [*TESTED, IGNORING])]
 Cells = Counter  # {(module, test, model): cases that passed}
 
 
@@ -104,25 +105,31 @@ def render(cells: Cells, versions: dict[str, str]) -> str:
         "",
         "Written by `tests/models_table.py` from the results of the tests, with "
         + ", ".join(f"{name} {version}" for name, version in versions.items()) + ", on a CPU.",
-        "Models are tiny, with random weights, and are compared with the library's own attention written out: the output and the",
-        "gradient of every parameter, by the rule in the README. ✓ and the number of cases that passed; nothing where there is nothing",
-        "to compare.",
+        "Each model is tiny and has random weights. The tests compare it with the same model under the library's own unfused attention:",
+        "the output, and the gradient of every parameter, within the error bound that the README states. A cell has ✓ and the number of",
+        "cases that passed. It is empty where the model has no such feature.",
         "",
     ]  # fmt: skip
     for section, places in COLUMNS.items():
         lines += [f"## {TITLES[section]}", "", *_table(cells, places), ""]
     ignoring = sorted(model for module, test, model in cells if (module, test) == IGNORING)
     lines += [
-        "Padding: on the right and on the left. Packed: by `position_ids` and by `cu_seq_lens`; OPT and gpt-oss by `cu_seq_lens` only,",
-        "as their own masks don't look at positions. Caches: dynamic and static, without padding and with either, in steps.",
-        "Generate: greedy, by beams, with a dynamic, a static and no cache. Compiled: forward and gradients by `torch.compile` with",
-        '`fullgraph=True`, gpt-oss with `_experts_implementation="batched_mm"`, as its other experts can\'t be, with any attention.',
+        "The columns:",
+        "",
+        "- padding: on the right, and on the left.",
+        "- packed: sequences told apart by `position_ids`, and by `cu_seq_lens`. OPT and gpt-oss have `cu_seq_lens` only, because their own",
+        "  masks don't look at positions.",
+        "- caches: dynamic and static, each without padding and with padding on either side, in several steps.",
+        "- generate: greedy and by beam search, with a dynamic cache, a static cache and none.",
+        "- compiled: forward and gradients under `torch.compile(fullgraph=True)`. gpt-oss is compiled with",
+        '  `_experts_implementation="batched_mm"`: its other experts do not compile with any attention.',
         "",
         "## Not by tfkern",
         "",
-        f"{', '.join(ignoring)}, and more in the table below: in transformers these don't ask for an attention implementation. With",
-        '`attn_implementation="tfkern"` a warning says so when they are made, as they would be without it; where it only shows later, at',
-        "the first forward pass, and their masks are eager attention's in any case. `tfkern.patch(model)` says so in its report.",
+        f"Some models of transformers compute attention by their own code, and ignore `attn_implementation`: {', '.join(ignoring)}, and those",
+        'marked "own" in the table below. With `attn_implementation="tfkern"` they work as without it, and a warning tells so: when the model',
+        "is made, or, where it can't be known then, at its first forward pass. Their masks are those of eager attention. The report of",
+        "`tfkern.patch(model)` tells so, too.",
         "",
         *models_sweep_table.render(models_sweep.kept()),
     ]
@@ -151,8 +158,7 @@ def pins() -> dict[str, str]:
 
 def main() -> int:
     collector = Collector()
-    files = [str(TESTS / f"{module}.py") for module in dict.fromkeys(module for module, _ in TESTED)]
-    pytest.main(["-q", "--no-header", "-c", str(TESTS.parent / "pyproject.toml"), *files], plugins=[collector])
+    pytest.main(["-q", "--no-header", "-c", str(TESTS.parent / "pyproject.toml"), *map(str, FILES)], plugins=[collector])
     cells = Cells({key: n for key, n in collector.cells.items() if key[:2] in [*TESTED, IGNORING]})
     versions = {name: importlib.metadata.version(name).split("+")[0] for name in PACKAGES}
     TABLE.write_text(render(cells, versions))

@@ -17,3 +17,7 @@ def test_what_fails_shows():
     key = next(iter(cells))
     cells[key] = 0
     assert "| no |" in models_table.render(cells, {})
+
+
+def test_every_file_of_the_page_is_run():
+    assert {path.stem for path in models_table.FILES} == {module for module, _, _ in models_table.expected()}
