@@ -1,11 +1,15 @@
-"""The compile gate of the Gluon kernels: for sm_90, without a GPU, they spill nothing and overlap what they are meant to.
+"""Compile the Gluon kernels for sm_90 without a GPU, and check their spills and that wgmma hides the exponentials.
 
 usage: python -m bench.static.hopper_gate [--kernel flash_fwd …] [--head-dim 64 …] [--dtype bf16 …] [--variant full …]
                                            [--json FILE]
 
-Compiles every configuration of tfkern/tiles.py and checks: nothing is spilled in the loops over tiles, and no more than SPILLED
-bytes a thread in all, but for RECORDED; ptxas serialises no wgmma (its advisories C7510 to C7515); every exponential in a loop
-has a wgmma in flight; no instruction writes a register from which a wgmma in flight reads. Needs Triton alone.
+Compiles every configuration of tfkern/tiles.py and checks:
+- The loops over tiles spill nothing, and a kernel spills at most SPILLED bytes a thread, unless RECORDED allows more.
+- ptxas serialises no wgmma (it reports that in its advisories C7510 to C7515).
+- The loops contain exponentials, and each is issued while a wgmma is in flight.
+- No instruction writes a register from which a wgmma in flight reads.
+- A program needs no more shared memory than sm_90 has.
+Needs Triton only, not torch.
 """
 
 import argparse
@@ -23,7 +27,7 @@ from tfkern.bench.static import aot, compile_gate, machine_code, sass, sweep
 from tfkern.ending import ended
 from tfkern.kernels import score_mods
 
-# As in compile_gate.py: what is there beside queries, keys and values.
+# The arguments that each variant has beside queries, keys and values, as in compile_gate.py.
 VARIANTS = {
     "full": set(), "causal": {"right"}, "window": {"left", "right"}, "padded": {"key_lengths"}, "packed": {"cu_q", "cu_k"},
     "mask": {"mask"}, "bias": {"bias"}, "bias-any": {"bias"}, "dropout": {"dropout"}, "softcap": {"softcap"},
@@ -32,12 +36,13 @@ VARIANTS = {
     "everything": {"left", "right", "cu_q", "cu_k", "bias", "dropout", "softcap", "slopes", "sinks", "MOD"},
 }  # fmt: skip
 KERNELS = ["flash_fwd", "flash_fwd_short", "flash_bwd_dq", "flash_bwd_dkdv", "flash_bwd"]
-# Variants that its kernels have.
+# The variants that the two backward kernels have.
 BACKWARD = [name for name, there in VARIANTS.items() if name != "several" and not there & {"mask", "bias"}]
-SHORT = ["full", "causal", "padded", "softcap", "slopes", "sinks", "score-mod"]  # that flash_fwd_short is chosen for
-ONE_PASS = ["full", "causal", "window", "padded"]  # that flash_bwd has
-SPILLED = 64  # such as the number of the program, which ptxas keeps in memory over the start of a partition
-# What newer Tritons than the pinned one spill beyond that, which may only fall: (bytes, instructions in loops).
+SHORT = ["full", "causal", "padded", "softcap", "slopes", "sinks", "score-mod"]  # for which flash_fwd_short is chosen
+ONE_PASS = ["full", "causal", "window", "padded"]  # the variants that flash_bwd has
+SPILLED = 64  # bytes a thread: such as the program's number, which ptxas spills where a partition starts
+# The spills allowed to Triton versions newer than the pinned one, by (version, kernel, head dim, variant): (bytes a thread,
+# spill instructions in loops). A figure may be lowered, never raised.
 RECORDED = {
     ("3.9", "flash_fwd", 64, "packed"): (SPILLED, 8), ("3.9", "flash_fwd", 128, "full"): (SPILLED, 8),
     ("3.9", "flash_fwd", 128, "padded"): (SPILLED, 10), ("3.9", "flash_fwd", 128, "packed"): (120, 12),
@@ -50,13 +55,13 @@ RECORDED = {
 
 
 def descriptor(dtype: str, rows: int, dim: int) -> str:
-    """The type of a TMA descriptor, as GluonASTSource wants it."""
+    """The type of a TMA descriptor of rows x dim tiles, in the notation of GluonASTSource."""
     layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, dim], gl.bfloat16)
     return f"tensordesc<{dtype}[1, 1, {rows}, {dim}],{layout!r}>"
 
 
 def source(name: str, dtype: str, dim: int, config, variant: str):
-    """A kernel with its arguments as types."""
+    """A kernel of kernels/hopper and the types of its arguments in a variant, ready for triton.compile."""
     there = VARIANTS[variant]
     kernel = getattr(importlib.import_module(f"tfkern.kernels.hopper.{name}"), name)
     mask_vec = 0 if variant == "bias-any" else 8
@@ -81,7 +86,7 @@ def source(name: str, dtype: str, dim: int, config, variant: str):
 
 
 def advisories(ptx: str) -> list[str]:
-    """What ptxas says of wgmma that it had to serialise."""
+    """The advisories (C75xx) of ptxas on wgmma instructions that it had to serialise, one a line."""
     ptxas = compat_triton.ptxas(90)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
@@ -93,7 +98,9 @@ def advisories(ptx: str) -> list[str]:
 
 
 def judge(binary, spilled: int = SPILLED, in_loops: int = 0) -> tuple[str, list[str]]:
-    """(what was found, what is wrong); spilled: bytes allowed, in_loops: stores and loads of them allowed in loops."""
+    """Return (the figures found in one line, a list of problems) for a compiled kernel.
+    spilled: the bytes a thread that it may spill. in_loops: the spill stores and loads (STL, LDL) that its loops over tiles
+    may have."""
     found = aot.resources(binary, "sm_90")
     loops = machine_code.loops(sweep.code_of(binary, "sm_90"), sass.MULTIPLY)
     exponentials = sum(x.opcode == "MUFU.EX2" for body in loops for x in body)
@@ -111,7 +118,7 @@ def judge(binary, spilled: int = SPILLED, in_loops: int = 0) -> tuple[str, list[
 
 
 def configurations(kernel: str, dim: int, variant: str) -> list:
-    """What the tables hold for a kernel in a variant, if it is in the kernel."""
+    """The configurations of tfkern/tiles.py for a kernel, a head dim and a variant. Empty if the kernel lacks the variant."""
     heavy = compile_gate.HEAVY & VARIANTS[variant]
     if kernel == "flash_bwd":
         return list(tiles.HOPPER_ONE_PASS.get(dim, ())) if variant in ONE_PASS else []
@@ -123,7 +130,7 @@ def configurations(kernel: str, dim: int, variant: str) -> list:
         return [found.short] if found.short and variant in SHORT else []
     if {"mask", "bias"} & VARIANTS[variant]:
         return [found.masked] if found.masked else []
-    if variant == "several" and dim > 128:  # declined
+    if variant == "several" and dim > 128:  # the backend declines it
         return []
     fitting = found.heavy[:1] if variant == "several" else found.heavy if heavy else found.usual
     return list(dict.fromkeys([*fitting, found.single]))
@@ -143,7 +150,8 @@ def jobs(args):
 
 
 def run(kernel: str, dtype: str, dim: int, config, variant: str) -> tuple[dict, str]:
-    """Compile one: (its row of the table, in which `problem` is None where all is well; the row in words)."""
+    """Compile one configuration. Return (its row of the table, the row as a line of text). In the row `problem` is None if
+    nothing is wrong."""
     compiled = source(kernel, dtype, dim, config, variant)
     binary = aot.triton.compile(compiled, target=aot.TARGETS["sm_90"], options=config.options())
     version = ".".join(aot.triton.__version__.split(".")[:2])

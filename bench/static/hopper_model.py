@@ -1,21 +1,24 @@
-"""Predicted times of the Hopper kernels beside the portable ones', on an H100 that need not be there: calibrated, with bands.
+"""Print predicted times of the Hopper and the portable kernels on an H100, calibrated and with bands. Needs no GPU.
 
 usage: python -m bench.static.hopper_model [--direction backward] [--length 197 512 …] [--head-dim 64]
                                             [--heads 12] [--tokens 32768] [--dtype bf16]
 
-To the assumptions of cost_model.py come, for two consumers whose products run while they exponentiate:
-- A consumer by itself issues an instruction every `pace` cycles; its products run one after the other beside that, from where
-  they are issued to where it waits for them, as the machine code has it. So exponentials under a product cost the longer of the
-  two, not their sum.
-- Two consumers disturb each other only where a pipe is full: a pass takes the program the longest of what each consumer takes
-  by itself and of what both need of the tensor pipes, MUFU, or issue slots.
-- The producer is free and always ahead, of the next tile of queries too: nothing waits for memory.
-- Consumers of flash_fwd_short don't wait for each other: a program takes what each does by itself, shared out among them.
-- Beside its loops an item takes what the loop over items has; what stands before that runs once a program and is not counted.
-- The first tile of an item, which the kernel has outside of its loops, counts as one more pass of the last loop.
-Of the backward, whose two kernels are not persistent, their programs also wait for memory twice, as cost_model.py has it. The
-backward in one launch waits once for each block of keys instead, while the consumers' messages about dV and dK are taken away;
-its gatherer counts as a third consumer.
+The Hopper kernels have two consumers whose products run while they exponentiate. The model adds these assumptions to those of
+cost_model.py:
+- A consumer by itself issues an instruction every `pace` cycles. Its products run meanwhile, one after the other, each from
+  where the machine code issues it to where the machine code waits for it. So exponentials under a product cost the longer of
+  the two times, not their sum.
+- Two consumers slow each other only where a pipe is full. A pass takes the program the longest of these times: that of each
+  consumer by itself, and that of both together on the tensor pipes, MUFU, or issue slots.
+- The producer costs nothing and is always ahead, also with the next tile of queries: nothing waits for memory.
+- The consumers of flash_fwd_short do not wait for each other. A program takes the sum of their times by themselves, divided by
+  their number.
+- Outside its loops over tiles, an item takes the instructions of the loop over items. The code before that loop runs once a
+  program and is not counted.
+- The first tile of an item, whose code is outside the loops over tiles, counts as one more pass of the last loop.
+- The two kernels of the backward are not persistent: their programs also wait for memory twice, as in cost_model.py.
+- The backward in one launch waits for memory once for each block of keys instead, while dV and dK are stored. Its gatherer
+  counts as a third consumer.
 """
 
 import argparse
@@ -41,16 +44,16 @@ from tfkern.bench.static import (
 )
 from tfkern.ending import ended
 
-WARPS = 4  # of a consumer
-ARRIVED = cost_model.LATENCY["barriers"]  # of a wait for an mbarrier that has completed
+WARPS = 4  # of one consumer
+ARRIVED = cost_model.LATENCY["barriers"]  # cycles of a wait for an mbarrier that is complete already
 
 
 def steady(body: list[machine_code.Instruction], machine: chips.Machine = chips.H100) -> float:
-    """Cycles of one pass of a loop by one consumer that has an SM to itself."""
+    """The cycles that one pass of a loop takes a consumer that has an SM to itself."""
     now = tensor = mufu = 0.0  # when the next instruction is issued, and when these pipes are free
-    groups: list[float] = []  # when those in flight are done
+    groups: list[float] = []  # when each group of wgmma in flight is done
     begun = 0.0
-    for _ in range(4):  # by then every pass takes as long
+    for _ in range(4):  # the duration of a pass is constant by then
         begun = now
         for x in body:
             now += machine.pace
@@ -74,12 +77,16 @@ def steady(body: list[machine_code.Instruction], machine: chips.Machine = chips.
 def loops_of(
     code: list[machine_code.Instruction], consumers: int, gatherer: bool = False, persistent: bool = True
 ) -> tuple[list[cost_model.Loop], float]:
-    """(the loops over tiles, each of all consumers of a program together; what one of them issues for an item beside them).
-    gatherer: the first loop is that of a partition that works beside the consumers, whichever of their loops they are in. Not
-    persistent: an item is a program, or in flash_bwd a block of keys, all of whose code counts."""
+    """Return (the loops over tiles, the instructions that one consumer issues for an item outside them). Each loop stands for
+    all consumers of a program together.
+
+    gatherer: the first loop in the code belongs to the gatherer, which runs beside every loop of the consumers. persistent: the
+    code has a loop over items, and only that loop counts. Otherwise an item is a program, or in flash_bwd a block of keys, and
+    all of the code counts.
+    """
     inner = machine_code.loops(code, sass.MULTIPLY)
     beside, inner = inner[:gatherer], inner[gatherer:]
-    kinds = len(inner) // consumers  # the code has one consumer's loops behind the other's
+    kinds = len(inner) // consumers  # the code has the loops of one consumer after those of the other
     loops = []
     for kind in range(kinds):
         bodies = beside + inner[kind::kinds]
@@ -89,7 +96,7 @@ def loops_of(
         outside = 0
         for first in range(0, len(inner), kinds):
             own = inner[first : first + kinds]
-            outside += len(machine_code.around(code, own[0])) - sum(map(len, own)) - len(own[-1])  # which the first tile takes
+            outside += len(machine_code.around(code, own[0])) - sum(map(len, own)) - len(own[-1])  # the first tile's code
         return loops, outside / consumers
     first_tile = sum(map(len, inner[kinds - 1 :: kinds]))
     return loops, (len(code) - sum(map(len, [*beside, *inner])) - first_tile) / (consumers + gatherer)
@@ -97,7 +104,7 @@ def loops_of(
 
 @functools.cache
 def compiled(kernel: str, dtype: str, head_dim: int, config, variant: str) -> tuple[list[cost_model.Loop], float, int]:
-    """(loops, cycles beside them, programs that an SM holds) of a kernel."""
+    """Compile a kernel. Return (its loops over tiles, a consumer's instructions outside them, programs on an SM)."""
     source = hopper_gate.source(kernel, dtype, head_dim, config, variant)
     binary = aot.triton.compile(source, target=aot.TARGETS["sm_90"], options=config.options())
     found, gatherer = aot.resources(binary, "sm_90"), kernel == "flash_bwd"
@@ -107,8 +114,8 @@ def compiled(kernel: str, dtype: str, head_dim: int, config, variant: str) -> tu
 
 
 def launches(problem: geometry.Problem, direction: str) -> list[tuple[str, object]]:
-    """(kernel, tiles) of each launch, of a problem for more rows than one consumer owns and without heavy features. direction:
-    forward, backward, or "backward in one launch", which has none if it lacks memory for the queries."""
+    """(kernel, tiles) of each launch, for a problem that has more rows than one consumer owns and no heavy features. direction:
+    forward, backward, or "backward in one launch". The last gives an empty list if the queries do not fit in shared memory."""
     p = problem
     if direction == "forward":
         load = tiles.HopperLoad(p.batch * p.heads, 1, p.length, p.length, p.causal, chips.H100.sms)
@@ -122,7 +129,8 @@ def launches(problem: geometry.Problem, direction: str) -> list[tuple[str, objec
 
 
 def predict(problem: geometry.Problem, direction: str, dtype: str) -> list[cost_model.Prediction]:
-    """Of each launch; raw, as all here: only what calibration.py makes of it may be shown."""
+    """The prediction of each launch, empty where the direction has no kernel. The times are uncalibrated and
+    not to be shown: `estimate` calibrates them."""
     chosen = launches(problem, direction)
     if direction == "forward":
         return [predict_with(config, kernel == "flash_fwd_short", problem, dtype) for kernel, config in chosen]
@@ -132,7 +140,7 @@ def predict(problem: geometry.Problem, direction: str, dtype: str) -> list[cost_
 
 
 def predict_with(config, short: bool, problem: geometry.Problem, dtype: str) -> cost_model.Prediction:
-    """The same with given tiles; short: by flash_fwd_short."""
+    """The uncalibrated prediction of the forward with given tiles, by flash_fwd, or by flash_fwd_short if `short`."""
     kernel = "flash_fwd_short" if short else "flash_fwd"
     loops, outside, occupancy = compiled(kernel, dtype, problem.head_dim, config, "causal" if problem.causal else "full")
     owned = tiles.HOPPER_QUERIES * (1 if short else config.consumers)
@@ -143,7 +151,7 @@ def predict_with(config, short: bool, problem: geometry.Problem, dtype: str) -> 
 
 
 def _shared_out(work: cost_model.Work, loops: list[cost_model.Loop], outside: float, consumers: int, p: geometry.Problem):
-    """(work, loops, outside) of flash_fwd_short, in which a program has all queries of a head, and each consumer its share."""
+    """Return (work, loops, outside) of flash_fwd_short, whose programs share all queries of a head among their consumers."""
     heads = p.batch * p.heads
     loops = [cost_model.Loop({pipe: n / consumers for pipe, n in loop.busy.items()}, loop.alone / consumers) for loop in loops]
     alone = replace(work, programs=heads, longest=sum(work.passes) / heads, loaded=work.memory)
@@ -151,7 +159,7 @@ def _shared_out(work: cost_model.Work, loops: list[cost_model.Loop], outside: fl
 
 
 def of_two(problem: geometry.Problem, dtype: str, kernel: str) -> cost_model.Prediction:
-    """Of one of the backward's two launches."""
+    """The uncalibrated prediction of one of the backward's two launches. kernel: flash_bwd_dq or flash_bwd_dkdv."""
     config = dict(launches(problem, "backward"))[kernel]
     found = compiled(kernel, dtype, problem.head_dim, config, "causal" if problem.causal else "full")
     rows = tiles.HOPPER_QUERIES * config.consumers
@@ -161,7 +169,7 @@ def of_two(problem: geometry.Problem, dtype: str, kernel: str) -> cost_model.Pre
 
 
 def one_launch(problem: geometry.Problem, dtype: str) -> cost_model.Prediction | None:
-    """Of the backward in one launch, if it has memory for the queries."""
+    """The uncalibrated prediction of the backward in one launch. None if the queries do not fit in shared memory."""
     chosen = launches(problem, "backward in one launch")
     if not chosen:
         return None
@@ -173,7 +181,8 @@ def one_launch(problem: geometry.Problem, dtype: str) -> cost_model.Prediction |
 
 
 def way(problem: geometry.Problem, direction: str, triton: str) -> str:
-    """The direction, as for `launches`, that the backend takes with a version of Triton: a backward in one launch or in two."""
+    """The direction, as `launches` takes it, that the backend chooses with a Triton version: a backward in one launch or
+    two."""
     clean = tuple(map(int, triton.split(".")[:2])) < tiles.HOPPER_ONE_PASS_SPILLS
     full = problem.batch * problem.heads >= tiles.HOPPER_FULL_CHIP
     one = "backward in one launch"
@@ -181,7 +190,8 @@ def way(problem: geometry.Problem, direction: str, triton: str) -> str:
 
 
 def estimate(problem: geometry.Problem, direction: str, dtype: str) -> tuple[calibration.Estimate, str] | None:
-    """(what may be shown, what binds each launch); None where the direction has no kernel."""
+    """Return (the calibrated estimate of all launches, the bounds of the launches joined by +). None where the direction has no
+    kernel."""
     found = predict(problem, direction, dtype)
     if not found:
         return None
@@ -190,7 +200,7 @@ def estimate(problem: geometry.Problem, direction: str, dtype: str) -> tuple[cal
 
 
 def row(problem: geometry.Problem, direction: str, dtype: str) -> list[str]:
-    """Cells of the table."""
+    """The cells of a row of the table: the floor and the estimates of the portable and the Hopper kernels."""
     portable = model.estimate(problem, direction, dtype)
     cells = [f"{calibration.floor(problem, direction):.0f}", str(portable), portable.by]
     for way in WAYS[direction]:

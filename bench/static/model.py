@@ -1,10 +1,10 @@
-"""Predicted times of the kernels with the tiles of tfkern/configs.py, on an H100 that need not be there.
+"""Print predicted times of the portable kernels on an H100, with the tiles of tfkern/configs.py. Needs no GPU.
 
 usage: python -m bench.static.model [--length 197 512 …] [--head-dim 64] [--dtype bf16] [--json FILE]
 
-For each shape and direction: launches, registers, spilled bytes, programs on an SM, the predicted time with its band, what it
-is calibrated by (calibration.py), what binds it, and the floor (cost_model.py has the assumptions). against.py compares with
-what `make gpu` measured.
+A row for each shape and direction has the launches, registers, spilled bytes, programs on an SM, the predicted time with its
+band, the code by which it is calibrated (calibration.py), the pipe that bounds it, and the floor. cost_model.py has the
+assumptions. against.py compares the predictions with the times that `make gpu` measured.
 """
 
 import argparse
@@ -32,7 +32,8 @@ def launches(problem: geometry.Problem, direction: str, dtype: str) -> list[tupl
 
 
 def predict(problem: geometry.Problem, direction: str, dtype: str) -> dict:
-    """The launches, one after the other. Its microseconds are the model's own: for ranking, not for showing."""
+    """A row with the launches of a direction and the sum of their predicted microseconds. They are uncalibrated: for ranking,
+    not for showing."""
     row = dict(**problem._asdict(), direction=direction, microseconds=0.0, kernels=[])
     for kernel, config in launches(problem, direction, dtype):
         variant = "causal" if problem.causal else "plain"
@@ -48,19 +49,19 @@ def predict(problem: geometry.Problem, direction: str, dtype: str) -> dict:
 
 
 def estimate(problem: geometry.Problem, direction: str, dtype: str) -> calibration.Estimate:
-    """What may be shown of `predict`."""
+    """The calibrated estimate of a direction, with its band, from the microseconds of `predict`."""
     return calibration.estimate("portable", direction, problem, predict(problem, direction, dtype)["microseconds"])
 
 
 @functools.cache
 def measured(kernel: str, config, dtype: str, head_dim: int, variant: str) -> sweep.Measured:
-    """Compiled once for all shapes."""
+    """Compile a kernel for sm_90 and read its machine code, once for all shapes."""
     compiled = sweep.compiled(kernel, "sm_90", dtype, head_dim, variant, config)
     return sweep.measured(kernel, "sm_90", head_dim, config, *compiled)
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown."""
+    """The rows as a table in Markdown."""
     lines = [
         "| N | | direction | launches | registers | spilled B | per SM | predicted µs | by | bound | floor µs |",
         "| --- " * 11 + "|",
@@ -78,7 +79,7 @@ def table(rows: list[dict]) -> str:
 
 
 def shown(problem: geometry.Problem, direction: str, dtype: str) -> dict:
-    """A row of the table."""
+    """A row of the table: `predict` with the calibrated estimate and the floor (µs) in the place of its microseconds."""
     row = predict(problem, direction, dtype)
     found = calibration.estimate("portable", direction, problem, row.pop("microseconds"))
     return row | dict(estimate=found, floor=calibration.floor(problem, direction))

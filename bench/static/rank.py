@@ -2,8 +2,9 @@
 
 usage: python -m bench.static.rank [--kernel "portable flash_fwd" …] [--head-dim 64 128] [--store FILE] [--seconds N]
 
-Kernels that are not named keep what the file has. Needs no GPU; a kernel takes minutes, as candidates are compiled. --store is
-sweep.py's: what it has is not compiled again. After so many --seconds the portable kernels are ranked by what is known.
+Kernels that are not named keep their entries in the file. Needs no GPU. A kernel takes minutes, since its candidates are
+compiled. --store names a store of sweep.py, whose candidates are not compiled again. After --seconds no further portable
+candidates are compiled, and the portable kernels are ranked by those that are known.
 """
 
 import argparse
@@ -24,7 +25,7 @@ DTYPE = "bf16"
 
 
 def portable(known: sweep.Sweep, kernel: str, head_dim: int) -> list[tuple[float, tuple]]:
-    """(rank, tiles) of all that sweep.py looks into, ranked without a mask, the best first."""
+    """(rank in predicted microseconds, tiles) of all candidates that sweep.py evaluates, without a mask, best first."""
     row = sweep.Row("sm_90", kernel, DTYPE, head_dim)
     with contextlib.suppress(TimeoutError):
         known.run(row)
@@ -34,7 +35,8 @@ def portable(known: sweep.Sweep, kernel: str, head_dim: int) -> list[tuple[float
 
 
 def hopper(kernel: str, head_dim: int) -> list[tuple[float, tuple]]:
-    """(rank, tiles) of all candidates of a kernel for Hopper, the best first."""
+    """(rank in predicted microseconds, tiles) of all candidates of a kernel for Hopper, best first. Candidates that do not
+    compile are left out."""
     found = []
     row = sweep.Row("sm_90", kernel, DTYPE, head_dim)
     asked = [problem for variant in sweep.VARIANTS for problem in sweep.problems(row, variant)]
@@ -42,7 +44,7 @@ def hopper(kernel: str, head_dim: int) -> list[tuple[float, tuple]]:
         config = (tiles.HopperOnePass if kernel == "flash_bwd" else tiles.HopperConfig)(*numbers)
         try:
             times = [us for problem in asked if (us := _microseconds(kernel, config, problem))]
-        except Exception as error:  # whatever the compiler throws: this is no candidate
+        except Exception as error:  # any error of the compiler rules the candidate out
             print(f"{kernel} {numbers}: {error!r}"[:300], file=sys.stderr)
             continue
         if times:
@@ -51,7 +53,7 @@ def hopper(kernel: str, head_dim: int) -> list[tuple[float, tuple]]:
 
 
 def _microseconds(kernel: str, config, p: geometry.Problem) -> float | None:
-    """Predicted; None where the kernel would not take the problem."""
+    """The predicted microseconds of a kernel with given tiles. None where the kernel does not take the problem."""
     if kernel.startswith("flash_fwd"):
         short = kernel == "flash_fwd_short"
         if short and p.length > config.stages * config.block_n:
@@ -68,7 +70,7 @@ def _microseconds(kernel: str, config, p: geometry.Problem) -> float | None:
 
 
 def has(backend: str, kernel: str, head_dim: int) -> bool:
-    """Whether the table has tiles for a kernel and head dim."""
+    """Whether tfkern/tiles.py has tiles for a kernel and a head dim on sm_90."""
     if backend == "portable":
         return kernel != configs.ONE_PASS or bool(configs.one_pass_tiles("sm_90", 2, head_dim))
     if kernel == "flash_bwd":
@@ -98,7 +100,7 @@ def main() -> int:
 
 
 def keep(key: str, best: list[list]) -> None:
-    """Put the best of a kernel and head dim into the file."""
+    """Write the best tiles of a kernel and head dim to ranked.json, under `key`."""
     kept = json.loads(candidates.RANKED.read_text())["best"] if candidates.RANKED.exists() else {}
     kept[key] = best
     source = f"bench/rank.py, Triton {aot.triton.__version__}, {datetime.date.today()}; an estimate"

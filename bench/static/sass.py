@@ -1,4 +1,4 @@
-"""Reading NVIDIA machine code (cuobjdump --dump-sass): instructions, inner loops, how long each pipe is busy with them."""
+"""Read NVIDIA machine code (cuobjdump --dump-sass): its instructions, the cycles of each pipe, waits, and use of wgmma."""
 
 import re
 from collections import Counter
@@ -8,11 +8,11 @@ from tfkern.bench.static.machine_code import Instruction
 
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)\s*([^;]*);")
 MULTIPLY = ("HGMMA", "HMMA", "UTCHMMA")
-MULTIPLY_FP32 = ("FFMA",)  # IEEE products have no tensor pipe
+MULTIPLY_FP32 = ("FFMA",)  # products of IEEE float32 do not use the tensor pipe
 
 
 def parse(text: str) -> list[Instruction]:
-    """The instructions of a kernel, without the padding behind its end."""
+    """The instructions of a kernel, without the padding after its last EXIT."""
     found = []
     for address, opcode, operands in INSTRUCTION.findall(text):
         target = re.search(r"0x([0-9a-f]+)", operands) if opcode.split(".")[0] == "BRA" else None
@@ -21,8 +21,9 @@ def parse(text: str) -> list[Instruction]:
     return found[: last + 1]
 
 
-# Cycles that one warp's instruction keeps a pipe of its quarter of an SM (throughputs of NVIDIA's CUDA C++ programming guide,
-# "arithmetic instructions", over four quarters of 32 lanes; taken to be the same for sm_80, sm_90 and sm_100).
+# The cycles for which one warp's instruction keeps a pipe of its quarter of an SM busy. They follow from the throughputs in
+# NVIDIA's CUDA C++ programming guide, "arithmetic instructions", for four quarters of 32 lanes, and are taken to be the same
+# for sm_80, sm_90 and sm_100.
 MUFU_CYCLES = 8.0
 PIPES = (
     ("mufu", MUFU_CYCLES, ("MUFU",)),
@@ -38,7 +39,8 @@ PIPES = (
 
 
 def bytes_moved(x: Instruction) -> int:
-    """Of a warp's shared-memory instruction, or one for spilled numbers, which take the same path; 0 for others."""
+    """The bytes that a warp's shared-memory instruction moves; 0 for other instructions. Spill instructions count too:
+    they take the same path."""
     width = 16 if ".128" in x.opcode else 8 if ".64" in x.opcode else 4
     if x.name in ("LDSM", "STSM"):
         return 128 * (4 if ".4" in x.opcode else 2 if ".2" in x.opcode else 1)
@@ -48,20 +50,20 @@ def bytes_moved(x: Instruction) -> int:
 
 
 def wgmma_cycles(x: Instruction) -> float:
-    """Of the tensor pipes of the whole SM, 2048 multiply-adds of 16-bit numbers a cycle; at least what shared memory takes to
-    deliver the operands that are not in registers."""
+    """The cycles for which a wgmma keeps the tensor pipes of an SM busy, at 2048 multiply-adds of 16-bit numbers a cycle.
+    They are at least the cycles in which shared memory delivers the operands that are not in registers."""
     m, n, k = map(int, re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", x.opcode).groups())
     wide = 2 if k == 8 else 1  # TF32
-    from_memory = x.operands.split(",")[1].strip().startswith("gdesc")  # A too, not in registers
+    from_memory = x.operands.split(",")[1].strip().startswith("gdesc")  # the first operand is in shared memory too
     operands = (n + m * from_memory) * k * 2 * wide
     return max(m * n * k * wide / 2048, operands / 128)
 
 
 def busy(body: list[Instruction], warps: int, multiply_adds: float) -> dict[str, float]:
-    """Cycles for which a program of `warps` warps, each going through `body` once, keeps each pipe of an SM busy. multiply_adds
-    of the body are for sm_100, whose tensor instructions don't tell their shape."""
+    """The cycles for which a program keeps each pipe of an SM busy, if each of its `warps` warps runs `body` once.
+    multiply_adds: those of one run of the body. Only sm_100 needs them, whose tensor instructions do not tell their shape."""
     cycles = Counter()
-    share = warps / 4  # warps that share a quarter
+    share = warps / 4  # warps on one quarter of an SM
     for x in body:
         cycles["issue"] += share
         if x.name == "HGMMA":  # one instruction of a warpgroup: four warps issue it together
@@ -82,26 +84,26 @@ def busy(body: list[Instruction], warps: int, multiply_adds: float) -> dict[str,
 
 
 def waits(body: list[Instruction]) -> Counter:
-    """What makes a warp stand still: barriers of the program, waits for its own products, shuffles."""
+    """Count the instructions of a loop's body that make a warp wait, by kind of wait: the keys of LATENCY in cost_model.py."""
     names = {"BAR": "barriers", "WARPGROUP": "wgmma waits", "SHFL": "shuffles", "DEPBAR": "copy waits"}
     found = Counter(names[x.name] for x in body if x.name in names and (x.name != "WARPGROUP" or ".DEPBAR" in x.opcode))
     opcodes = {x.name for x in body}
     if arrivals := sum(x.opcode.startswith("SYNCS.PHASECHK") for x in body):
         found["copy waits" if "UTMALDG" in opcodes else "tensor-memory waits"] += arrivals
-    if "LDG" in opcodes and "LDGSTS" not in opcodes:  # tiles are loaded where they are needed, not ahead
+    if "LDG" in opcodes and "LDGSTS" not in opcodes:  # tiles are loaded where they are needed, not prefetched
         found["loads"] = 1
     return found
 
 
-NO_RESULT = (  # names begin with
+NO_RESULT = (  # the prefixes of instructions that write no register as their first operand
     "ST", "RED", "BAR", "SYNCS", "BRA", "WARP", "UTMA", "EXIT", "NOP", "FENCE", "DEPBAR", "MEMBAR", "BS", "ISETP", "FSETP",
     "PLOP3", "R2UR", "ELECT", "U",
 )  # fmt: skip
 
 
 def _under_wgmma(body: list[Instruction]) -> Iterator[tuple[Instruction, list[set[int]]]]:
-    """(instruction, for each group of wgmma in flight the registers of its first operands) in a second pass through a loop's
-    body, of all instructions but wgmma and its waits."""
+    """Yield (instruction, groups) for each instruction of a loop's body in its second pass, except wgmma and its waits. groups:
+    for each group of wgmma in flight, the registers from which it reads its first operands."""
     groups: list[set[int]] = []
     reading: set[int] = set()
     for second in (False, True):
@@ -118,13 +120,13 @@ def _under_wgmma(body: list[Instruction]) -> Iterator[tuple[Instruction, list[se
 
 
 def exposed(body: list[Instruction]) -> int:
-    """Exponentials in a loop's body that no wgmma in flight hides."""
+    """The number of exponentials in a loop's body that are issued while no wgmma is in flight."""
     return sum(x.opcode == "MUFU.EX2" and not groups for x, groups in _under_wgmma(body))
 
 
 def clobbered(body: list[Instruction]) -> list[Instruction]:
-    """Instructions of a loop's body that write a register from which a wgmma in flight still reads its first operand (Triton
-    issue 9433)."""
+    """The instructions of a loop's body that write a register from which a wgmma in flight still reads its first operand
+    (Triton issue 9433)."""
     return [
         x
         for x, groups in _under_wgmma(body)
@@ -133,13 +135,14 @@ def clobbered(body: list[Instruction]) -> list[Instruction]:
 
 
 def registers(operand: str, count: int) -> set[int]:
-    """Of an operand R8 that is `count` registers wide: {8, 9, …}; none of what is no register."""
+    """The numbers of the registers of an operand that is `count` registers wide: {8, 9, …} for R8. Empty if the operand is no
+    register."""
     first = re.match(r"-?\|?R(\d+)", operand)
     return set(range(int(first[1]), int(first[1]) + count)) if first else set()
 
 
 def width(x: Instruction) -> int:
-    """Registers that an instruction writes."""
+    """The number of registers that an instruction writes."""
     if x.name == "LDSM":
         return 4
     return 4 if ".128" in x.opcode else 2 if ".64" in x.opcode or x.opcode.startswith(("CS2R", "IMAD.WIDE")) else 1

@@ -1,14 +1,17 @@
-"""Compile candidates of tile sizes, warps and stages for rows of the table, read their machine code, rank by the cost model.
+"""Compile candidates of tile sizes, warps and stages, read their machine code, and rank them by the cost model.
 
 usage: python -m bench.static.sweep [--arch sm_90 …] [--kernel flash_fwd …] [--dtype bf16 …] [--head-dim 64 …]
                 [--store FILE] [--seconds N] [--summary FILE]
 
-Needs Triton alone. A candidate's rank is the geometric mean of its predicted microseconds (cost_model.py) over LENGTHS, without
-a mask and causal. To save time it goes in three steps: every tile with two stages, without a mask; the best NEXT tiles with
-other stages; under a causal mask the best NEXT of all, of those nearly as good what spills least, and what the table has.
---store keeps what was found, and goes on from there; --seconds ends early. --summary writes a table in Markdown: what the table
-has, and what is chosen. Every row of an architecture: --dtype bf16 fp32 --head-dim 16 32 64 128 256. On a GPU, `make gpu` times
-the same candidates (tuning.py).
+Needs Triton only, not torch. Candidates are evaluated for each row of the table in tfkern/tiles.py that the arguments name. A
+candidate's rank is the geometric mean of its predicted microseconds (cost_model.py) over LENGTHS, without a mask and with a
+causal one. To save time the sweep has three steps:
+1. Every candidate with two stages, without a mask.
+2. The NEXT best of these with other numbers of stages, without a mask.
+3. With a causal mask too: the NEXT best of all, the one that spills least among those nearly as good, and the table's own
+tiles. --store FILE keeps the results, and a later sweep continues from them. --seconds N stops the sweep after N seconds.
+--summary FILE writes a Markdown table of the tiles in the table and the tiles chosen. For every row of an architecture use
+--dtype bf16 fp32 --head-dim 16 32 64 128 256. On a GPU, `make gpu` times the best candidates (tuning.py).
 """
 
 import argparse
@@ -28,16 +31,16 @@ from tfkern.ending import ended
 from tfkern.tiles import SHARED
 
 LENGTHS = (64, 128, 197, 512, 1024, 2048)
-TOKENS = 32768  # in a batch; 12 heads: the shapes of BERT, GPT-2 and ViT
+TOKENS = 32768  # in a batch; with 12 heads these are the shapes of BERT, GPT-2 and ViT
 HEADS = 12
 VARIANTS = ("plain", "causal")
 NEXT = 2
-NEAR = 1.03  # times the best: then fewer spills decide, no reduction across warps, what the table has, and fewer registers
-MAX_SPILLED = 160  # bytes a thread; with more, a candidate is chosen only if all have more
+NEAR = 1.03  # times the best rank: within it spills decide, then reductions across warps, the table's tiles, registers
+MAX_SPILLED = 160  # bytes a thread; a candidate with more is chosen only if all have more
 
 
 class Row(NamedTuple):
-    """Of the table in tfkern/tiles.py; bf16 stands for all 16-bit types."""
+    """The key of a row of the table in tfkern/tiles.py. bf16 stands for all 16-bit types."""
 
     arch: str
     kernel: str
@@ -46,26 +49,26 @@ class Row(NamedTuple):
 
 
 def code_of(binary, arch: str) -> list:
-    """The instructions of a compiled kernel."""
+    """The machine instructions of a compiled kernel."""
     if arch.startswith("gfx"):
         return amdgcn.parse(binary.asm["amdgcn"])
     return sass.parse(aot.cuobjdump(binary))
 
 
 def problems(row: Row, variant: str) -> list[geometry.Problem]:
-    """What a candidate is judged by."""
+    """The problems by whose predicted times a candidate is ranked: one for each of LENGTHS."""
     size = compile_gate.DTYPES[row.dtype]
     return [geometry.Problem(max(1, TOKENS // n), HEADS, n, row.head_dim, variant == "causal", size) for n in LENGTHS]
 
 
 class Measured(NamedTuple):
-    """What the compiler made of a kernel, as cost_model.predict wants it."""
+    """The figures of a compiled kernel that cost_model.predict needs."""
 
     arch: str
     found: aot.Resources
     loops: list[cost_model.Loop]
-    outside: float  # cycles issued beside the inner loops
-    occupancy: int
+    outside: float  # issue cycles of a program outside the inner loops
+    occupancy: int  # programs on an SM
 
     def predict(self, kernel: str, config, problem: geometry.Problem) -> cost_model.Prediction:
         work, machine = geometry.work(kernel, config, problem), chips.MACHINES[self.arch]
@@ -73,21 +76,21 @@ class Measured(NamedTuple):
 
 
 def compiled(kernel: str, arch: str, dtype: str, head_dim: int, variant: str, config):
-    """(the binary, its resources) of a kernel with given tiles."""
+    """Compile a kernel with given tiles. Return (the binary, its resources)."""
     arguments = compile_gate.arguments(kernel, dtype, head_dim, config, variant)
     binary = aot.compile_kernel(compile_gate.function(kernel), arch, arguments, config)
     return binary, aot.resources(binary, arch)
 
 
 def measured(kernel: str, arch: str, head_dim: int, config, binary, found: aot.Resources) -> Measured:
-    """Read the machine code of a binary."""
+    """The figures that the cost model needs, read from a binary's machine code. found: its resources."""
     isa = amdgcn if arch.startswith("gfx") else sass
     code = code_of(binary, arch)
-    all_of = kernel == "flash_bwd_dbias"  # its loops run once each within the one over batches
+    all_of = kernel == "flash_bwd_dbias"  # each of its inner loops runs once within the loop over batches
     inner = machine_code.loops(code, isa.MULTIPLY, all_of) or machine_code.loops(code, isa.MULTIPLY_FP32, all_of)
     multiply_adds = geometry.multiply_adds(kernel, config, head_dim)
     machine = chips.MACHINES[arch]
-    slower = {"tensor": 1024 / machine.mma, "fma": 128 / machine.fp32}  # than the chips that isa.busy counts for
+    slower = {"tensor": 1024 / machine.mma, "fma": 128 / machine.fp32}  # relative to the chips for which isa.busy counts
     loops = []
     for body in inner:
         busy = {pipe: n * slower.get(pipe, 1.0) for pipe, n in isa.busy(body, config.num_warps, multiply_adds).items()}
@@ -100,11 +103,12 @@ def measured(kernel: str, arch: str, head_dim: int, config, binary, found: aot.R
 
 
 def evaluate(row: Row, config, variant: str) -> dict:
-    """What a candidate takes and how long it is predicted to take, or `problem`."""
+    """The resources of a candidate, its occupancy, and its predicted microseconds (`us`) and bound by length. If it cannot be
+    used, `problem` tells why in the place of the predictions."""
     arch, kernel, dtype, head_dim = row
     try:
         binary, found = compiled(kernel, arch, dtype, head_dim, variant, config)
-    except Exception as error:  # whatever the compiler throws is the finding
+    except Exception as error:  # any error of the compiler is the result
         return dict(problem=repr(error).splitlines()[0][:200])
     result = dict(vars(found), across=aot.reduces_across_warps(binary))
     if found.shared > SHARED[arch]:
@@ -122,13 +126,14 @@ def evaluate(row: Row, config, variant: str) -> dict:
 
 
 class Sweep:
-    """All that is known of candidates: of {(row, tiles, variant)} what evaluate found, kept in a file of JSON lines."""
+    """The results of `evaluate` by (row, tiles, variant), kept in a file of JSON lines. store: the file, or None to keep none.
+    until: the time.monotonic() in seconds after which nothing more is evaluated."""
 
     def __init__(self, store: Path | None, until: float = math.inf):
         self.store, self.until = store, until
         lines = store.read_text().splitlines() if store and store.exists() else []
         self.known = {(Row(*key[0]), tuple(key[1]), key[2]): found for key, found in map(json.loads, lines)}
-        self.place = ""  # of the row in hand among all
+        self.place = ""  # which of all rows is being evaluated, in words
 
     def of(self, row: Row, tiles: tuple, variant: str) -> dict:
         key = row, tiles, variant
@@ -136,7 +141,7 @@ class Sweep:
             if time.monotonic() > self.until:
                 raise TimeoutError
             config = configs.TileConfig(*tiles)
-            found = json.loads(json.dumps(evaluate(row, config, variant)))  # as the file has it
+            found = json.loads(json.dumps(evaluate(row, config, variant)))  # the same types as when read from the file
             self.known[key] = found
             if self.store:
                 with self.store.open("a") as file:
@@ -144,25 +149,27 @@ class Sweep:
         return self.known[key]
 
     def look(self, row: Row, step: int, tiles: list[tuple], variant: str) -> None:
-        """Have `of` for all of these, and tell how far it is."""
+        """Evaluate all of these tiles that are not known yet, and show the progress."""
         missing = [one for one in tiles if (row, one, variant) not in self.known]
         where = f"{self.place}{' '.join(map(str, row))}, {variant}, step {step} of 3"
         for one in progress.counted(missing, lambda one: f"tiles {name(one)} of {where}"):
             self.of(row, one, variant)
 
     def rank(self, row: Row, tiles: tuple, variants=VARIANTS) -> float:
-        """The geometric mean of predicted microseconds; infinite where there is a problem."""
+        """The geometric mean of a candidate's predicted microseconds over lengths and variants. Infinite if it has a
+        problem."""
         found = [self.of(row, tiles, variant) for variant in variants]
         if any("problem" in x for x in found):
             return math.inf
         return math.exp(sum(math.log(us) for x in found for us in x["us"].values()) / sum(len(x["us"]) for x in found))
 
     def order(self, row: Row, tiles: tuple) -> tuple:
-        """To sort by before the last step."""
+        """A candidate's sort key before the last step: whether it spills more than MAX_SPILLED, then its rank without a
+        mask."""
         return self.of(row, tiles, "plain").get("spilled", 0) > MAX_SPILLED, self.rank(row, tiles, ("plain",))
 
     def run(self, row: Row) -> list[tuple]:
-        """The candidates of a row that came to the last step, best first."""
+        """Run the three steps for a row. Return the candidates that reach the last step, best first."""
         order = functools.partial(self.order, row)
         all_of = candidates.of(row.kernel, row.head_dim, compile_gate.DTYPES[row.dtype])
         first = [c for c in all_of if c[3] == 2]
@@ -181,7 +188,7 @@ class Sweep:
         return sorted(last, key=functools.partial(self.rank, row))
 
     def chosen(self, row: Row, last: list[tuple]) -> tuple:
-        """Of those, the one for the table."""
+        """The candidate of `last` to put into the table. None if every candidate has a problem."""
 
         def spilled(tiles) -> int:
             return max(self.of(row, tiles, variant).get("spilled", 0) for variant in VARIANTS)
@@ -196,7 +203,7 @@ class Sweep:
         return min((c for c in light if self.rank(row, c) <= NEAR * self.rank(row, light[0])), key=burden, default=None)
 
     def line(self, row: Row, tiles: tuple) -> str:
-        """What was found of a candidate, in words."""
+        """The results of a candidate in one line of text."""
         found = [self.of(row, tiles, variant) for variant in VARIANTS]
         if problem := next((x["problem"] for x in found if "problem" in x), None):
             return problem
@@ -210,7 +217,7 @@ class Sweep:
         )
 
     def change(self, row: Row, before: tuple, now: tuple) -> str:
-        """A line of the summary."""
+        """A row of the summary table, which compares the tiles `before` and `now`."""
 
         def each(key: str) -> str:
             return " → ".join(
@@ -227,19 +234,19 @@ class Sweep:
 
 
 def name(tiles: tuple) -> str:
-    """As tables show tiles."""
+    """The tiles as tables show them, such as 128x64 w4 s2."""
     m, n, warps, stages = tiles
     return f"{m}x{n} w{warps} s{stages}"
 
 
 def table(row: Row) -> list[tuple]:
-    """(block_m, block_n, warps, stages) that the table has for a row."""
+    """The (block_m, block_n, warps, stages) of a row in tfkern/tiles.py: one, or any number for a backward in one pass."""
     found = compile_gate.tiles(row.kernel, row.arch, compile_gate.DTYPES[row.dtype], row.head_dim, "plain")
     return [(c.block_m, c.block_n, c.num_warps, c.num_stages) for c in found]
 
 
 def main() -> int:
-    """0, or 3: time was up."""
+    """Run the sweep. The exit status: 0, or 3 if the time was up before the last row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kernel", nargs="+", default=list(candidates.TILES), choices=list(candidates.TILES))
     parser.add_argument("--arch", nargs="+", default=["sm_90"], choices=list(aot.TARGETS))

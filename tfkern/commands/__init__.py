@@ -1,1 +1,1 @@
-"""The subcommands. Each module has add_arguments(parser) and run(args) -> exit status."""
+"""The subcommands of `tfkern`. Each module has add_arguments(parser), and run(args), which returns the exit status."""

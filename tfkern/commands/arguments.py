@@ -1,4 +1,4 @@
-"""What an argument must be, so that one which isn't ends the command with a line before anything is computed."""
+"""Checks of arguments. A bad argument ends the command with one line before anything is computed."""
 
 import argparse
 import math
@@ -10,7 +10,7 @@ from tfkern.ending import InputError
 
 
 def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:
-    """The type of an argument that is a finite int or float from `least` to `most`."""
+    """Return an argparse type that accepts a finite number from `least` to `most`. kind: int or float."""
     bounds = f"{least} or more" if most == math.inf else f"from {least} to {most}"
 
     def parsed(text: str):
@@ -29,7 +29,8 @@ SEED = number(int, 0, 2**63 - 1)
 
 
 def writable(folder: Path, option: str = "--out") -> None:
-    """Make a folder for results if it is not there, and see that files can be made in it. InputError if not."""
+    """Make a folder for results if it does not exist, and check that files can be made in it. Raise InputError if not.
+    option: the flag that the message names."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -1,8 +1,8 @@
-"""Time tfkern beside PyTorch's attention, FlexAttention and the naive formula; each is verified before it is timed.
+"""Time tfkern beside PyTorch's attention, FlexAttention and the naive formula. Each is verified before it is timed.
 
-On a GPU: medians by CUDA events at the sizes of ViT, BERT and GPT. Without one the Triton kernels can't be timed; then `speed`
-compares the CPU backend, `compile` prints what the compiler makes of every kernel for GPUs that are not here, `model` predicts
-what time that would take on an H100, with a band, `overhead` says what a call costs in Python.
+On a GPU it prints medians by CUDA events at the sizes of ViT, BERT and GPT. Without a GPU the Triton kernels can't be timed.
+Then `speed` compares the CPU backend, `compile` compiles every kernel for GPUs and prints the resources it needs, `model`
+predicts times on an H100, each with a band, and `overhead` measures the time of a call in Python.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    """0, or 1 if something timed here was wrong or a kernel is beyond its bounds."""
+    """Run a benchmark. The exit status: 0, or not 0 if something timed here was wrong or a kernel exceeds its bounds."""
     if args.what == "compile":
         return static("compile_gate")
     if args.what == "sweep":
@@ -142,22 +142,24 @@ def report(args) -> int:
 
 
 def static(name: str, *arguments: str) -> int:
-    """Run a program of bench/static in a process of its own: here kernels may be bound to the interpreter already."""
+    """Run a program of bench/static in a process of its own, since kernels may be bound to Triton's interpreter in this one.
+    Return its exit status."""
     if importlib.util.find_spec("tfkern.bench.static") is None:
         raise InputError("this needs a checkout of tfkern (`pip install -e .` in it): the wheel lacks bench/static")
     return process(["-m", f"tfkern.bench.static.{name}", *arguments])
 
 
 def process(arguments: list[str]) -> int:
-    """Run Python; its exit status, as a shell shows it. An interrupt is for this process, which ends the other."""
+    """Run Python in another process. Return its exit status as a shell shows it. An interrupt reaches only this process,
+    which then ends the other."""
     if why := launch.missing():
         raise InputError(f"this compiles kernels, but {why}")
-    # A session of its own: the terminal interrupts neither it nor compilers that it runs, which would report that as a failure.
+    # The session of its own keeps the terminal's interrupts from it and its compilers, which would report them as a failure.
     child = subprocess.Popen([sys.executable, *arguments], env={**os.environ, "TRITON_INTERPRET": "0"}, start_new_session=True)
     try:
         code = child.wait()
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # with all that it has started
+            os.killpg(child.pid, signal.SIGKILL)  # and all processes that it has started
         child.wait()
     return 128 - code if code < 0 else code

@@ -1,6 +1,6 @@
 """Train attention-only transformers of 0, 1 and 2 layers on repeated random tokens, and show how induction heads form.
 
-Prints what each head does, and writes pictures and figures.
+Prints what each head does, and writes a report, pictures and a JSON file of the figures.
 """
 
 import dataclasses
@@ -31,10 +31,11 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    """0 if an induction head forms in two layers and none in one; with --steps it only tells."""
+    """Train and report. The exit status: 0 if an induction head forms with two layers and none with one, else 1. With --steps
+    it is always 0."""
     require("matplotlib", "demo")
     writable(args.out)
-    torch.set_num_threads(1)  # steps this small gain little from more, and sums have one order
+    torch.set_num_threads(1)  # steps this small gain little from more, and one thread sums in a fixed order
     start, progress = time.perf_counter(), Progress()
     task = dataclasses.replace(LearnRepeats(), **({"steps": args.steps} if args.steps else {}))
     done = [runs.trained(dataclasses.replace(task, layers=n), args.seed, show=progress.show) for n in LAYERS]
@@ -54,7 +55,7 @@ def run(args) -> int:
 
 
 def text(done: list[runs.Run], computed_by: str) -> str:
-    """All tables."""
+    """The report: the setting, the tables, and the largest difference from the reference."""
     task, two = done[-1].task, done[-1]
     kinds, guessing = task.vocab_size, math.log(task.vocab_size)
     any_seen, looked_up = runs.ideals(task)

@@ -1,4 +1,4 @@
-"""Tell the class of images or sentences with what `tfkern train vit`, `mixer` or `bert --classify` trained."""
+"""Tell the class of images or sentences with a model that `tfkern train vit`, `mixer` or `bert --classify` trained."""
 
 import sys
 from pathlib import Path
@@ -19,7 +19,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    """Print for each input its likeliest classes with their probabilities, the likeliest first."""
+    """Print the likeliest classes of each input with their probabilities, the likeliest first. Return the exit status 0."""
     require("safetensors", "demo")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trained = Trained.read(args.checkpoint, tfkern.attention, device, ("vit", "mixer", "bert-classifier"))

@@ -25,21 +25,21 @@ from tfkern.training.tasks import LearnText, Task
 from tfkern.training.trainer import Training
 
 KERNEL_CASES = ("vit-197", "causal", "window", "padded", "gqa-everything", "d80")
-# The GPT that trains through the kernels: so small that Triton's interpreter does a step within a second, so long that its
-# tiles of 32 queries and 64 keys cut it into several, whose last ones are not full.
+# The GPT that trains through the kernels. It is so small that Triton's interpreter does a step within a second. Its context
+# is so long that there are several tiles of 32 queries and 64 keys, of which the last ones are not full.
 TINY = LearnText(
     GPTConfig(context=72, layers=2, heads=4, width=64), Recipe(steps=60, rows=1, learning_rate=5e-3), name="tiny gpt"
 )
 QUICK_STEPS, QUICK_TINY_STEPS = 40, 12
 SEED = 0
-# What a full run must reach (measured on two CPU cores: see README); --quick only prints.
+# The scores that a full run must reach (measured on two CPU cores: see README). --quick does not check them.
 TARGETS = {"gpt": ("below", 2.3), "vit": ("at least", 0.90)}
-CURVES_APART = 0.02  # nats; naive and fused differ in the order of float32 sums only
-# Of the tiny GPT's, which are shorter. Over six seeds the cpu backend's were at most 5e-5 from naive's; without the gradient of
-# the queries they were 0.002 from it after 12 steps, and 0.07 after 60.
+CURVES_APART = 0.02  # nats; naive and fused attention differ only in the order of float32 sums
+# The bound in nats for the tiny GPT, whose curves are shorter. Over six seeds the cpu backend's curves were at most 5e-5 from
+# those of naive attention. Without the gradient of the queries they were 0.002 apart after 12 steps, and 0.07 after 60.
 TINY_APART = 5e-4
 FOLDER = Path("tfkern-out/demo")
-CHECKPOINT = FOLDER / "demo-gpt.safetensors"  # a name that `tfkern train` gives to none of its own
+CHECKPOINT = FOLDER / "demo-gpt.safetensors"  # `tfkern train` gives no checkpoint this name
 
 
 def add_arguments(parser) -> None:
@@ -50,12 +50,13 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    """0 if the kernels are within their budgets, the loss curves agree, and a full run reached its targets."""
+    """Run the demo. The exit status: 0 if the kernels are within their error budgets, the loss curves agree, and a full run
+    reaches its targets, else 1."""
     for module in ("matplotlib", "safetensors", "sklearn"):
         require(module, "demo")
     start = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(1)  # steps this small gain little from more, and lose much where the cores are shared
+    torch.set_num_threads(1)  # steps this small gain little from more threads, and lose much if the cores are shared
     writable(args.out)
     print(f"tfkern {tfkern.__version__} on {info.describe(device)}\n", flush=True)
     problems = check_kernels(device)
@@ -76,7 +77,7 @@ def run(args) -> int:
 
 
 def write(folder: Path, comparisons: dict[str, Comparison], computed_by: str, problems: list[str]) -> list[Path]:
-    """Write the pictures, the sample, the figures and the GPT; returns the paths."""
+    """Write the pictures, the sample, the figures and the checkpoint of the GPT to a folder. Return their paths."""
     drawn = pictures.write(folder, comparisons, SEED)
     sample, results, checkpoint = (folder / name for name in ("sample.txt", "results.json", CHECKPOINT.name))
     gpt, bert = comparisons["gpt"].shown, comparisons["bert"].shown
@@ -87,7 +88,8 @@ def write(folder: Path, comparisons: dict[str, Comparison], computed_by: str, pr
 
 
 def check_kernels(device: torch.device) -> list[str]:
-    """Run the Triton kernels against the oracle and print errors beside budgets; returns what is wrong."""
+    """Run the Triton kernels, and print their errors against the float64 oracle beside the budgets. Return a list of
+    problems."""
     if "portable" not in verify.backends(device):
         return ["the Triton kernels don't run here; `tfkern info` says why"]
     cases = [case for case in testing.CASES if case.name in KERNEL_CASES]
@@ -104,7 +106,8 @@ def check_kernels(device: torch.device) -> list[str]:
 
 
 def compared(task: Task, backends: tuple[str | None, ...], bound: float, device: torch.device, steps: int) -> Comparison:
-    """The same training with the naive attention and with that of each backend, None being the default choice."""
+    """Train a task from one seed with the naive attention and with each backend, of which None is the default choice. bound:
+    how far apart in nats the loss curves may be."""
     progress, runs = Progress(), []
     for asked in (NAIVE, *backends):
         attention = reference.attention if asked == NAIVE else functools.partial(tfkern.attention, backend=asked)
@@ -121,7 +124,8 @@ def compared(task: Task, backends: tuple[str | None, ...], bound: float, device:
 
 
 def compare_all(device: torch.device, quick: bool) -> dict[str, Comparison]:
-    """Every model by the default backend, and a tiny GPT by the Triton kernels and by the other backend for the device."""
+    """The comparisons by name: every model trained by the default backend, and a tiny GPT by the Triton kernels and by the cpu
+    backend, or on a GPU the eager one."""
     beside = "cpu" if device.type == "cpu" else "eager"
     backends = tuple(name for name in (beside, "portable") if name in verify.backends(device))
     found = [compared(TINY, backends, TINY_APART, device, QUICK_TINY_STEPS if quick else TINY.steps)]
@@ -131,7 +135,8 @@ def compare_all(device: torch.device, quick: bool) -> dict[str, Comparison]:
 
 
 def judge(comparisons: dict[str, Comparison], quick: bool) -> list[str]:
-    """What falls short of the promise."""
+    """The problems found: loss curves too far apart, kernels that were not launched, and unless `quick` targets that were
+    missed."""
     problems = [
         f"{c.name}: the loss curves are {c.apart:.3g} nats apart, which is more than {c.bound:g}"
         for c in comparisons.values() if not c.apart <= c.bound

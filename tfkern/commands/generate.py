@@ -31,7 +31,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    """Print the prompt and, as it comes, what the model makes of it."""
+    """Print the prompt, and the model's continuation as it is generated. Return the exit status 0."""
     require("safetensors", "demo")
     if not args.prompt:
         raise InputError("the prompt must have at least one character")
@@ -43,7 +43,7 @@ def run(args) -> int:
         )
     trained = Trained.read(path, tfkern.attention, "cuda" if torch.cuda.is_available() else "cpu", ("gpt",))
     tokenizer = trained.form.tokenizer
-    ids = tokenizer.encode(args.prompt)  # refuses one with characters that the model does not know
+    ids = tokenizer.encode(args.prompt)  # raises an error if the model does not know a character
     if not ids:
         raise InputError(f"the prompt must have a token or more, but {args.prompt!r} has none")
     seen = torch.tensor([ids[-trained.form.config.context :]], device=trained.device)

@@ -1,4 +1,4 @@
-"""Versions, the device, which backends work here and why the others don't, and a self-check."""
+"""Print versions, the device, which backends work here and why the others don't, and a self-check."""
 
 import importlib.metadata
 import platform
@@ -17,7 +17,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    """Print it all; 1 if a backend that claims to work gives wrong results."""
+    """Print the information. The exit status: 0, or 1 if a backend that claims to work gives wrong results."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"tfkern   {tfkern.__version__}\nPython   {platform.python_version()} on {platform.platform()}")
     print(f"torch    {torch.__version__}\nTriton   {_version('triton')}\ndevice   {describe(device)}\n")
@@ -39,7 +39,7 @@ def run(args) -> int:
 
 
 def describe(device: torch.device) -> str:
-    """One line about a device."""
+    """A line that describes a device."""
     if device.type == "cpu":
         threads = torch.get_num_threads()
         return f"CPU, {threads} thread{'s'[: threads > 1]} (no GPU: the Triton kernels run in Triton's interpreter only)"

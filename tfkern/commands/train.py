@@ -1,7 +1,7 @@
 """Train GPT, BERT, ViT or MLP-Mixer on your own text or images, or on built-in English and handwritten digits.
 
-Writes a safetensors checkpoint as it goes, and when interrupted; --resume goes on from it bit for bit. `tfkern generate` and
-`tfkern classify` use it. docs/training.md has examples.
+Writes a safetensors checkpoint at regular steps, at the end, and when interrupted. --resume continues from it bit for bit.
+`tfkern generate` and `tfkern classify` use it. docs/training.md has examples.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ add_arguments = train_arguments.add_arguments
 
 
 def run(args) -> int:
-    """Train to the end, or until interrupted; the checkpoint is there either way."""
+    """Train to the end or until interrupted, and write the checkpoint. The exit status: 0, or 130 if interrupted."""
     require("safetensors", "demo")
     train_arguments.check(args)
     with distributed.joined(args.distributed) as (ranks, device), _only_the_first_prints(ranks):
@@ -68,7 +68,7 @@ def _trained(args, path: Path, ranks: Ranks, device: torch.device) -> int:
 
 
 def begun(args, path: Path, ranks: Ranks, device: torch.device) -> Training:
-    """A training from its start, or from where its checkpoint is."""
+    """A new training, or with --resume the one that its checkpoint at `path` holds."""
     if not args.resume:
         if path.exists():
             raise InputError(
@@ -87,7 +87,7 @@ def begun(args, path: Path, ranks: Ranks, device: torch.device) -> Training:
 
 
 def _what(task: Task) -> str:
-    """The data, in words."""
+    """A description of the data: how much is trained on and held out, and where it is from."""
     own, where = task.data, task.data.source.path or "built-in data"
     if not hasattr(own, "classes"):
         return f"{len(own.train):,} tokens of {own.tokenizer.size:,} kinds, {len(own.held_out):,} more held out: {where}"
@@ -98,14 +98,14 @@ def _what(task: Task) -> str:
 
 @contextlib.contextmanager
 def _locked(path: Path):
-    """Within the block no other training writes this checkpoint. InputError if one does. The system takes the lock away from a
-    process that ends, however it ends."""
+    """Lock a checkpoint within the block, so that no other training writes it. Raise InputError if another training does. The
+    system releases the lock when the process ends, however it ends."""
     try:
         import fcntl
     except ImportError:  # Windows
         yield
         return
-    if not path.parent.exists():  # nothing to resume, which reading it tells
+    if not path.parent.exists():  # there is nothing to resume, which reading the checkpoint reports
         yield
         return
     beside = path.with_name(path.name + ".lock")
@@ -122,15 +122,15 @@ def _locked(path: Path):
 
 @contextlib.contextmanager
 def _only_the_first_prints(ranks: Ranks):
-    """Of several processes one tells what all do."""
+    """Discard standard output within the block, except in the first of several processes."""
     with open(os.devnull, "w") as nowhere, contextlib.nullcontext() if ranks.first else contextlib.redirect_stdout(nowhere):
         yield
 
 
 @contextlib.contextmanager
 def _signals_set(event: threading.Event):
-    """Within the block an interrupt or a termination sets the event: a step is never left half done, nor a save. A second
-    interrupt ends at once."""
+    """Let an interrupt or a termination set the event within the block, so that no step or save is left half done. A second
+    interrupt raises KeyboardInterrupt at once."""
 
     def stop(number: int, _) -> None:
         if event.is_set() and number == signal.SIGINT:

@@ -17,7 +17,7 @@ from tfkern.training.recipe import AMP, Recipe
 from tfkern.training.tasks import Task
 
 POSITIVE = number(int, 1)
-# Flags that change one value of a recipe, by its name there.
+# Flags that change one value of a recipe, by the name of the value: (type, help).
 RECIPE = {
     "steps": (POSITIVE, "updates in all"),
     "rows": (POSITIVE, "examples of one update, of all processes and accumulated parts together"),
@@ -28,7 +28,7 @@ RECIPE = {
     "accumulate": (POSITIVE, "parts in which a batch is run, one after the other, to save memory"),
     "mask_share": (number(float, 0.01, 1.0), "bert's pre-training: the share of tokens to be told"),
 }
-# Flags that change one size of a model, by its name in the config.
+# Flags that change one size of a model, by the name of the size in the config: (type, help).
 SIZES = {
     "context": (number(int, 2), "tokens that gpt or bert sees at once"),
     "image": (POSITIVE, "pixels along a side of vit's or mixer's images"),
@@ -75,7 +75,7 @@ def _add(group, flags: dict) -> None:
 
 
 def check(args) -> None:
-    """InputError for flags that don't go together, before anything is read."""
+    """Raise InputError for flags that don't go together. Nothing is read yet."""
     texts = args.model in ("gpt", "bert")
     if args.classify and args.model != "bert":
         raise InputError(f"--classify is for bert, but the model is {args.model}")
@@ -102,12 +102,12 @@ def check(args) -> None:
 
 
 def kind(args) -> str:
-    """What is trained, as checkpoints name it."""
+    """The kind of model that is trained, by its name in checkpoints."""
     return "bert-classifier" if args.classify else args.model
 
 
 def task(args) -> tuple[Task, Callable[[nn.Module], object]]:
-    """The task, its data read, and what gives a fresh model its first weights."""
+    """Return (the task with its data read, a function that gives a new model its first weights)."""
     preset = PRESETS[args.preset or (presets.OWN if args.data else presets.BUILT_IN)[args.model]]
     begun = origin.read(args.origin, kind(args), tfkern.attention) if args.origin else None
     tokenizer = Subwords.read(args.tokenizer) if args.tokenizer else begun and begun.tokenizer
@@ -121,7 +121,7 @@ def task(args) -> tuple[Task, Callable[[nn.Module], object]]:
 
 
 def _recipe(args, preset: presets.Preset) -> Recipe:
-    """The preset's, or that of tuning what is trained already, with the flags' values."""
+    """The preset's recipe, or with --from and no --preset the recipe of fine-tuning, changed by the flags."""
     recipe = preset.classify if args.classify else preset.recipe
     if args.origin and not args.preset:
         recipe = presets.TUNING
@@ -133,7 +133,7 @@ def _given(args, names) -> dict:
 
 
 def refuse_changes(args, path: Path, recipe: Recipe, config: kinds.Config) -> None:
-    """InputError for a flag beside --resume that says otherwise than the checkpoint."""
+    """Raise InputError for a flag beside --resume whose value differs from the checkpoint's."""
     for told, names in ((recipe, (*RECIPE, "amp", "compile")), (config, SIZES)):
         for name, value in _given(args, names).items():
             own = getattr(told, name)

@@ -1,4 +1,4 @@
-"""How far a training is: a bar on a terminal, elsewhere a line every tenth step."""
+"""The progress of a training: a bar on a terminal, elsewhere a line every tenth step."""
 
 import sys
 import time
@@ -8,11 +8,12 @@ from tfkern.extras import require
 from tfkern.training.trainer import Training
 
 EVERY = 10  # steps between lines
-RECENT = 20  # steps over which speed is taken
+RECENT = 20  # steps over which the speed is averaged
 
 
 class Steps:
-    """Tells loss, tokens a second and the share of the time in attention. A context manager; call `show` after each step."""
+    """Show the loss, the tokens a second and attention's share of the time. A context manager: call `show` after each step.
+    quiet: show nothing."""
 
     def __init__(self, training: Training, quiet: bool = False):
         self.quiet, self.bar = quiet, None
@@ -46,7 +47,8 @@ class Steps:
             print(f"step {done:5} of {training.steps}  {self.told(training)}", flush=True)
 
     def told(self, training: Training) -> str:
-        """Loss and speed, in one line; beside a bar, which 80 columns must have room for, in fewer words."""
+        """The loss, the speed and attention's share in one line. Beside a bar it is shorter, so that both fit into 80
+        columns."""
         (start, before), (end, after) = self.recent[0], self.recent[-1]
         text = f"loss {training.losses[-1]:.4f}  {(after - before) / (end - start):,.0f} tokens/s"
         if training.share is None:

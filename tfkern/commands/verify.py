@@ -1,4 +1,4 @@
-"""Check every backend that works here against the float64 oracle, forward and backward, error beside budget."""
+"""Check every backend that works here against the float64 oracle, forward and backward, and print errors beside budgets."""
 
 import itertools
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from tfkern.testing import SHORT
 from tfkern.training.provenance import label
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-QUANTITIES = ("out", "lse", "dq", "dk", "dv")  # of every case; others stand behind with their names
+QUANTITIES = ("out", "lse", "dq", "dk", "dv")  # that every case has; others follow with their names
 HEADING = f"{'case':20} {'backend':9} {'dtype':9} " + " ".join(f"{q + ' error/budget':>21}" for q in QUANTITIES)
 
 
@@ -23,7 +23,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    """Print a line for each case, backend and dtype; 1 if any error is beyond its budget."""
+    """Print a line for each case, backend and dtype. The exit status: 0, or 1 if any error exceeds its budget."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cases = [case for case in (*testing.CASES, *testing.FEATURE_CASES) if args.full or case.name in SHORT]
     if launch.missing():
@@ -47,7 +47,7 @@ def run(args) -> int:
 
 @dataclass(frozen=True)
 class Result:
-    """One case by one backend in one dtype."""
+    """The errors of one case, computed by one backend in one dtype."""
 
     case: testing.Case
     backend: str
@@ -59,7 +59,8 @@ class Result:
         return all(e.ok for e in self.errors)
 
     def text(self, columns: int) -> str:
-        """A line, errors and budgets under HEADING; where columns are too few, a line for each quantity."""
+        """A line with errors and budgets under HEADING. If HEADING is wider than `columns` characters, a line for each
+        quantity."""
         names = f"{self.case.name:20} {self.backend:9} {str(self.dtype).removeprefix('torch.'):9}"
         if columns < len(HEADING):
             figures = (f"  {e.quantity:9} {e.error:.1e}/{e.budget:.1e}{'' if e.ok else ' WRONG'}" for e in self.errors)
@@ -72,11 +73,11 @@ class Result:
 
 
 def backends(device: torch.device) -> list[str]:
-    """The backends that work on a device."""
+    """The names of the backends that work on a device, gradients included."""
     q = torch.empty(1, 1, 1, 16, device=device)
     return [name for name in order(device.type) if not BACKENDS[name].unsupported(call.build(q, q, q)[0], needs_grad=True)]
 
 
 def checked(case: testing.Case, backend: str, dtype: torch.dtype, device: torch.device) -> Result:
-    """Check a case by a backend in a dtype."""
+    """The result of checking a case, computed by a backend in a dtype on a device."""
     return Result(case, backend, dtype, testing.check(case, dtype, backend, device))
