@@ -1,7 +1,7 @@
-"""What the compilers make of the kernels, without a GPU: compile gates, machine code, the cost model, candidates of tile sizes.
+"""Analysis of the compiled kernels without a GPU: compile gates, machine code, the cost model, candidates for tile sizes.
 
-These programs need Triton alone, so that one environment for each version of Triton is enough: `python -m bench.static.NAME` in
-the root of a checkout. The wheel does not have them.
+The programs need Triton but not torch, so one environment for each version of Triton is enough. Run them by
+`python -m bench.static.NAME` in the root of a checkout. The wheel does not contain them.
 """
 
 import sys
@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-if "tfkern" not in sys.modules:  # as bench.static: tfkern/__init__.py would import torch, this stands in for it
+if "tfkern" not in sys.modules:  # imported as bench.static: an empty package replaces tfkern/__init__.py, which imports torch
     package = types.ModuleType("tfkern")
     package.__path__ = [str(ROOT / "tfkern"), str(ROOT)]  # tfkern.kernels and tfkern.bench are folders of the root
     sys.modules["tfkern"] = package

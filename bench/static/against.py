@@ -1,8 +1,8 @@
-"""Predicted beside measured: every time of our kernels in a results file of `make gpu`, and how many lie within their bands.
+"""Compare the measured times of our kernels in a results file of `make gpu` with the predicted times and their bands.
 
 usage: python -m bench.static.against RESULTS.json [--dtype bf16]
 
-What is compared are the kernels of this checkout, compiled now: it should be the one that the results come from.
+The predictions are for the kernels of this checkout, compiled now. It should be the checkout that the results come from.
 """
 
 import argparse
@@ -18,7 +18,8 @@ PROVIDERS = {"tfkern portable": "portable", "tfkern hopper": "hopper"}
 
 
 def predicted(kind: str, direction: str, problem: geometry.Problem, dtype: str, triton: str) -> calibration.Estimate:
-    """Of a direction, or of several joined by +. triton: the version that the results come from."""
+    """The estimate of a direction, or the sum over several directions joined by +. kind: "portable" or "hopper". triton: the
+    version of Triton that the results come from."""
     if "+" in direction:
         first, second = (predicted(kind, way, problem, dtype, triton) for way in direction.split("+"))
         return first + second
@@ -28,7 +29,8 @@ def predicted(kind: str, direction: str, problem: geometry.Problem, dtype: str, 
 
 
 def timed(loaded: dict) -> list[dict]:
-    """The rows that have times of our kernels; of two times of the same, that of a CUDA graph, which is without Python."""
+    """The rows of a results file that have times of our kernels. Hopper rows of head dims that its backward lacks are left out.
+    Where a shape, direction and provider have two times, that of a CUDA graph is taken, which does not include Python."""
     found = {}
     shapes = {s["name"]: s for s in loaded["shapes"]}
     for row in loaded["rows"]:
@@ -44,7 +46,7 @@ def timed(loaded: dict) -> list[dict]:
 
 
 def compare(loaded: dict, dtype: str) -> list[tuple[dict, calibration.Estimate, float]]:
-    """(row, prediction, measured microseconds)."""
+    """Return (row, estimate, measured microseconds) for each row of `timed`."""
     shapes, triton, found = {s["name"]: s for s in loaded["shapes"]}, loaded["machine"]["triton"], []
     for row in progress.counted(timed(loaded), lambda row: f"predicting {row['shape']} {row['direction']}"):
         s = shapes[row["shape"]]
@@ -54,7 +56,7 @@ def compare(loaded: dict, dtype: str) -> list[tuple[dict, calibration.Estimate, 
 
 
 def text(found: list[tuple[dict, calibration.Estimate, float]], device: str) -> str:
-    """Markdown."""
+    """The comparison as a table in Markdown, and how many times lie within their bands. device: the name of the GPU."""
     lines = [
         f"Measured on {device}; predicted for an H100.",
         "",

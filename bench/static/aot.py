@@ -1,4 +1,4 @@
-"""Compile kernels for a GPU that need not be there, and read what the compiler made of them. Imports Triton, not torch."""
+"""Compile kernels for a GPU that need not be there, and read their resources. Imports Triton, not torch."""
 
 import functools
 import re
@@ -17,8 +17,8 @@ TARGETS["gfx942"] = compat_triton.target("hip", "gfx942", 64)
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes: registers a thread, spilled bytes a thread, shared memory a program in bytes, lines of
-    machine code."""
+    """The resources of a compiled kernel: registers a thread, spilled bytes a thread, bytes of shared memory a program, and the
+    number of machine instructions."""
 
     registers: int
     spilled: int
@@ -34,8 +34,9 @@ class Constant:
 
 
 def source(kernel, arguments: dict, gluon: bool = False):
-    """A kernel to compile. `arguments` maps each parameter to a type ("*bf16", "i32"), a Constant, or a tuple of those, however
-    deep. Pointers are taken to be 16-byte aligned."""
+    """A kernel and the types of its arguments, ready for triton.compile. `arguments` maps each parameter to a type ("*bf16",
+    "i32"), a Constant, or a tuple of these, which may be nested. Pointers are assumed to be 16-byte aligned. gluon: the kernel
+    is a Gluon kernel."""
     constants, attributes = {}, {}
 
     def signature(kind, *path):
@@ -54,13 +55,13 @@ def source(kernel, arguments: dict, gluon: bool = False):
 
 
 def compile_kernel(kernel, arch: str, arguments: dict, config):
-    """Compile a @triton.jit kernel with its arguments as for `source`, with the options that config has for a launch: what is
-    judged is what runs."""
+    """Compile a @triton.jit kernel for `arch`, a key of TARGETS. arguments: as for `source`. The options are those that
+    `config` gives a launch, so the result is the code that runs."""
     return triton.compile(source(kernel, arguments), target=TARGETS[arch], options=config.options())
 
 
 def cuobjdump(compiled) -> str:
-    """What the cuobjdump of the Triton wheel prints of a cubin: resources and machine code."""
+    """The output of the Triton wheel's cuobjdump for a kernel compiled for NVIDIA: its resources and its machine code."""
     return _dumped(compiled.asm["cubin"])
 
 
@@ -75,29 +76,29 @@ def _dumped(cubin: bytes) -> str:
 
 
 def resources(compiled, arch: str) -> Resources:
-    """Read them from the cubin or from the AMDGCN text."""
+    """The resources of a compiled kernel, read from its cubin or its AMDGCN text."""
     if arch.startswith("gfx"):
         text = compiled.asm["amdgcn"]
         vgprs, spills = (int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count"))
         code = re.findall(r"^\t[sv]_|^\t(?:ds|global|buffer)_", text, re.M)
         return Resources(vgprs, 4 * spills, compiled.metadata.shared, len(code))
     text = cuobjdump(compiled)
-    # Triton kernels have no stack of their own: what is on it was spilled.
+    # Triton kernels do not use the stack themselves: all bytes on it are spilled registers.
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text).groups())
     instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", text, re.M))
     return Resources(registers, stack + local, compiled.metadata.shared, instructions)
 
 
 def reduces_across_warps(compiled) -> bool:
-    """Whether a sum or a maximum in a loop goes over numbers that several warps hold, so through shared memory and barriers."""
+    """Whether a loop has a sum or a maximum over numbers of several warps, which takes shared memory and barriers."""
     text = compiled.asm["ttgir"]
     layouts = dict(re.findall(r"^(#\w+) = (.*)$", text, re.M))
-    inside = r'^ {6,}%\S+ = "tt\.reduce".*?axis = (\d).*?\}\) : \(tensor<[^,>]*, (#\w+)>'  # a loop's body stands further right
+    inside = r'^ {6,}%\S+ = "tt\.reduce".*?axis = (\d).*?\}\) : \(tensor<[^,>]*, (#\w+)>'  # a loop's body is indented further
     return any(_spread(layouts[name], int(axis)) for axis, name in re.findall(inside, text, re.M | re.S))
 
 
 def _spread(layout: str, axis: int) -> bool:
-    """Whether warps share out the axis of a tensor with that layout."""
+    """Whether the axis of a tensor with that layout is divided among warps."""
     if found := re.search(r"warpsPerCTA = \[([\d, ]+)\]", layout):
         return int(found[1].split(", ")[axis]) > 1
     warps = re.search(r"warp = \[(.*?)\], block", layout)[1]  # a linear layout: what each bit of the warp's number adds

@@ -1,9 +1,10 @@
-"""Write calibration.json anew: what the cost model says of our kernels, with today's tiles, for the published problems.
+"""Write calibration.json anew: the cost model's times of our kernels, with their present tiles, for the published problems.
 
 usage: python -m bench.static.calibrate [--show]
 
-Compiles some forty kernels, about two minutes on one core; needs Triton alone. Call it when tiles, kernels or the model change.
-Then, and with --show at once, it prints each group's factors and bands, and how many published figures the bands hold.
+Run it when tiles, kernels or the model change. It compiles some forty kernels, which takes about two minutes on one core, and
+needs Triton but not torch. It then prints the factors and bands of each group, and how many published figures the bands hold.
+--show prints these without compiling.
 """
 
 import argparse
@@ -17,37 +18,37 @@ from pathlib import Path
 from tfkern.bench.static import aot, calibration, geometry, hopper_model, model
 from tfkern.ending import ended
 
-DTYPE = "fp16"  # of the published figures
+DTYPE = "fp16"  # that of the published figures
 
 
 def launches(group: calibration.Group, problem: geometry.Problem) -> list[tuple[str, object]]:
-    """(kernel, tiles) of each; none where the group has no kernel for a problem."""
+    """(kernel, tiles) of each launch of a problem; empty where the group has no kernel for it."""
     if group.kind == "hopper":
         return hopper_model.launches(problem, group.direction)
     return model.launches(problem, group.direction, DTYPE)
 
 
 def raw(group: calibration.Group, problem: geometry.Problem) -> float:
-    """Microseconds that the cost model gives."""
+    """The uncalibrated microseconds that the cost model predicts for a problem."""
     if group.kind == "hopper":
         return sum(x.microseconds for x in hopper_model.predict(problem, group.direction, DTYPE))
     return model.predict(problem, group.direction, DTYPE)["microseconds"]
 
 
 def label(kernel: str, config) -> str:
-    """The tiles in words."""
+    """The name of a kernel and its tiles in words."""
     numbers = [f"{f.name} {getattr(config, f.name)}" for f in dataclasses.fields(config) if f.compare]
     return f"{kernel}: {', '.join(numbers)}"
 
 
 def tiles(group: calibration.Group) -> dict[str, str]:
-    """By length, what the kernels are compiled with."""
+    """The kernels and tiles of a group in words, by length. Lengths for which the group has no kernel are left out."""
     found = {n: launches(group, group.problem(n)) for n in calibration.LENGTHS}
     return {str(n): "; ".join(label(*each) for each in chosen) for n, chosen in found.items() if chosen}
 
 
 def fit() -> dict:
-    """What calibration.json holds."""
+    """Compile the kernels of all groups and return the contents of calibration.json."""
     rows = []
     for group in calibration.GROUPS:
         if chosen := tiles(group):
@@ -58,7 +59,7 @@ def fit() -> dict:
 
 
 def show() -> str:
-    """Markdown: the factors and bands, and what the bands hold."""
+    """The factors and bands as a table in Markdown, and how many published figures lie within the bands."""
     lines = [
         f"The cost model's time of {calibration.table()['date']}, Triton {calibration.table()['triton']}, by length: what it is"
         " multiplied by, and the band.",

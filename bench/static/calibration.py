@@ -1,14 +1,16 @@
-"""How far the cost model is off, judged by published figures of kernels of the same class, and how sure a prediction is.
+"""Calibrate the cost model's times by published times of kernels of the same class, and give each prediction a band.
 
-PUBLISHED are figures of other people's kernels on one H100. calibration.json has what the model says of ours for the same
-problems (`python -m bench.static.calibrate` writes it). Their ratio is a factor, by length, for each group: a kind of kernel, a
-direction, a head dim, with or without a causal mask. A prediction is the model's time by that factor, which is interpolated
-between lengths. For Hopper it is never below 1: nothing of those kernels has been timed, so the model may not flatter them.
+PUBLISHED has figures of other authors' kernels on one H100. calibration.json has the model's times of our kernels for the same
+problems (`python -m bench.static.calibrate` writes it). The published time divided by the model's time is a factor. There is
+one for each length and group: a kind of kernel, a direction, a head dim, with or without a causal mask. A prediction is the
+model's time multiplied by the factor, which is interpolated between lengths. For Hopper the factor is at least 1: those kernels
+have not been timed, so the calibration must not make them faster than the model does.
 
-The band of a prediction comes from two errors, taken as independent: what the factor at a published length misses if it is
-interpolated from the other lengths alone, and how far two published codes of the class lie apart, as ours is another code than
-either. Both are the largest within a factor of 2 of the length. Where nothing is published (other head dims, a causal backward,
-other lengths), factors are the nearest group's, the band is the widest of the kind, and the estimate says "not calibrated".
+The width of the band combines two errors, which are assumed to be independent. The first is the error of the factor at a
+published length if it is interpolated from the other lengths. The second is the ratio between the rates of two published
+implementations of the class, since ours differs from both. Each is the largest among the lengths within a factor of 2. Where
+nothing is published (other head dims, a causal backward, other lengths), the factor is that of the nearest group, the band is
+the widest of the kind, and the estimate is marked "not calibrated".
 """
 
 import functools
@@ -34,8 +36,9 @@ def _at(lengths: tuple[int, ...], *figures: int) -> dict[int, float]:
 
 
 ENDS = (LENGTHS[0], LENGTHS[-1])
-# TFLOP/s of (code, direction, head dim, causal) by length, from the FlashAttention-3 paper: one H100 SXM, fp16, 16k tokens in a
-# batch, heads x head dim = 2048; a causal mask halves the operations. Of the backward the first and the last length are known.
+# TFLOP/s of (implementation, direction, head dim, causal) by length, from the FlashAttention-3 paper: one H100 SXM, fp16, 16k
+# tokens in a batch, heads x head dim = 2048; a causal mask halves the operations. For the backward only the first and the last
+# length are known.
 PUBLISHED = {
     ("FA2", "forward", 64, False): _at(LENGTHS, 282, 306, 318, 321, 322, 324),
     ("FA2", "forward", 64, True): _at(LENGTHS, 180, 229, 262, 284, 295, 299),
@@ -60,8 +63,8 @@ PUBLISHED = {
     ("FA3", "backward", 64, False): _at(ENDS, 272, 474),
     ("FA3", "backward", 128, False): _at(ENDS, 316, 561),
 }
-# Later figures of FA3 and of TLX, a kernel of its class, on an H100 in bf16. How many batches and heads these had is not known,
-# so they are no part of the factors; they test the band.
+# TFLOP/s, published later, of FA3 and of TLX, a kernel of its class, on an H100 in bf16. Their batches and heads are not known,
+# so the factors do not use them. They test the bands.
 LATER = {
     ("FA3", "forward", 128, True): _at(LENGTHS[1:5], 364, 560, 667, 685),
     ("TLX", "forward", 128, True): _at(LENGTHS[1:5], 367, 568, 637, 661),
@@ -71,16 +74,16 @@ LATER = {
 
 
 class Peers(NamedTuple):
-    """Published codes of one class."""
+    """The published implementations with which our kernels of one class are compared."""
 
-    reference: str  # by which ours are calibrated
-    apart: tuple[str, str, str]  # two codes, and the direction in which they are compared
+    reference: str  # the one by which ours are calibrated
+    apart: tuple[str, str, str]  # two implementations, and the direction in which they are compared
 
 
 _HOPPER_BACKWARD = Peers("FA3", ("cuDNN", "FA3", "backward"))
 CLASSES = {
     ("portable", "forward"): Peers("Triton", ("FA2", "Triton", "forward")),
-    # No backward in Triton is published. FA2's stands in, and the forwards tell how far from Triton's that may be.
+    # No backward in Triton is published. FA2's takes its place, and the forwards tell how far the two may lie apart.
     ("portable", "backward"): Peers("FA2", ("FA2", "Triton", "forward")),
     ("hopper", "forward"): Peers("FA3", ("cuDNN", "FA3", "forward")),
     ("hopper", "backward"): _HOPPER_BACKWARD,
@@ -89,7 +92,7 @@ CLASSES = {
 
 
 class Group(NamedTuple):
-    """Problems that share factors. direction: as in CLASSES."""
+    """A set of problems that share their factors. kind and direction: as in CLASSES."""
 
     kind: str
     direction: str
@@ -105,11 +108,11 @@ class Group(NamedTuple):
         return PUBLISHED[self.peers.reference, self.direction.split()[0], self.head_dim, self.causal]
 
     def published(self, length: int) -> float:
-        """Microseconds of the reference."""
+        """The published microseconds of the reference at a length."""
         return microseconds(self.problem(length), self.direction, self.rates[length])
 
     def problem(self, length: int) -> geometry.Problem:
-        """As it was published."""
+        """The published problem of a length."""
         return geometry.Problem(16384 // length, 2048 // self.head_dim, length, self.head_dim, self.causal)
 
 
@@ -123,7 +126,8 @@ GROUPS = [
 
 @dataclass(frozen=True)
 class Estimate:
-    """Microseconds: the most likely, and a band; the code by which it is calibrated, or NOT."""
+    """A prediction in microseconds, its band from `low` to `high`, and in `by` the implementation by which it is calibrated, or
+    NOT."""
 
     microseconds: float
     low: float
@@ -137,40 +141,41 @@ class Estimate:
         return self.low <= measured <= self.high
 
     def __add__(self, other: "Estimate") -> "Estimate":
-        """One launch after the other. Both may be off in the same direction."""
+        """The sum of two estimates, for two launches in turn. Both errors may have the same sign, so the limits add up."""
         by = NOT if NOT in (self.by, other.by) else " + ".join(dict.fromkeys([self.by, other.by]))
         return Estimate(self.microseconds + other.microseconds, self.low + other.low, self.high + other.high, by)
 
 
 def band(low: float, high: float) -> str:
-    """Ratios to the prediction, in words."""
+    """A band in percent, as text. low and high: the ratios of its limits to the prediction."""
     return f"{100 * (low - 1):+.0f} … {100 * (high - 1):+.0f}%"
 
 
 def _floor_kernel(direction: str) -> str:
-    """The kernel that has no more to do than the direction needs."""
+    """The kernel whose work is the least that a direction needs."""
     return "flash_fwd" if direction == "forward" else "flash_bwd_one_pass"
 
 
 def floor(problem: geometry.Problem, direction: str) -> float:
-    """Microseconds below which no kernel gets."""
+    """The least microseconds that any kernel can take for a problem."""
     return geometry.floor(_floor_kernel(direction), problem)
 
 
 def microseconds(problem: geometry.Problem, direction: str, tflops: float) -> float:
-    """What a rate means, by the count of operations that is usual in papers: two products forward, five backward."""
+    """The microseconds of a problem at a rate in TFLOP/s. Operations are counted as is usual in papers: two products forward,
+    five backward."""
     return 2.0 * geometry.PRODUCTS[_floor_kernel(direction)] * problem.scores * problem.head_dim / tflops / 1e6
 
 
 @functools.cache
 def table() -> dict:
-    """calibration.json."""
+    """The contents of calibration.json."""
     return json.loads(TABLE.read_text())
 
 
 @functools.cache
 def raw() -> dict[Group, dict[int, float]]:
-    """The model's microseconds for the published problems, by length."""
+    """The model's microseconds for the published problems, by group and length."""
     rows = table()["rows"]
     return {
         Group(*(row[name] for name in Group._fields)): {int(n): us for n, us in row["microseconds"].items()} for row in rows
@@ -179,14 +184,15 @@ def raw() -> dict[Group, dict[int, float]]:
 
 @functools.cache
 def fitted() -> dict[Group, dict[int, float]]:
-    """The logarithm of the factor for each published length."""
+    """The logarithm of the factor, by group and published length."""
     return {
         group: {n: math.log(group.published(n) / times[n]) for n in group.rates if n in times} for group, times in raw().items()
     }
 
 
 def interpolated(points: dict[int, float], length: int) -> float:
-    """Straight between lengths on a logarithmic scale, level beyond the first and the last."""
+    """Interpolate points linearly between lengths on a logarithmic scale. Beyond the first and the last length the value is
+    constant."""
     below, above = [n for n in points if n <= length], [n for n in points if n >= length]
     if not below or not above:
         return points[min(points) if not below else max(points)]
@@ -196,7 +202,7 @@ def interpolated(points: dict[int, float], length: int) -> float:
 
 
 def half_width(peers: Peers, points: dict[int, float], length: int) -> float:
-    """Of the band, as the logarithm of a ratio."""
+    """Half the width of the band at a length, as the logarithm of a ratio. points: the logarithms of the factors, by length."""
     near = [n for n in points if length / 2 <= n <= 2 * length]
     near = near if len(near) > 1 else list(points)
     missed = [points[n] - interpolated({m: x for m, x in points.items() if m != n}, n) for n in near]
@@ -213,13 +219,13 @@ def half_width(peers: Peers, points: dict[int, float], length: int) -> float:
 
 @functools.cache
 def widest(kind: str) -> float:
-    """Of all bands of a kind."""
+    """The largest half width among the bands of a kind at the published lengths."""
     groups = {group: points for group, points in fitted().items() if group.kind == kind and len(points) > 1}
     return max(half_width(group.peers, points, n) for group, points in groups.items() for n in points)
 
 
 class Scale(NamedTuple):
-    """What the model's time is multiplied by, half the width of the band (a logarithm), and Estimate.by."""
+    """The factor of the model's time, half the width of the band as the logarithm of a ratio, and Estimate.by."""
 
     factor: float
     width: float
@@ -227,7 +233,8 @@ class Scale(NamedTuple):
 
 
 def scale(kind: str, direction: str, problem: geometry.Problem) -> Scale:
-    """Of a problem. Of other batches and heads than the published ones it takes the model to be off by as much."""
+    """The scale of a problem, from the group with the nearest head dim. The model's error is assumed not to depend on batches
+    and heads, so these may differ from the published ones."""
     padded = 1 << (problem.head_dim - 1).bit_length()
     group = min(
         (g for g in fitted() if (g.kind, g.direction) == (kind, direction)),
@@ -245,7 +252,7 @@ def scale(kind: str, direction: str, problem: geometry.Problem) -> Scale:
 
 
 def estimate(kind: str, direction: str, problem: geometry.Problem, modelled: float) -> Estimate:
-    """From the model's microseconds for a problem; direction as in CLASSES."""
+    """The calibrated estimate of a problem. kind and direction: as in CLASSES. modelled: the model's microseconds."""
     factor, width, by = scale(kind, direction, problem)
     least = floor(problem, direction)
     central = max(least, modelled * factor)
@@ -254,7 +261,8 @@ def estimate(kind: str, direction: str, problem: geometry.Problem, modelled: flo
 
 
 def left_out() -> list[tuple[Group, int, bool]]:
-    """(group, length, whether its published figure lies in the band that the other lengths give)."""
+    """Return (group, length, whether its published figure lies in the band that the other lengths give) for each
+    published length of the groups that have more than two lengths."""
     found = []
     for group, points in fitted().items():
         for n in points if len(points) > 2 else ():
@@ -265,7 +273,8 @@ def left_out() -> list[tuple[Group, int, bool]]:
 
 
 def later() -> list[tuple[str, int, bool]]:
-    """(code, length, whether a later figure lies in the band), for the published problem of that length."""
+    """Return (implementation, length, whether the figure lies in the band) for each figure of LATER. The band is that of the
+    published problem of the length."""
     found = []
     for (code, direction, head_dim, causal), rates in LATER.items():
         group = Group("hopper", direction, head_dim, causal)

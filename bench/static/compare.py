@@ -2,9 +2,10 @@
 
 usage: python -m bench.static.compare BEFORE.json AFTER.json
 
-Both files are what `--json` of compile_gate or hopper_gate writes. A row is worse if it takes more of anything (registers,
-spilled bytes, shared memory, instructions) or has a problem that it had not. Prints each row that differs, and how many are
-equal, better, worse and missing. Ends 1 if one is worse or missing. Needs neither Triton nor torch.
+Both files are written by `--json` of compile_gate or hopper_gate. A row is worse if it takes more of any resource (registers,
+spilled bytes, shared memory, instructions) or if it has a problem and had none before. Prints each row that differs, and how
+many are equal, better, worse, missing and new. The exit status is 1 if a row is worse or missing. Needs neither Triton nor
+torch.
 """
 
 import argparse
@@ -21,17 +22,18 @@ NAMED = ("arch", "kernel", "dtype", "head_dim", "variant")
 
 
 def name(row: dict) -> tuple:
-    """What a row is of, without its tiles."""
+    """The values that identify a row, without its tiles."""
     return tuple(str(row[field]) for field in NAMED if field in row)
 
 
 def tiles(row: dict) -> tuple:
-    """The tiles of a row, in either gate's words."""
+    """The tiles of a row of either gate, as strings."""
     return (row["tiles"],) if "tiles" in row else tuple(f"{k}={v}" for k, v in sorted(row["config"].items()) if k != "source")
 
 
 def paired(before: list[dict], after: list[dict]) -> dict[str, tuple[dict | None, dict | None]]:
-    """The row before and the row after, by what both are of. Tiles tell rows apart only where the rest does not."""
+    """(row before, row after) by their common name; None for a row that is missing. The name includes the tiles only where rows
+    would have the same name without them."""
     several = {key for rows in (before, after) for key, n in Counter(map(name, rows)).items() if n > 1}
 
     def named(rows: list[dict]) -> dict[str, dict]:
@@ -45,13 +47,13 @@ def paired(before: list[dict], after: list[dict]) -> dict[str, tuple[dict | None
 
 
 def differences(before: dict, after: dict) -> dict[str, tuple[float, float]]:
-    """(before, after) of each count that differs; of a kernel that does not compile all are infinite."""
+    """(before, after) of each count that differs, by its field. The counts of a kernel that does not compile are infinite."""
     pairs = {field: (before.get(field, math.inf), after.get(field, math.inf)) for field in COUNTED}
     return {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def judged(before: dict | None, after: dict | None) -> tuple[str, str]:
-    """(equal, better, worse, missing or new; what differs)."""
+    """Return (verdict, differences as text). The verdict is "equal", "better", "worse", "missing" or "new"."""
     if before is None or after is None:
         return ("new" if before is None else "missing"), ""
     found = differences(before, after)
@@ -64,7 +66,7 @@ def judged(before: dict | None, after: dict | None) -> tuple[str, str]:
 
 
 def read(path: Path) -> list[dict]:
-    """The rows of a file."""
+    """The rows of a file that a compile gate wrote. Raises InputError if it is another file, or has no rows."""
     try:
         rows = json.loads(path.read_text())
         for row in rows:

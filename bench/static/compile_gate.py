@@ -1,14 +1,15 @@
-"""Compile every kernel that tfkern/configs.py can choose, without a GPU, and hold it to its bound of spilled bytes.
+"""Compile every kernel that tfkern/configs.py can choose, without a GPU, and check its spilled bytes against a bound.
 
 usage: python -m bench.static.compile_gate [--arch sm_90 …] [--kernel flash_fwd …] [--dtype bf16 …] [--variant plain …]
                                             [--json FILE] [--bounds]
 
---variant features stands for every feature by itself and all together.
+--variant features means each feature by itself, and all of them together.
 
-Needs Triton alone, not torch, so that one venv per Triton version is enough. Ends 1 if a kernel does not compile, spills more
-bytes than bench/static/spills.json allows it (none, if it is not there), or wants more shared memory than its architecture has.
---bounds records what exceeds a bound as one of this Triton alone ("3.8 sm_90 …"), instead of failing: for a new kernel or a
-new Triton. Bounds already there may only fall; those without a version hold for every Triton.
+Needs Triton but not torch, so one venv for each version of Triton is enough. The exit status is 1 if a kernel does not compile,
+spills more bytes than its bound in bench/static/spills.json (0 if it has none), or needs more shared memory than its
+architecture has. --bounds is for a new kernel or a new Triton: instead of failing, it records spills that exceed a bound as
+bounds of this version of Triton ("3.8 sm_90 …"). Bounds already recorded may only be lowered. A bound without a version holds
+for every Triton.
 """
 
 import argparse
@@ -28,9 +29,9 @@ from tfkern.kernels import score_mods
 
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}  # bytes; tf32 is float32 inputs under PyTorch's TF32 switch
 
-# What is there beside queries, keys and values: fields of kernels/features.py, left, right, DLSE, or MOD; the rest are numbers
-# at run time and change nothing that is compiled. "odd" has a head dim between two classes (10, 20, 40, 80, 160), "strided" a
-# last dim that is not dense. "bias" has rows that are aligned, "bias-any" any strides.
+# The arguments that each variant has beside queries, keys and values: fields of Features in kernels/features.py, left, right,
+# DLSE, or MOD. All others are numbers at run time, and the compiled code does not depend on them. "odd" has a head dim between
+# two classes (10, 20, 40, 80, 160), "strided" a last dim that is not dense. "bias" has aligned rows, "bias-any" any strides.
 BAND = {"left", "right", "key_lengths", "DLSE"}
 VARIANTS = {
     "plain": set(), "causal": {"right"}, "padded": {"key_lengths"}, "all": BAND, "odd": BAND, "strided": BAND,
@@ -42,14 +43,15 @@ VARIANTS = {
 HEAVY = {"mask", "bias", "dropout", "softcap", "slopes", "MOD"}
 FEATURES = [name for name in VARIANTS if name not in ("plain", "causal", "padded", "all", "odd", "strided")]
 FP32_TENSORS = {"STATS", "DLSE", "DELTA", "DSLOPES"}
-ONE_PASS_ONLY = {"DLSE", "DQ", "DSLOPES", "stride_dq"}  # of flash_bwd_dkdv
-CUT = {"left", "cu_q", *HEAVY}  # with which portable.py has no descriptors
+ONE_PASS_ONLY = {"DLSE", "DQ", "DSLOPES", "stride_dq"}  # arguments of flash_bwd_dkdv that only a backward in one pass has
+CUT = {"left", "cu_q", *HEAVY}  # arguments with which backends/portable.py uses no descriptors
 
 SPILLS = Path(__file__).with_name("spills.json")
 
 
 def features(there: set[str], pointer: str, mask_vec: int):
-    """Features as types."""
+    """The `Features` of kernels/features.py with types in place of values. there: the arguments of a variant; fields that it
+    lacks are None. pointer: the type of the pointer to a bias. mask_vec: the kernel's MASK_VEC."""
     none = aot.Constant(None)
     mask = device.Mask("*u8", ("i32",) * (3 if mask_vec else 4), "i32", "i32")
     kinds = dict(
@@ -60,13 +62,14 @@ def features(there: set[str], pointer: str, mask_vec: int):
 
 
 def function(kernel: str):
-    """The device function of a row of the table."""
+    """The device function of a kernel. ONE_PASS and DESCRIBED in tfkern/configs.py are forms of flash_bwd_dkdv."""
     name = "flash_bwd_dkdv" if kernel in (configs.ONE_PASS, configs.DESCRIBED) else kernel
     return getattr(importlib.import_module(f"tfkern.kernels.{name}"), name)
 
 
 def arguments(kernel_name: str, dtype: str, head_dim: int, config, variant: str) -> dict:
-    """The kernel's parameters as aot.compile_kernel wants them; head_dim is also the head dim of V."""
+    """The types and constants of a kernel's parameters in a variant, by name, for aot.compile_kernel. The head dim of V is that
+    of Q and K: head_dim, or 5/8 of it in the variant "odd"."""
     kernel = function(kernel_name)
     constant = aot.Constant
     there = VARIANTS[variant]
@@ -122,7 +125,8 @@ def jobs(args):
 
 
 def tiles(kernel: str, arch: str, size: int, head_dim: int, variant: str) -> list:
-    """What the table holds for a kernel in a variant: one; for a backward in one pass or with descriptors any number."""
+    """The tiles that tfkern/configs.py has for a kernel in a variant: any number for a backward in one pass, at most one with
+    descriptors, one for all other kernels. size: the bytes of an element."""
     there = VARIANTS[variant]
     heavy = bool(HEAVY & there) or variant == "strided"
     if kernel == configs.DESCRIBED:
@@ -130,7 +134,7 @@ def tiles(kernel: str, arch: str, size: int, head_dim: int, variant: str) -> lis
         return [] if config is None or variant == "strided" or there & CUT else [config]
     if kernel != configs.ONE_PASS:
         return [configs.tile_config(arch, kernel, size, head_dim, heavy)]
-    if heavy or "cu_q" in there:  # then portable.py takes two
+    if heavy or "cu_q" in there:  # the portable backend then takes two launches
         return []
     return configs.one_pass_tiles(arch, size, head_dim)
 
@@ -141,18 +145,19 @@ def name(row: dict) -> str:
 
 
 def own_name(row: dict) -> str:
-    """That of a bound of this Triton alone."""
+    """The name of a row in spills.json for a bound of this version of Triton alone."""
     return f"{'.'.join(aot.triton.__version__.split('.')[:2])} {name(row)}"
 
 
 def run(arch, kernel, dtype, head_dim, config, variant, bounds: dict[str, int]) -> dict:
-    """Compile one and return its row of the table; `problem` is None where all is well."""
+    """Compile a kernel and return its row of the results. bounds: the contents of spills.json. The row's `problem` is a text,
+    or None if nothing is wrong."""
     row = dict(arch=arch, kernel=kernel, dtype=dtype, head_dim=head_dim, variant=variant, config=vars(config))
     start = time.perf_counter()
     try:
         compiled = aot.compile_kernel(function(kernel), arch, arguments(kernel, dtype, head_dim, config, variant), config)
         found = aot.resources(compiled, arch)
-    except Exception as error:  # whatever the compiler throws is the finding
+    except Exception as error:  # any error of the compiler is a result
         return {**row, "problem": f"does not compile: {error!r}"}
     row.update(vars(found), across=aot.reduces_across_warps(compiled), seconds=round(time.perf_counter() - start, 2))
     row["problem"] = problem(row, bounds)
@@ -160,7 +165,8 @@ def run(arch, kernel, dtype, head_dim, config, variant, bounds: dict[str, int]) 
 
 
 def problem(row: dict, bounds: dict[str, int]) -> str | None:
-    """What is wrong with a kernel that did compile."""
+    """The problem of a kernel that did compile, as text: it exceeds its bound of spilled bytes or the shared memory of its
+    architecture. None if it does neither."""
     bound, there = bounds.get(own_name(row), bounds.get(name(row), 0)), table.SHARED[row["arch"]]
     if row["spilled"] > bound:
         return f"spills {row['spilled']} bytes, {bound} allowed"

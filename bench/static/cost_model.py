@@ -1,16 +1,17 @@
-"""A predicted time for a compiled kernel on a GPU that is not there, what binds it, and how far it is from the floor.
+"""Predict the time of a compiled kernel on a GPU that need not be there, and the pipe that bounds it.
 
-Its times rank tiles. As promises they err, by up to a factor of 2 for Hopper: what is shown comes from calibration.py.
-Assumptions (each is a number to be corrected by measurements, `tfkern bench model --against results.json`):
-- tfkern/bench/chips.py has the chips and what their pipes reach.
-- One pass of an inner loop takes a program `alone` cycles: its matrix products, then the rest of its instructions, one after
-  the other (Triton waits for each product), and LATENCY cycles for every wait in the way. A warp by itself issues an
-  instruction every `pace` cycles: with 2, the model gives the 400 TFLOP/s that the FlashAttention-3 paper measured for Triton
-  at D = 64. With C programs on an SM, passes overlap until the busiest pipe is full: max(busiest pipe, alone / C). Loads of
-  tiles are hidden by the pipeline, where there is one.
-- A program's prologue and epilogue issue every instruction outside the inner loops once, and wait twice for memory. A loop that
-  the compiler made none of, as it runs once at most, takes what the last loop takes.
-- Programs go over the chip in waves; the last, partly filled wave counts as much as its programs' share of an SM.
+The times are for ranking tiles. As absolute times they are wrong by up to a factor of 2 for Hopper, so calibration.py corrects
+the times that are shown. Assumptions, to be corrected by measurements (`tfkern bench model --against results.json`):
+- bench/chips.py has the chips and the throughputs that their pipes reach.
+- One pass of an inner loop takes a program `alone` cycles, if it has an SM to itself: its matrix products, then its other
+  instructions (Triton waits for each product), and LATENCY cycles for each wait. A warp by itself issues an instruction every
+  `pace` cycles: with 2, the model gives the 400 TFLOP/s that the FlashAttention-3 paper measured for Triton at D = 64. With C
+  programs on an SM, passes overlap until the busiest pipe is full: max(busiest pipe, alone / C). The pipeline hides the loads
+  of tiles, where there is one.
+- The prologue and epilogue of a program issue each instruction outside the inner loops once, and wait for memory twice. Where
+  the compiler made no loop, because the code runs at most once, that code takes as long as the last loop.
+- Programs run on the chip in waves. If all programs take equally long, a partly filled last wave takes as long as a full one.
+  Otherwise half of what the longest program takes beyond the mean is added.
 """
 
 import math
@@ -28,33 +29,34 @@ MEMORY_LATENCY = 800
 
 @dataclass(frozen=True)
 class Work:
-    """What the programs of one launch do: how many there are, and how often each kind of inner loop runs in all of them."""
+    """The work of one launch: its number of programs, the passes of each inner loop, and the bytes that it moves."""
 
     programs: int
-    passes: tuple[float, ...]  # in the order of the loops in the code
+    passes: tuple[float, ...]  # of each inner loop by all programs, in the order of the code
     loaded: float  # bytes read from L2 by all programs
-    memory: float  # bytes to and from device memory at least
+    memory: float  # least bytes to and from device memory
     longest: float  # passes of the longest program
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The time of one launch, and the pipe (or "latency", "L2", "memory") that takes as long."""
+    """The time of one launch, and the pipe that bounds it (or "latency", "L2", "memory")."""
 
     microseconds: float
     bound: str
 
 
 class Loop(NamedTuple):
-    """An inner loop. Of one pass by a program: the cycles for which it keeps each pipe busy; the cycles that it takes if it has
-    an SM to itself."""
+    """An inner loop. busy: the cycles for which one pass of a program keeps each pipe busy. alone: the cycles of one pass of a
+    program that has an SM to itself."""
 
     busy: dict[str, float]
     alone: float
 
 
 def alone(instructions: int, busy: dict[str, float], waits: dict[str, int], machine: Machine) -> float:
-    """Cycles of one pass by a program that has an SM to itself."""
+    """The cycles of one pass of a program that has an SM to itself. instructions: those that one warp issues. busy: the cycles
+    of each pipe. waits: the number of waits, by kind."""
     vector = max([machine.pace * instructions, *(cycles for pipe, cycles in busy.items() if pipe != "tensor")])
     return busy.get("tensor", 0.0) / machine.tensor + vector + sum(LATENCY[kind] * n for kind, n in waits.items())
 
@@ -62,7 +64,8 @@ def alone(instructions: int, busy: dict[str, float], waits: dict[str, int], mach
 def predict(
     work: Work, loops: list[Loop], outside: float, occupancy: int, machine: Machine = H100, memory_waits: int = 2
 ) -> Prediction:
-    """outside: cycles that a program issues beside its inner loops; memory_waits: how often it waits for memory there."""
+    """The prediction of a launch. outside: the cycles in which a program issues the instructions outside its inner loops.
+    occupancy: the programs that fit on an SM. memory_waits: how often a program waits for memory outside its inner loops."""
     loops = loops + loops[-1:] * (len(work.passes) - len(loops))
     each = min(occupancy, max(1, math.ceil(work.programs / machine.sms)))
     by_pipe = {"latency": 0.0}
@@ -73,7 +76,7 @@ def predict(
     by_pipe["issue"] = by_pipe.get("issue", 0.0) + work.programs * outside
     by_pipe["latency"] += work.programs * (machine.pace * outside + memory_waits * MEMORY_LATENCY) / each
     seconds = {pipe: cycles / machine.sms / machine.clock for pipe, cycles in by_pipe.items()}
-    # The last wave: SMs that have fewer programs than the others wait for them.
+    # In the last wave, SMs that have fewer programs than the others are idle until these end.
     slots = machine.sms * each
     mean = sum(work.passes) / work.programs
     uneven = math.ceil(work.programs / slots) * slots / work.programs if work.longest <= mean * 1.01 else 1.0
