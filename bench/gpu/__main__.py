@@ -1,13 +1,13 @@
-"""What a GPU machine can prove, in three calls that fit the minutes of one: `make gpu CALL=1`, then 2, then 3.
+"""Run what needs a GPU, in three calls of a few minutes each: `make gpu CALL=1`, then 2, then 3.
 
 usage: python -m tfkern.bench.gpu --call {1,2,3} [--budget SECONDS] [--out FOLDER] [--commit HASH] [--dry-run]
                                     [--only STEP …] [--fresh]
 
-Steps run in processes of their own (supervisor.py), each with its share of the time that is left. Rows are kept in
-FOLDER/<gpu>/rows.jsonl as they come, after those of earlier calls: FOLDER's own, or else those that are committed in
-bench/results. A case that is there already is not run again; what failed is (--fresh starts anew). The end is
-FOLDER/<gpu>/<date>.json and .csv, and the plots, also when the run is cut off. The status is 0 if nothing is wrong.
---dry-run goes the same way up to the driver on a machine without a GPU; without --call through all three.
+Each step runs in processes of its own (supervisor.py), with its share of the time that is left. Rows are appended to
+FOLDER/<gpu>/rows.jsonl as they come. If that file is not there, it begins as a copy of the one in bench/results. A case that
+an earlier call finished is not run again, unless its step runs in every call; a case that failed is. --fresh forgets the
+earlier rows. The run ends by writing FOLDER/<gpu>/<date>.json and .csv and the plots, also if it is cut off. The exit status is
+0 if nothing is wrong. --dry-run takes the same path without a GPU, up to the driver; without --call it makes all three calls.
 """
 
 import argparse
@@ -30,10 +30,10 @@ from tfkern.bench.gpu.supervisor import Step, Supervisor
 from tfkern.bench.gpu.worker import ROOT, plain
 
 COMMITTED = ROOT / "bench" / "results"
-DRY_BUDGET = 900.0  # enough for any machine
+DRY_BUDGET = 900.0  # seconds for a call of a dry run
 REPORTING = 12.0  # seconds that the report may take
-IN_NAMES = frozenset(string.ascii_letters + string.digits + "._-")  # of files that come back from a GPU machine
-CORES = 15  # of the 16 of a GPU machine
+IN_NAMES = frozenset(string.ascii_letters + string.digits + "._-")  # allowed in names of files from a GPU machine
+CORES = 15  # worker processes; a GPU machine has 16 cores
 
 
 def step(name: str, cases, seconds: float, **options) -> Step:
@@ -41,13 +41,14 @@ def step(name: str, cases, seconds: float, **options) -> Step:
 
 
 def compiling(problems, seconds: float) -> Step:
-    """Without it kernels are compiled one after the other, as they are met, and the GPU waits."""
+    """The step that compiles the kernels of `problems` ahead. Without it the GPU waits while each kernel is compiled at its
+    first launch."""
     cases = functools.partial(steps.compiled, problems=problems)
     return step("prewarm", cases, seconds, workers=CORES, quiet=60, always=True, fake=True)
 
 
 ENVIRONMENT = step("environment", steps.environment, 6, always=True)
-# (seconds for all of it, its steps)
+# {call: (seconds for all of its steps, its steps)}
 CALLS: dict[int, tuple[float, list[Step]]] = {
     1: (170, [
         ENVIRONMENT,
@@ -92,7 +93,11 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """0; 1 if anything is wrong; 2 if there is nothing to run or no GPU; 3 if rows can't be written; 128 + n by signal n."""
+    """Run the calls that the command line asks for, and return the exit status.
+
+    It is 0, or 1 if anything is wrong, 2 if no call is named or there is no GPU, 3 if rows cannot be written, and 128 + n
+    after signal n.
+    """
     args = arguments()
     machine = runner.machine() | ({"commit": args.commit} if args.commit else {})
     if args.call is None and not args.dry_run:
@@ -120,11 +125,11 @@ def main() -> int:
         finish(rows, machine)
     if signals:
         return 128 + signals[0]
-    return 1 if problems(rows.rows) or (args.dry_run and unfinished) else 0  # a real run's time need not be enough
+    return 1 if problems(rows.rows) or (args.dry_run and unfinished) else 0  # a real run may leave cases to the next
 
 
 def open_rows(args: argparse.Namespace, device: str) -> RowFile:
-    """The file of rows, begun with those that are committed where there are none yet."""
+    """The file of rows for a device. If it is not there, it begins as a copy of the committed one."""
     name = "dry-run" if args.dry_run else "".join(c if c in IN_NAMES else "-" for c in runner.folder_name(device))
     folder = (args.out or (ROOT / "tfkern-out" if args.dry_run else COMMITTED)) / name
     path, committed = folder / "rows.jsonl", COMMITTED / name / "rows.jsonl"
@@ -137,7 +142,10 @@ def open_rows(args: argparse.Namespace, device: str) -> RowFile:
 
 
 def run(call: int, args: argparse.Namespace, rows: RowFile, machine: dict, cut: Callable[[], bool]) -> list[str]:
-    """One call's steps, each with its weight's share of the time that is left; the names of those with cases left to do."""
+    """Run the steps of a call, and return the names of those that have cases left to do.
+
+    Each step gets a share of the time that is left, in proportion to its `seconds`. `cut` returns whether the run has to stop.
+    """
     budget, found = CALLS[call]
     budget = args.budget or (DRY_BUDGET if args.dry_run else budget)
     found = [step for step in found if step.name in args.only]
@@ -161,11 +169,12 @@ def run(call: int, args: argparse.Namespace, rows: RowFile, machine: dict, cut: 
 
 
 def finish(rows: RowFile, machine: dict) -> None:
-    """The results file, tables and plots, and what is wrong; what can't be written stops none of the rest."""
+    """Close the rows, write the results files and plots, and print the problems. If a file cannot be written, the problems are
+    printed all the same."""
     rows.close()
     folder = rows.path.parent
     try:
-        with tempfile.TemporaryDirectory(dir=folder) as new:  # nothing half written takes the place of what is there
+        with tempfile.TemporaryDirectory(dir=folder) as new:  # a half-written file replaces none
             report.write(current(rows.rows), Path(new), machine)
             for file in Path(new).iterdir():
                 print(file.replace(folder / file.name))
@@ -178,4 +187,4 @@ def finish(rows: RowFile, machine: dict) -> None:
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    os._exit(status)  # without waiting for a process that the GPU holds
+    os._exit(status)  # does not wait for a process that the GPU holds

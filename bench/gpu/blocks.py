@@ -1,6 +1,7 @@
-"""A training step of whole models, BERT-base, GPT-2 and ViT-B/16, with our attention and with PyTorch's.
+"""Time a training step of whole models (BERT-base, GPT-2 and ViT-B/16) with our attention and with PyTorch's.
 
-Autocast to bf16, a fused AdamW, inputs on the device. Milliseconds a step: what attention is worth to who trains a model.
+A step runs under autocast to bf16, with a fused AdamW and inputs on the device. Its milliseconds show what attention
+contributes to the time of training.
 """
 
 import functools
@@ -22,7 +23,8 @@ from tfkern.models.vit import ViT, ViTConfig
 
 @dataclass(frozen=True)
 class Model:
-    """How to build one, at its published size or a tiny one, and its inputs for a batch."""
+    """A model to time: build(tiny, attention) makes it, at its published size or a tiny one; inputs(tiny, batch) makes its
+    inputs on the CPU; `batch` is the batch size at the published size."""
 
     build: Callable[[bool, Callable], nn.Module]
     inputs: Callable[[bool, int], Tensor]
@@ -71,7 +73,8 @@ ATTENTIONS: dict[str, Callable] = {
 
 
 def step_row(model: str, attention: str, device: torch.device, tiny: bool) -> Iterator[dict]:
-    """Milliseconds of one training step."""
+    """Yield one row with the milliseconds of a training step: median, 20th and 80th percentile. If the attention cannot run,
+    the row has the reason as `skipped`."""
     about, batch = MODELS[model], 2 if tiny else MODELS[model].batch
     torch.manual_seed(0)
     module = about.build(tiny, ATTENTIONS[attention]).to(device)
@@ -81,7 +84,7 @@ def step_row(model: str, attention: str, device: torch.device, tiny: bool) -> It
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16):
             logits = module(inputs)
-        # the value is nobody's concern here, but every logit takes part in it, as in training
+        # the targets are arbitrary, but every logit takes part in the loss, as in training
         F.cross_entropy(logits.flatten(0, -2).float(), logits.flatten(0, -2).argmax(-1)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -3,8 +3,9 @@
 
 usage: python bench/gpu/checkout.py [ARGUMENTS OF PYTHON …], such as: python bench/gpu/checkout.py -m tfkern.bench.gpu --call 1
 
-The package is put together of links in a folder of its own, since device code and benchmarks are beside it in the checkout
-(setup.py says why); that folder is the working directory, and first on PYTHONPATH for all that the command starts.
+In the checkout, device code and benchmarks lie beside the package, not in it (setup.py says why). So the package is assembled
+from symbolic links in a temporary folder. That folder is the working directory of the command, and first on PYTHONPATH for all
+processes that it starts.
 """
 
 import os
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def package(folder: Path) -> None:
-    """Links to all that tfkern is made of."""
+    """Make the package tfkern in `folder`, from symbolic links to its parts in the checkout."""
     inside = folder / "tfkern"
     inside.mkdir()
     parts = [path for path in (ROOT / "tfkern").iterdir() if path.name != "__pycache__"]

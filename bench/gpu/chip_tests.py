@@ -1,4 +1,4 @@
-"""The tests of tests/ that take a device, as the cases of a step: pytest collects them, the supervisor says which runs next."""
+"""The step that runs the tests of tests/ that use a device. pytest collects them, and the supervisor names the next to run."""
 
 import os
 from collections.abc import Iterator
@@ -7,19 +7,19 @@ import pytest
 
 from tfkern.bench.gpu.worker import ROOT, TEXT, Context, Serve
 
-# The kernels that no other machine runs first; small problems of each feature before large ones.
+# In order of value: first kernels that run on no other machine, then small problems of each feature, then large ones.
 FILES = ("tests/test_hopper.py", "tests/test_hopper_backward.py", "tests/test_small.py", "tests/test_attention.py")
 DRY_FILES = ("tests/test_small.py",)
-DRY = 30  # without a GPU one test in so many
+DRY = 30  # a dry run takes one test in 30
 
 
 class Plugin:
-    """Serves what was collected in the place of pytest's own loop."""
+    """A pytest plugin that serves the collected tests as cases, in place of pytest's own loop."""
 
     def __init__(self, context: Context, serve: Serve):
         self.context, self.serve = context, serve
         self.reports: list[pytest.TestReport] = []
-        self.broken: dict[str, str] = {}  # what could not be collected
+        self.broken: dict[str, str] = {}  # {name: error} of what could not be collected
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -37,7 +37,7 @@ class Plugin:
         return True
 
     def _rows(self, item: pytest.Item) -> Iterator[dict]:
-        """Run a test: what pytest reports of its setup, call and teardown, as one row."""
+        """Run a test, and yield one row with the seconds of its setup, call and teardown, and its failure or reason to skip."""
         self.reports.clear()
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
         row = dict(seconds=round(sum(report.duration for report in self.reports), 2))
@@ -50,20 +50,21 @@ class Plugin:
 
 
 def _line(report: pytest.TestReport) -> str:
-    """The error's message in one line."""
+    """The phase in which a test failed and the first line of the error's message."""
     crash = getattr(report.longrepr, "reprcrash", None)
     return f"{report.when} failed: {crash.message.splitlines()[0] if crash and crash.message else report.nodeid}"
 
 
 def _on_the_chip(item: pytest.Item) -> bool:
-    """Whether a test runs kernels on the device that is there."""
+    """Whether a test runs kernels on the device: it takes a device or has a GPU marker, and its backend is not cpu or eager."""
     if getattr(item, "callspec", None) and item.callspec.params.get("backend") in ("cpu", "eager"):
         return False
     return "device" in item.fixturenames or any(item.get_closest_marker(name) for name in ("gpu", "hopper_gpu"))
 
 
 def in_turn(items: list[pytest.Item]) -> list[pytest.Item]:
-    """One of each file, then the next of each: when time is up all have had their share."""
+    """The tests with files interleaved: the first test of each file, then the second of each, and so on. So each file has had a
+    share when time is up."""
     by_file: dict[str, list[pytest.Item]] = {}
     for item in items:
         by_file.setdefault(item.nodeid.partition("::")[0], []).append(item)
@@ -72,7 +73,7 @@ def in_turn(items: list[pytest.Item]) -> list[pytest.Item]:
 
 
 def run(context: Context, serve: Serve) -> None:
-    """The step, as supervisor.Step has it."""
+    """Run the step: the `run` of a supervisor.Step."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the tests ask for deterministic algorithms
     files = [str(ROOT / name) for name in (DRY_FILES if context.dry else FILES)]
     options = ["-q", f"--rootdir={ROOT}", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "default"]

@@ -1,9 +1,10 @@
-"""Problems whose gradients come back as NaN from a peer: what they are, and who gives what for them.
+"""Problems for which another implementation returns NaN gradients, and the results of each implementation for them.
 
-All have scores so far below zero that exp(-lse) overflows float32, at lse < -88.7, in places where a kernel has no key:
+In all of them the scores are so far below zero (lse < -88.7) that exp(-lse) overflows float32, in places of a tile that hold
+no key. The known faults are:
 - cuDNN's dQ with a mask and 64 keys more than a multiple of 128, PyTorch 2.11 to 2.13 (pytorch/pytorch issue 196678).
 - cuDNN's dK and dV of one query and 128 keys (NVIDIA/cudnn-frontend issue 1072).
-200 keys leave part of a tile empty whatever the tiles are: there others, ours among them, might do the same.
+200 keys leave part of a tile empty whatever the tile size is, so other implementations, ours included, might fail there.
 """
 
 import functools
@@ -21,13 +22,14 @@ from tfkern.bench.providers import SDPA, default_choice, is_ours, passed_over, p
 from tfkern.testing import budget
 
 HEADS, HEAD_DIM = 1, 64
-SCORE = -120.0  # of every query with every key, nearly
+SCORE = -120.0  # the approximate score of every query with every key
 NAMES = (*(f"tfkern {name}" for name in BACKENDS if name != "cpu"), *SDPA)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """n_q queries and n_k keys; mask: "bool" hides what a causal mask would, "float" adds 0; None: none is given."""
+    """A problem of n_q queries and n_k keys. mask: "bool" is a causal mask as a tensor, "float" a mask of zeros to add, None no
+    mask."""
 
     name: str
     n_q: int
@@ -69,14 +71,15 @@ FAULTS = [
 
 
 def cases(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Callable[[], Iterator[dict]]]]:
-    """(name, function that makes the row) of every fault and provider."""
+    """Yield (name, function that makes its row) for every fault and provider."""
     for fault in FAULTS:
         for name in NAMES:
             yield f"{fault.name}, {name}", functools.partial(rows, fault, name, dtype, device)
 
 
 def rows(fault: Fault, name: str, dtype: torch.dtype, device: torch.device) -> Iterator[dict]:
-    """Which results are finite, and which are wrong; that is a `problem` where it is ours."""
+    """Yield one row: the kernels that ran, whether each result is finite, and the wrong results. These are a `problem` if the
+    provider is ours, else `wrong`. If the provider cannot run, the row has the reason as `skipped`."""
     row = dict(fault=fault.name, provider=name)
     inputs = fault.inputs(dtype, device)
     try:
@@ -95,7 +98,7 @@ def rows(fault: Fault, name: str, dtype: torch.dtype, device: torch.device) -> I
 
 
 def results(function: Callable, inputs: testing.Inputs) -> dict[str, Tensor]:
-    """out and the gradients, of a function that gives no lse."""
+    """The output and the gradients (out, dq, dk, dv) of an attention function that returns the output alone."""
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.tensors.items()}
     out = function(*leaves.values(), **inputs.options)
     grads = torch.autograd.grad(out, list(leaves.values()), inputs.do)

@@ -1,9 +1,9 @@
-"""Compiles what a run will need before it needs it: by as many processes as there are cores, with no GPU at work.
+"""Compile the kernels of a run ahead of it, in several processes, without using a GPU.
 
-A problem runs the whole way that the real one takes, up to the driver, in whose place fake_gpu.py stands with an H100's
-numbers. So a kernel gets the same options and argument types, and Triton keeps it on disk under the same key: its own sources,
-the kernel's, the types and alignment of the arguments, constants, options, the target (sm_90), the version of ptxas, and some
-environment variables. The real run, in the same environment, finds it there.
+A problem takes the same path as in the real run, up to the driver. In place of the driver, fake_gpu.py gives the properties of
+an H100. So a kernel gets the same options and argument types, and Triton caches it on disk under the same key. The key is made
+of Triton's sources, the kernel's, the types and alignment of the arguments, constants, options, the target (sm_90), the version
+of ptxas, and some environment variables. The real run, in the same environment, finds the kernel in the cache.
 """
 
 import functools
@@ -27,7 +27,7 @@ FEATURES = [case for case in (*testing.CASES, *testing.FEATURE_CASES) if case.na
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that launches our kernels: run(*arguments), on CPU tensors. Its results are whatever memory held."""
+    """A call, run(*arguments), that launches our kernels on CPU tensors. Its results are undefined, since no kernel runs."""
 
     name: str
     run: Callable
@@ -35,46 +35,49 @@ class Problem:
 
 
 def attention(shape: Shape, backend: str) -> Problem:
-    """Forward and backward of a shape, as runner.py times and verifies it."""
+    """The forward and backward of a shape, as runner.py times and verifies them."""
     return Problem(f"{shape.name} {backend}", _attend, (shape, backend))
 
 
 def check(case: testing.Case, backend: str) -> Problem:
-    """Forward and backward of a case, as testing.check runs it on a GPU."""
+    """The forward and backward of a case, as testing.check runs them on a GPU."""
     return Problem(f"{case.name} {backend}", _check, (case, backend))
 
 
 def candidate(one: tuning.Candidate) -> Problem:
-    """Tiles that tuning.py times."""
+    """The pass that tuning.py times for a candidate of tiles."""
     return Problem(one.name, tuning.launch, (one, torch.device("cpu")))
 
 
 def smoke_form(form: str) -> Problem:
-    """What smoke.py tries."""
+    """The problem that smoke.py runs for a form."""
     return Problem(f"{form} smoke", _smoke, (form,))
 
 
 def fault(one: peer_faults.Fault, backend: str) -> Problem:
-    """Where a peer gives NaN."""
+    """The forward and backward of a problem of peer_faults.py."""
     return Problem(f"{one.name} {backend}", _fault, (one, backend))
 
 
 def first_call() -> Iterator[Problem]:
-    """What `make gpu CALL=1` runs, what takes longest to compile first: all features at once, then the kernels for Hopper."""
+    """Yield the problems of `make gpu CALL=1`, those that take longest to compile first: features, the case with all of them
+    foremost, then the kernels for Hopper, then plain shapes."""
     yield from (check(case, "portable") for case in reversed(FEATURES))
     yield from map(smoke_form, smoke.FORMS)
     yield from (attention(shape, "portable") for shape in shapes.GPU_SHAPES)
 
 
 def second_call() -> Iterator[Problem]:
-    """CALL=2, but for its tests, which compile on their own many cores."""
+    """Yield the problems of `make gpu CALL=2`, without those of its tests, which run and compile in many processes
+    themselves."""
     yield from (check(case, "portable") for case in reversed(FEATURES))
     yield from (attention(shape, backend) for backend in repeats.BACKENDS for shape in shapes.GPU_SHAPES)
     yield from (fault(one, backend) for backend in repeats.BACKENDS for one in peer_faults.FAULTS)
 
 
 def third_call() -> Iterator[Problem]:
-    """CALL=3: tiles in the order in which tuning.py wants them; then what the sanitizer, models and long sequences run."""
+    """Yield the problems of `make gpu CALL=3`: candidates of tiles in the order in which tuning.py times them, then what the
+    other steps run."""
     yield from map(candidate, tuning.cases())
     yield from map(smoke_form, smoke.FORMS)
     yield from (attention(shape, backend) for backend in repeats.BACKENDS for shape in shapes.GPU_SHAPES)
@@ -102,16 +105,17 @@ def _check(case: testing.Case, backend: str) -> None:
 
 
 def cases(problems: Iterable[Problem]) -> Iterator[tuple[str, Callable[[], Iterator[dict]]]]:
-    """(name, function that compiles it and gives a row with the seconds) of every kernel that problems launch, each once."""
+    """Yield (name, function that compiles it and yields a row with the seconds) for every kernel that the problems launch,
+    once a kernel. A problem that is declined or fails is a case of its own, with the reason."""
     fake_gpu.install(Driver(90, lambda *_: None))
     found: dict[str, Problem] = {}
     for problem in problems:
         try:
             names = _launched(problem)
-        except tfkern.UnsupportedError as error:  # declined, so that the real run launches nothing either
+        except tfkern.UnsupportedError as error:  # the real run launches nothing either
             yield problem.name, functools.partial(iter, [dict(skipped=passed_over(problem.name, error))])
             continue
-        except Exception as error:  # one problem's fault must not take the others' kernels away
+        except Exception as error:  # the kernels of the other problems are still compiled
             yield problem.name, functools.partial(iter, [dict(problem=faults.line(error))])
             continue
         for name in names:
@@ -121,13 +125,14 @@ def cases(problems: Iterable[Problem]) -> Iterator[tuple[str, Callable[[], Itera
 
 
 class Driver(fake_gpu.Driver):
-    """Compiles also the C that Triton launches a kernel with, which Triton keeps on disk, too: with 3.6 each has its own."""
+    """A fake driver that also compiles the C code with which Triton launches a kernel. Triton caches that on disk too; with
+    Triton 3.6 each kernel has its own."""
 
     def launcher_cls(self, src, metadata):
         driver = compat_triton.nvidia_driver()
         try:
             driver.library_dirs()
-        except AssertionError:  # no libcuda to link with, so that nothing will be launched here
+        except AssertionError:  # there is no libcuda to link with, so nothing is launched on this machine
             return self.launcher
         driver.CudaUtils()
         if hasattr(driver, "make_launcher"):
@@ -136,7 +141,7 @@ class Driver(fake_gpu.Driver):
 
 
 def _launched(problem: Problem) -> list[str]:
-    """What a problem launches, without compiling it."""
+    """The names (see identity) of the kernels that a problem launches. Nothing is compiled."""
     names = []
     _run(problem, lambda *launched, **tensors: names.append(identity(*launched, **tensors)))
     return names
@@ -162,7 +167,7 @@ def _compile(name: str, problem: Problem) -> Iterator[dict]:
 
 
 def _is_tried(problem: Problem) -> bool:
-    """Whether its tiles are a candidate that no table has: that they need too much is a result."""
+    """Whether a problem is a candidate of tiles that is not in the table. The compiler may refuse those."""
     return problem.run is tuning.launch and not problem.arguments[0].own
 
 
@@ -172,14 +177,14 @@ def _run(problem: Problem, instead: Callable) -> None:
 
 
 def identity(one: launch.Launch, features: tuple, feature_tensors: tuple, **tensors: Tensor | None) -> str:
-    """The name of a kernel with its tiles, and a digest of all that it is compiled for, the same in every process."""
+    """The name of a kernel with its tiles, and a digest of all that it is compiled for. It is the same in every process."""
     constants = [(key, getattr(value, "__name__", value)) for key, value in one.constants.items()]
     what = _kind((one.ordered(tensors), features, one.numbers)), one.blocks, constants, sorted(one.options.items())
     return f"{launches.name(one)} #{hashlib.sha256(repr(what).encode()).hexdigest()[:8]}"
 
 
 def _kind(x) -> object:
-    """What the compiler is told of an argument."""
+    """The properties of an argument for which the compiler specialises a kernel: type, and alignment of a tensor."""
     if isinstance(x, tuple):
         return tuple(map(_kind, x))
     if isinstance(x, Tensor):

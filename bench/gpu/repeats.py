@@ -1,4 +1,4 @@
-"""The same inputs give the same bits, many times over: by the portable kernels and by those for Hopper, each of them."""
+"""Check that the same inputs give the same bits in many repeats, by the portable kernels and by those for Hopper."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +19,8 @@ BACKENDS = ("hopper", "portable")
 def cases(
     shapes: Iterable[Shape], features: Iterable[testing.Case], dtype: torch.dtype, device: torch.device, times: int = TIMES
 ) -> Iterator[tuple[str, Callable[[], Iterator[dict]]]]:
-    """(name, function that makes the row): shapes as they are timed, which reach every kernel, then features one by one."""
+    """Yield (name, function that makes its row): for each shape by each backend, then for each case of `features` by the
+    portable one."""
     for shape in shapes:
         for backend in BACKENDS:
             yield (
@@ -31,7 +32,8 @@ def cases(
 
 
 def rows(make: Callable[[], Callable[[], dict[str, Tensor]]], times: int) -> Iterator[dict]:
-    """What the function that `make` gives does `times` times as it did the first time."""
+    """Yield one row: the kernels that ran, and whether `times` repeats of the function that `make` returns give the bits of its
+    first run. The first result that differs is a `problem`. If the function cannot run, the row has the reason as `skipped`."""
     try:
         run = make()
         with launches.watched() as seen:
@@ -49,7 +51,7 @@ def rows(make: Callable[[], Callable[[], dict[str, Tensor]]], times: int) -> Ite
 
 
 def _bits(x: Tensor) -> Tensor:
-    """NaN is as good as any other number here."""
+    """The bytes of a tensor. Compared as bytes, equal NaNs are equal."""
     return x.detach().contiguous().view(torch.uint8)
 
 

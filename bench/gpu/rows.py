@@ -1,7 +1,8 @@
 """The rows of a run: one JSON object a line, appended as they come, by one process.
 
 A row has `step`, the `case` that it is about, and figures, or why there are none (`skipped`), or what is wrong (`problem`).
-Each try of a case is a row that it `began`, those of its figures, and a row that it `ended`. Of several tries the last counts.
+A try of a case writes a row with the time at which it `began`, rows of figures, and a row with the time at which it `ended`. If
+a case was tried several times, the last try counts.
 """
 
 import json
@@ -13,24 +14,24 @@ MARKS = ("began", "ended")
 
 
 class RowsError(Exception):
-    """Rows can't be written any more; the message says where and why."""
+    """Rows cannot be written any more. The message says where and why."""
 
 
 @dataclass
 class Try:
-    """What the last try of a case has written."""
+    """The rows that a try of a case has written, and whether it ran to its end."""
 
     rows: list[dict] = field(default_factory=list)
     ended: bool = False
 
     @property
     def done(self) -> bool:
-        """Whether there is nothing left to do: it ran to its end, and nothing was wrong."""
+        """Whether the try ran to its end without a problem."""
         return self.ended and not any(row.get("problem") for row in self.rows)
 
 
 def read(path: Path) -> tuple[list[dict], int]:
-    """The rows of a file, none if it is not there, and how many of its lines are no whole row."""
+    """The rows of a file, and the number of its lines that are not a whole row. A file that is not there has no rows."""
     rows, torn = [], 0
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
@@ -41,7 +42,7 @@ def read(path: Path) -> tuple[list[dict], int]:
 
 
 def tries(rows: list[dict]) -> dict[tuple[str, str], Try]:
-    """{(step, case): its last try}, in the order in which these began."""
+    """{(step, case): its last try}, in the order in which the last tries began."""
     found: dict[tuple[str, str], Try] = {}
     for row in rows:
         key = row["step"], row.get("case")
@@ -61,18 +62,18 @@ def current(rows: list[dict]) -> list[dict]:
 
 
 def problems(rows: list[dict]) -> list[str]:
-    """What is wrong, one line each."""
+    """The problems of the current rows, one line each."""
     wrong = (row for row in current(rows) if row.get("problem"))
     return [f"{row['step']} {row.get('case')}: {first_line(row['problem'])}" for row in wrong]
 
 
 def first_line(text: str) -> str:
-    """What fits in a list of problems."""
+    """The first line of a text, cut to 300 characters."""
     return text.strip().splitlines()[0][:300]
 
 
 class RowFile:
-    """A file of rows to append to. It holds whole lines alone: what a cut has torn is dropped, and counted in `torn`."""
+    """A file of rows to append to. Lines that an earlier run left incomplete are removed, and counted in `torn`."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -86,7 +87,7 @@ class RowFile:
         self._size = path.stat().st_size
 
     def append(self, row: dict) -> None:
-        """Write a row, or leave the file as it was and raise RowsError."""
+        """Write a row. If that fails, leave the file as it was and raise RowsError."""
         line = (json.dumps(row, default=str) + "\n").encode()
         try:
             if (written := self._file.write(line)) < len(line):

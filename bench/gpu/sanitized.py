@@ -1,4 +1,4 @@
-"""A few small problems, forward and backward, for compute-sanitizer to watch.
+"""Run a few small problems, forward and backward, under compute-sanitizer.
 
 usage: compute-sanitizer python -m tfkern.bench.gpu.sanitized {portable,hopper}
 """
@@ -24,14 +24,15 @@ PORTABLE = [
 
 
 def portable(device: torch.device) -> Iterator[tuple[str, str]]:
-    """(case, what is wrong) of the portable kernels."""
+    """Yield (case, its wrong results) of the portable kernels. The text is empty if all results are right."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for case in PORTABLE:
         yield case.name, "; ".join(str(e) for e in testing.check(case, dtype, "portable", device) if not e.ok)
 
 
 def hopper(device: torch.device) -> Iterator[tuple[str, str]]:
-    """(form, what is wrong) of each kernel for Hopper; without a GPU they are launched into nothing."""
+    """Yield (form, what is wrong) of each form of the kernels for Hopper. The text is empty if nothing is wrong. Without a
+    GPU the launches do nothing."""
     for form in smoke.FORMS:
         for row in smoke.rows(form, device, dry=device.type == "cpu"):
             yield form, row.get("problem", "")

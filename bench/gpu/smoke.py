@@ -1,4 +1,4 @@
-"""One small problem for each kernel for Hopper, by that kernel alone, against the oracle: whether it runs at all."""
+"""Run one small problem by each kernel for Hopper, and compare the results with the oracle."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from tfkern import backends, call, testing, tiles
 from tfkern.bench import fake_gpu, launches
 from tfkern.testing import CAUSAL, Case
 
-# By the kernels of the form: the problem. The backward in one launch wants the heads of a full chip.
+# {names of the kernels of a form, joined by +: its problem}. The backward in one launch needs enough heads to fill a chip.
 FORMS = {
     "flash_fwd": Case("several-tiles", 3, 300, 64, options=CAUSAL),
     "flash_fwd_short": Case("few-keys", 3, 197, 64),
@@ -21,18 +21,20 @@ FORMS = {
 
 @contextmanager
 def forced(form: str) -> Iterator[None]:
-    """Problems of head dim 64 by the kernels of a form, and of what it does not name by the usual ones."""
+    """Make problems of head dim 64 take the kernels of a form within the block. A direction that the form does not name takes
+    its usual kernels."""
     forward = dict(usual=(), heavy=()) if form == "flash_fwd_short" else dict(short=None)
     with (
         mock.patch.dict(tiles.HOPPER, {64: tiles.HOPPER[64]._replace(**forward)}),
         mock.patch.dict(tiles.HOPPER_ONE_PASS, clear=form != "flash_bwd"),
-        mock.patch.dict(call._problems, clear=True),  # they keep launches
+        mock.patch.dict(call._problems, clear=True),  # cached problems keep their launches
     ):
         yield
 
 
 def rows(form: str, device: torch.device, dry: bool) -> Iterator[dict]:
-    """The error of each result, and the kernels that ran; dry: launched into nothing, for a GPU that is not there."""
+    """Yield one row: the kernels that ran, the error and budget of each result, and what is wrong. dry: launches do nothing, so
+    that there are no errors; no GPU is needed."""
     with forced(form), launches.watched() as seen:
         errors = _into_nothing(FORMS[form]) if dry else testing.check(FORMS[form], torch.bfloat16, "hopper", device)
     row = dict(kernels=[launches.name(one) for one in seen], errors={e.quantity: [e.error, e.budget] for e in errors})

@@ -1,4 +1,5 @@
-"""The steps of `make gpu` (__main__.py): each gives its cases, the most valuable first, and a case makes rows (rows.py)."""
+"""The steps of `make gpu` (__main__.py). A step is a function that returns its cases, the most valuable first; a case yields
+rows (rows.py)."""
 
 import functools
 import os
@@ -14,7 +15,7 @@ from tfkern.bench.gpu import blocks, peer_faults, prewarm, repeats, smoke, tunin
 from tfkern.bench.gpu.worker import Cases, Context
 
 HEADLINE = ("tfkern portable", "sdpa default", "sdpa cudnn", "sdpa flash", "sdpa efficient")
-SANITIZER = "/usr/local/cuda/bin/compute-sanitizer"  # where it is not on the PATH
+SANITIZER = "/usr/local/cuda/bin/compute-sanitizer"  # used if it is not on the PATH
 TOOLS = [
     ("nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks_event_reasons.active,power.draw,"
      "power.limit,temperature.gpu,memory.total,memory.used", "--format=csv"),
@@ -26,10 +27,10 @@ TOOLS = [
 
 
 def environment(context: Context) -> Cases:
-    """What the figures depend on, by the machine's own tools."""
+    """The case that records the machine: its hardware, software versions, TRITON variables and the output of TOOLS."""
 
     def rows():
-        about = {key: value for key, value in runner.machine().items() if key != "commit"}  # every row has it
+        about = {key: value for key, value in runner.machine().items() if key != "commit"}  # every row has the commit
         yield about | dict(cores=os.cpu_count(), variables=sorted(key for key in os.environ if key.startswith("TRITON")))
         for command in TOOLS:
             if shutil.which(command[0]):
@@ -40,13 +41,13 @@ def environment(context: Context) -> Cases:
 
 
 def compiled(context: Context, problems: Callable[[], Iterator[prewarm.Problem]]) -> Cases:
-    """The kernels that a call needs, before it needs them; of a dry run one in twenty."""
+    """The cases that compile the kernels of `problems` ahead. A dry run takes one in twenty."""
     cases = list(prewarm.cases(problems()))
     return cases[:: 20 if context.dry else 1]
 
 
 def features(context: Context) -> Cases:
-    """The portable kernels, a dozen features against the oracle."""
+    """The cases that compare the portable kernels with the oracle, one for each of a dozen features."""
     for case in _features(context):
         yield case.name, functools.partial(_checked, case, context)
 
@@ -63,12 +64,13 @@ def _checked(case: testing.Case, context: Context) -> Iterator[dict]:
 
 
 def headline(context: Context) -> Cases:
-    """The portable kernels beside PyTorch's, verified, then timed in CUDA graphs."""
+    """The cases that verify the portable kernels and PyTorch's, and time them in CUDA graphs."""
     return attention(context, HEADLINE)
 
 
 def attention(context: Context, names: tuple[str, ...], graphs: tuple[bool, ...] = (True,)) -> Cases:
-    """Providers on every shape; without a GPU there are no graphs."""
+    """The cases that verify and time the named providers on every shape, with or without CUDA graphs as `graphs` says. A dry
+    run uses no graphs."""
     seconds = 0.01 if context.dry else 0.1
     for graph in graphs if not context.dry else (False,):
         for shape in _shapes(context):
@@ -83,29 +85,29 @@ def _shapes(context: Context) -> list[shapes.Shape]:
 
 
 def smokes(context: Context) -> Cases:
-    """Each kernel for Hopper, once."""
+    """The cases that run each form of the kernels for Hopper once (smoke.py)."""
     for form in smoke.FORMS:
         yield form, functools.partial(smoke.rows, form, context.device, context.dry)
 
 
 def hopper(context: Context) -> Cases:
-    """The kernels for Hopper, verified, then timed, in graphs first."""
+    """The cases that verify and time the kernels for Hopper, first in CUDA graphs, then without."""
     return attention(context, ("tfkern hopper",), graphs=(True, False))
 
 
 def repeat(context: Context) -> Cases:
-    """The same inputs and seed give the same bits, many times over."""
+    """The cases that check that the same inputs and seed give the same bits in many repeats (repeats.py)."""
     features = _features(context)[: 1 if context.dry else None]
     return repeats.cases(_shapes(context), features, context.dtype, context.device, 1 if context.dry else repeats.TIMES)
 
 
 def peers(context: Context) -> Cases:
-    """Where peers' gradients are NaN, who gives what."""
+    """The cases that run each provider on problems for which some return NaN gradients (peer_faults.py)."""
     return peer_faults.cases(context.dtype, context.device)
 
 
 def tune(context: Context) -> Cases:
-    """Candidates of tile sizes, by time; on a machine without a GPU one of each kernel is compiled."""
+    """The cases that time candidates of tile sizes (tuning.py). A dry run compiles one candidate of each kernel instead."""
     if context.dry:
         yield from prewarm.cases(map(prewarm.candidate, tuning.cases(first_only=True)))
         return
@@ -114,7 +116,8 @@ def tune(context: Context) -> Cases:
 
 
 def sanitizer(context: Context) -> Cases:
-    """compute-sanitizer over small problems, forward and backward; without it they run by themselves."""
+    """The cases that run small problems, forward and backward, under compute-sanitizer. Where it is missing, or without a
+    GPU, the problems run without it."""
     for backend in ("hopper", "portable"):
         for tool in ("memcheck", "racecheck")[: 1 if context.dry else None]:
             yield f"{tool} {backend}", functools.partial(_watched, tool, backend, context)
@@ -137,14 +140,14 @@ def _watched(tool: str, backend: str, context: Context) -> Iterator[dict]:
 
 
 def training(context: Context) -> Cases:
-    """A training step of whole models."""
+    """The cases that time a training step of whole models (blocks.py)."""
     pairs = [(model, name) for model in blocks.MODELS for name in blocks.ATTENTIONS]
     for model, name in pairs[:: 4 if context.dry else 1]:
         yield f"{model} {name}", functools.partial(blocks.step_row, model, name, context.device, context.dry)
 
 
 def memory(context: Context) -> Cases:
-    """Peak memory forward and backward, to a length of 128k."""
+    """The cases that measure the peak memory of forward and backward, up to a length of 128k."""
     for length in (64,) if context.dry else (1024, 4096, 16384, 65536, 131072):
         for name in ("tfkern portable", "sdpa flash", "sdpa efficient", "naive"):
             given = name, length, context.dtype, context.device
@@ -152,12 +155,12 @@ def memory(context: Context) -> Cases:
 
 
 def flex(context: Context) -> Cases:
-    """FlexAttention, which compiles for each shape."""
+    """The cases that verify and time FlexAttention, which compiles for each shape."""
     return attention(context, ("flex",))
 
 
 def overhead(context: Context) -> Cases:
-    """The Python around a call, on tensors too small to keep a GPU busy."""
+    """The case that times the Python around a call, on tensors too small to keep a GPU busy."""
     from tfkern.bench import overhead as measure
 
     def rows():

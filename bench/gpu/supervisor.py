@@ -1,8 +1,8 @@
-"""Runs the cases of a step in processes of their own, writes the rows of each as they come, and goes on behind a case that ends
-its process: by an error of CUDA, a crash, or a watchdog.
+"""Run the cases of a step in separate processes and write their rows as they come. If a case ends its process, by an error of
+CUDA, a crash or the watchdog, another process goes on with the next case.
 
-A case has `quiet` seconds from one row to the next; time in Triton's compiler has a bound of its own. What failed, hung or was
-cut off is not done: a later call tries it again, behind all that was not tried.
+The watchdog allows `quiet` seconds from one row to the next; time in Triton's compiler has a bound of its own. A case that
+failed, hung or was cut off is not done. A later call tries it again, after the cases that were never tried.
 """
 
 import contextlib
@@ -23,17 +23,21 @@ from tfkern.bench.gpu.rows import RowFile, first_line, tries
 
 STARTING = 90.0  # seconds that a process may take to import, collect and name its cases
 COMPILING = 90.0  # seconds that one kernel may take to compile
-GOING = 2.0  # seconds that a process may take to go
-STACK = 0.2  # seconds that it gets to write where it stands
-TICK = 0.5  # seconds at most between two looks at the watchdog
-START = "start"  # the case that stands for the time until a step's cases are named
+GOING = 2.0  # seconds that a process may take to exit
+STACK = 0.2  # seconds that a process gets to write its stack
+TICK = 0.5  # seconds at most between two checks of the watchdog
+START = "start"  # the name of the case that stands for the time until a step has named its cases
 
 
 @dataclass(frozen=True)
 class Step:
-    """What to run, and how: `seconds` weighs it against the steps of its call; `alone`: each case in a process of its own;
-    `always`: in every call, whatever earlier ones have written; `fake`: without a GPU kernels are compiled for one that is not
-    there, not interpreted."""
+    """A step, and how to run it.
+
+    seconds: its weight when the time of a call is shared among its steps. workers: the number of its processes. quiet: the
+    seconds that a case may take from one row to the next. alone: each case runs in a process of its own. always: the step runs
+    in every call, also if earlier calls have done its cases. fake: a dry run compiles kernels for a GPU that is not there, in
+    place of interpreting them.
+    """
 
     name: str
     run: Callable[[worker.Context, worker.Serve], None]
@@ -47,7 +51,7 @@ class Step:
 
 @dataclass
 class Outcome:
-    """What became of a step's cases."""
+    """How many cases a step has, how many are done and how many have problems, and the seconds that it took."""
 
     cases: int = 0
     done: int = 0  # by this call or an earlier one
@@ -60,10 +64,10 @@ class Outcome:
 
 
 class Process:
-    """One process of a step, the case that it runs, and since when nothing came from it."""
+    """One process of a step, the case that it runs, and the time of the last message from it."""
 
     def __init__(self, step: Step, dry: bool, deadline: float, folder: str):
-        context = multiprocessing.get_context("forkserver")  # torch is imported once, CUDA by each
+        context = multiprocessing.get_context("forkserver")  # torch is imported once; each process starts CUDA itself
         context.set_forkserver_preload(["torch"])
         self.step, self.case, self.named, self.compiling = step, None, False, False
         self.connection, theirs = context.Pipe()
@@ -76,13 +80,14 @@ class Process:
         self.since = time.monotonic()
 
     def give(self, case: str | None) -> None:
-        """The next case, or None: it may go."""
+        """Send the process the name of its next case, or None to let it exit."""
         self.case, self.since, self.compiling = case, time.monotonic(), False
-        with contextlib.suppress(OSError):  # it is gone; that is noticed where it is listened to
+        with contextlib.suppress(OSError):  # the process is gone, which _hear notices
             self.connection.send(case)
 
     def overdue(self, slow: float) -> str | None:
-        """Why it has to end, if it has, on a machine that is so many times slower than a GPU."""
+        """The reason why the process has to be ended, or None. `slow` multiplies the step's `quiet` seconds: how many times
+        slower than a GPU the machine is."""
         limit, what = self.step.quiet * slow, "no row"
         if not self.named:
             limit, what = STARTING, "no list of cases"
@@ -92,13 +97,14 @@ class Process:
         return f"hung: {what} in {limit:.0f} s" if silent > limit else None
 
     def signal(self, number: signal.Signals) -> None:
-        """SIGUSR1: it writes where it stands into its log. SIGKILL ends also what it has started."""
+        """Send a signal. On SIGUSR1 the process writes its stack to its log. SIGKILL goes also to the processes that it has
+        started."""
         with contextlib.suppress(OSError):
             (os.killpg if number == signal.SIGKILL else os.kill)(self.process.pid, number)
 
     def end(self, patience: float = 0.0, killed: float = 5.0) -> str:
-        """Kill it if it does not end by itself, and wait a while, since the GPU may hold it; how it ended and the last that it
-        printed."""
+        """End the process, and return how it ended and the end of its output. It gets `patience` seconds to end by itself,
+        and is then killed. The wait after that is at most `killed` seconds, since the GPU may hold the process."""
         self.process.join(patience)
         self.signal(signal.SIGKILL)
         self.process.kill()
@@ -111,18 +117,19 @@ class Process:
 
 
 class Supervisor:
-    """Runs steps, one after the other, into one file of rows; `about` goes into each row, `cut` says when it is enough."""
+    """Runs steps, one after the other, and writes their rows to one file. The fields of `about` go into each row. `cut` returns
+    whether the run has to stop."""
 
     def __init__(self, rows: RowFile, dry: bool, cut: Callable[[], bool] = lambda: False, about: dict | None = None):
         self.rows, self.dry, self.cut, self.about = rows, dry, cut, about or {}
         self.slow = 8.0 if dry else 1.0
 
     def run(self, step: Step, seconds: float) -> Outcome:
-        """All cases of a step that are not done, for so long, or until `cut`."""
+        """Run the cases of a step that are not done, for `seconds` or until `cut` returns true, and return the outcome."""
         start = time.monotonic()
         self.step, self.until = step, start + seconds
         self.names: list[str] = []
-        self.queue: deque[str] | None = None  # until a process has named them
+        self.queue: deque[str] | None = None  # None until a process has named the cases
         self.crew: list[Process] = []
         self.startable = True
         self._write(START, dict(began=_now()))
@@ -151,7 +158,7 @@ class Supervisor:
                     self._lost(process, reason, 0.0)
 
     def _hear(self, process: Process) -> None:
-        """The next that a process says; if it says nothing any more, it is lost."""
+        """Receive and handle the next message of a process. If the process has ended without one, it is lost."""
         try:
             if not process.connection.poll():
                 raise EOFError
@@ -180,7 +187,8 @@ class Supervisor:
                 self._replace(process)
 
     def _plan(self, names: list[str]) -> None:
-        """What is to be done: what was not tried yet, then what was and failed."""
+        """Queue the cases that were never tried, then those that were tried and are not done. A step with `always`
+        queues all its cases."""
         self._write(START, dict(ended=_now()))
         self.names = names
         before = {} if self.step.always else tries(self.rows.rows)
@@ -192,7 +200,7 @@ class Supervisor:
         self.crew.append(Process(self.step, self.dry, self.until, self.folder))
 
     def _next(self, process: Process) -> None:
-        """Give a process its next case, or let it go."""
+        """Give a process the next case of the queue, or end it if there is none."""
         if self.queue:
             self._write(case := self.queue.popleft(), dict(began=_now()))
             process.give(case)
@@ -202,25 +210,26 @@ class Supervisor:
             self.crew.remove(process)
 
     def _replace(self, process: Process) -> None:
-        """Another process goes on in its place, if there is something to go on with."""
+        """Remove a process, and start another in its place if there are cases left."""
         self.crew.remove(process)
         if self.queue and self.startable:
             self._start()
 
     def _lost(self, process: Process, reason: str, patience: float) -> None:
-        """A process that hung or ended within a case, or before it could name its cases."""
+        """Record a problem for a process that hung or ended within a case or before it named its cases, and replace the
+        process."""
         how = process.end(patience)
-        self.startable &= process.named  # the next could not name its cases either
+        self.startable &= process.named  # if this one could not name its cases, the next cannot either
         self._write(process.case or START, dict(problem=f"{reason}: {how}"))
         self._replace(process)
 
     def _stop(self, reason: str) -> None:
-        """End all processes; the cases that they were in are not done."""
+        """End all processes, and mark the cases that they were running as cut off, for `reason`."""
         for number, wait_for in ((signal.SIGUSR1, STACK), (signal.SIGKILL, 0.0)):
             for process in self.crew:
                 process.signal(number)
             time.sleep(wait_for)
-        by = time.monotonic() + 5.0  # for all together
+        by = time.monotonic() + 5.0  # the limit for all processes together
         while self.crew:
             process = self.crew.pop()
             how = process.end(0.0, max(0.0, by - time.monotonic()))

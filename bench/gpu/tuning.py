@@ -1,7 +1,7 @@
-"""Tile sizes by time: the best few of the cost model for each kernel (candidates.py), and those of the tables beside them.
+"""Time tile sizes: for each kernel the best few of the cost model (candidates.py), and those of the tables.
 
-All kernels take turns, the best first, so that wherever time is up each has had its share. What is timed is a whole backend's
-forward or backward, verified first, with the other kernels' tiles as in the tables.
+The kernels take turns, each with its best candidate first, so that each has had a share when time is up. The time is that of a
+backend's whole forward or backward, verified first, with the tiles of the other kernels as in the tables.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ Config = configs.TileConfig | tiles.HopperConfig | tiles.HopperOnePass
 
 @dataclass(frozen=True)
 class Candidate:
-    """Tiles for a kernel of a backend, on a shape; whether they are in the table."""
+    """Tiles for a kernel of a backend, on a shape. own: whether they are in the table."""
 
     backend: str
     kernel: str
@@ -45,7 +45,7 @@ class Candidate:
 
     @property
     def fits(self) -> bool:
-        """Whether the kernel would take the shape with these tiles."""
+        """Whether the kernel takes the shape with these tiles."""
         shape, config = self.shape, self.config
         if self.kernel == "flash_bwd":
             return -(-shape.length // tiles.HOPPER_QUERIES) <= config.tiles
@@ -55,7 +55,8 @@ class Candidate:
 
 
 def cases(first_only: bool = False) -> Iterator[Candidate]:
-    """The first of every kernel on every shape, then the second, and so on; first_only: one of each kernel."""
+    """Yield the first candidate of every kernel on every shape, then the second, and so on. first_only: yield one candidate
+    of each kernel."""
     found = [list(of(backend, kernel, shape)) for shape in SHAPES for backend, kernel in candidates.KERNELS]
     if first_only:
         firsts = {one.kernel + one.backend: one for some in reversed(found) for one in some[:1]}
@@ -66,8 +67,8 @@ def cases(first_only: bool = False) -> Iterator[Candidate]:
 
 
 def of(backend: str, kernel: str, shape: Shape) -> Iterator[Candidate]:
-    """The candidates of a kernel for a shape: those of the table, then the model's, the best first. None of a kernel that the
-    table does not have for its head dim."""
+    """Yield the candidates of a kernel for a shape: those of the table, then those of the cost model, best first. A kernel
+    that the table does not have for the head dim has no candidates."""
     own = _hopper_table(kernel, shape) if backend == "hopper" else _portable_table(kernel, shape)
     kind = tiles.HopperOnePass if kernel == "flash_bwd" else tiles.HopperConfig if backend == "hopper" else configs.TileConfig
     best = [kind(*numbers) for numbers in candidates.best(backend, kernel, shape.head_dim)]
@@ -96,7 +97,8 @@ def _hopper_table(kernel: str, shape: Shape) -> list[Config]:
 
 @contextlib.contextmanager
 def taken(one: Candidate) -> Iterator[None]:
-    """Within the block its tiles are what its kernel takes; a backward in one launch is only taken where it is timed."""
+    """Make the candidate's kernel take its tiles within the block. A backward in one launch is taken only if it is the
+    candidate."""
     config, dim = one.config, one.shape.head_dim
     if one.backend == "portable":
         with configs.override(**{configs.ONE_PASS: None, one.kernel: config}):
@@ -113,13 +115,14 @@ def taken(one: Candidate) -> Iterator[None]:
     with (
         mock.patch.dict(table, {dim: found}),
         mock.patch.dict(tiles.HOPPER_ONE_PASS, one_pass, clear=True),
-        mock.patch.dict(call._problems, clear=True),  # they keep their plans
+        mock.patch.dict(call._problems, clear=True),  # cached problems keep their plans
     ):
         yield
 
 
 def _call(one: Candidate, q, k, v, do, choose) -> timing.Call:
-    """The pass that the kernel belongs to."""
+    """A function that runs the pass to which the candidate's kernel belongs, forward or backward, and returns its results by
+    name. choose(problem, name) returns the backend."""
     problem, tensors = call.build(q, k, v, is_causal=one.shape.is_causal)
     backend = choose(problem, one.backend)
 
@@ -141,13 +144,14 @@ def _call(one: Candidate, q, k, v, do, choose) -> timing.Call:
 
 
 def launch(one: Candidate, device: torch.device) -> None:
-    """As what is timed, but on memory that holds nothing, and whatever GPU is there."""
+    """Run the pass that `rows` times, on uninitialised memory, and without asking whether the backend supports the device."""
     with taken(one):
         _call(one, *one.shape.memory(torch.bfloat16, device), lambda _, name: backends.BACKENDS[name])()
 
 
 def rows(one: Candidate, device: torch.device) -> Iterator[dict]:
-    """Milliseconds of the pass, or why there are none."""
+    """Yield one row: the median milliseconds of the pass, or the reason why it cannot run as `skipped`, or wrong results as
+    `problem`."""
     row = dict(backend=one.backend, kernel=one.kernel, shape=one.shape.name, own=one.own, tiles=one.tiles)
     try:
         given, right = (make(one.shape, torch.bfloat16, device) for make in (verify.inputs, verify.oracle))

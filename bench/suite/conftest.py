@@ -1,4 +1,4 @@
-"""GPU facts beside pytest-benchmark's own."""
+"""Add the facts of runner.machine(), such as the device, to pytest-benchmark's machine info."""
 
 from tfkern.bench import runner
 

@@ -1,6 +1,8 @@
-"""pytest-benchmark suite over the same shapes and providers: `make bench-suite`, or `pytest bench/suite --benchmark-only`.
+"""A pytest-benchmark suite over the shapes and providers of `tfkern bench`.
 
-Every function is verified before it is timed, and synchronised inside what is timed.
+Run it by `make bench-suite`, or `pytest bench/suite --benchmark-only`.
+
+Every function is verified before it is timed. The timed function includes the synchronisation with the GPU.
 """
 
 import pytest
