@@ -1,6 +1,6 @@
 """Scores so far below zero that exp(-lse) overflows, at the sizes where other kernels give NaN gradients: ours are right.
 
-tfkern/bench/peer_faults.py tells whose and where; here each of our backends gets those problems.
+bench/gpu/peer_faults.py tells whose and where; here each of our backends gets those problems.
 """
 
 import sys

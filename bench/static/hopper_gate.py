@@ -86,7 +86,7 @@ def source(name: str, dtype: str, dim: int, config, variant: str):
 
 
 def advisories(ptx: str) -> list[str]:
-    """The advisories (C75xx) of ptxas on wgmma instructions that it had to serialise, one a line."""
+    """The advisories (C75xx) of ptxas on wgmma instructions that it had to serialise."""
     ptxas = compat_triton.ptxas(90)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)

@@ -19,7 +19,7 @@ class Instruction:
 
 
 def _spans(code: list[Instruction]) -> list[tuple[int, int]]:
-    """The (first, last) address of every loop: a jump back and its target."""
+    """The (first, last) address of every loop: the target of a jump back, and the jump."""
     return [(x.target, x.address) for x in code if x.target is not None and x.target < x.address]
 
 

@@ -103,7 +103,7 @@ def keep(key: str, best: list[list]) -> None:
     """Write the best tiles of a kernel and head dim to ranked.json, under `key`."""
     kept = json.loads(candidates.RANKED.read_text())["best"] if candidates.RANKED.exists() else {}
     kept[key] = best
-    source = f"bench/rank.py, Triton {aot.triton.__version__}, {datetime.date.today()}; an estimate"
+    source = f"bench/static/rank.py, Triton {aot.triton.__version__}, {datetime.date.today()}; an estimate"
     text = ",\n  ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(kept.items()))
     candidates.RANKED.write_text(f'{{"source": {json.dumps(source)}, "best": {{\n  {text}\n}}}}\n')
 
